@@ -1,0 +1,1 @@
+"""Errors, configuration, units, logging and spans: the standard library only."""

@@ -1,0 +1,1 @@
+"""From a request to its tokens. Opens engine directories only."""

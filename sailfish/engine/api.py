@@ -1,0 +1,264 @@
+"""The values that cross the engine's edge: what is asked, what comes back, what the engine says of itself.
+
+No torch and no tokenizer here: the server, the command line and the tests share these types.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+from sailfish.base.errors import RequestError
+
+MAX_STOP_STRINGS = 16
+MAX_STOP_CHARS = 512
+MAX_LOGIT_BIAS = 1024
+MAX_LOGPROBS = 20
+MAX_N = 64
+MAX_STOP_TOKEN_IDS = 64
+
+FinishReason = Literal["stop", "length"]
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How to turn logits into tokens for one request. `None` always means "not asked for"."""
+
+    max_tokens: int | None = None
+    """Tokens to generate at most; None: until the context is full."""
+    min_tokens: int = 0
+    """End-of-text and stop tokens cannot be drawn before this many tokens."""
+    temperature: float | None = None
+    """0 is greedy. None: the checkpoint's default, else 1."""
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    """Over prompt and output (CTRL, Keskar et al. 2019). 1 is neutral."""
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    """Over output tokens, as OpenAI defines them."""
+    logit_bias: dict[int, float] = {}
+    seed: int | None = None
+    """Draws depend on (seed, position) only. None: a fresh random seed."""
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    n: int = 1
+    logprobs: int | None = None
+    """Alternatives to report per generated token (0: the drawn token alone)."""
+    prompt_logprobs: int | None = None
+    """The same for the prompt's tokens."""
+    skip_special_tokens: bool = True
+    include_stop: bool = False
+    """Keep the matched stop string at the end of the text."""
+
+    def check(self, vocab_size: int) -> None:
+        """Raise RequestError naming the first field out of range."""
+        _range("max_tokens", self.max_tokens, 1, 2**31 - 1)
+        _range("min_tokens", self.min_tokens, 0, 2**31 - 1)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise RequestError(
+                f"min_tokens {self.min_tokens} exceeds max_tokens {self.max_tokens}", param="min_tokens"
+            )
+        _range("temperature", self.temperature, 0.0, 2.0)
+        _range("top_k", self.top_k, 1, 2**31 - 1)
+        _range("top_p", self.top_p, 0.0, 1.0, open_low=True)
+        _range("min_p", self.min_p, 0.0, 1.0)
+        _range("repetition_penalty", self.repetition_penalty, 0.0, 10.0, open_low=True)
+        _range("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _range("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _range("seed", self.seed, -(2**63), 2**63 - 1)
+        _range("n", self.n, 1, MAX_N)
+        _range("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        _range("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
+        if len(self.logit_bias) > MAX_LOGIT_BIAS:
+            raise RequestError(
+                f"logit_bias has {len(self.logit_bias)} entries, at most {MAX_LOGIT_BIAS} are taken",
+                param="logit_bias",
+            )
+        for token_id, bias in self.logit_bias.items():
+            _token("logit_bias", token_id, vocab_size)
+            _range("logit_bias", bias, -100.0, 100.0)
+        if len(self.stop) > MAX_STOP_STRINGS:
+            raise RequestError(
+                f"stop has {len(self.stop)} strings, at most {MAX_STOP_STRINGS} are taken", param="stop"
+            )
+        for text in self.stop:
+            if not text or len(text) > MAX_STOP_CHARS:
+                raise RequestError(f"stop strings have 1 to {MAX_STOP_CHARS} characters", param="stop")
+        if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
+            raise RequestError(
+                f"stop_token_ids has {len(self.stop_token_ids)} ids, at most {MAX_STOP_TOKEN_IDS} are taken",
+                param="stop_token_ids",
+            )
+        for token_id in self.stop_token_ids:
+            _token("stop_token_ids", token_id, vocab_size)
+
+
+class TopLogprob(msgspec.Struct, frozen=True, array_like=True):
+    """One alternative at one position."""
+
+    token_id: int
+    logprob: float
+
+
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
+    """A token, its log-probability under the raw logits, and the likeliest alternatives (best first)."""
+
+    token_id: int
+    logprob: float
+    top: list[TopLogprob]
+
+
+class Usage(msgspec.Struct, frozen=True):
+    """Tokens a request used; `cached_tokens` of the prompt came from the prefix cache."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int = 0
+
+
+class Chunk(msgspec.Struct, frozen=True, kw_only=True):
+    """Newly generated text of one of a request's `n` answers. Only the last one has `finish_reason`."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprob] | None = None
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+    """On the first chunk only, one entry a prompt token; the first token has none."""
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    """The stop string or stop token that matched."""
+    usage: Usage | None = None
+    """With `finish_reason`: this answer's counts."""
+
+
+class Completion(msgspec.Struct, frozen=True, kw_only=True):
+    """One whole answer."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason
+    stop_reason: str | int | None
+    logprobs: list[TokenLogprob] | None
+    prompt_logprobs: list[TokenLogprob | None] | None
+    usage: Usage
+
+
+class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What a running engine is; constant from READY on."""
+
+    name: str
+    """The name the API calls this model by."""
+    digest: str
+    """The engine manifest's digest."""
+    engine_dir: str
+    family: str
+    device: str
+    dtype: str
+    vocab_size: int
+    context_tokens: int
+    page_tokens: int
+    n_blocks: int
+    max_sequences: int
+    step_tokens: int
+    prefix_cache: bool
+    eos_token_ids: list[int]
+    bos_token_id: int | None
+    defaults: dict[str, float]
+    """Sampling defaults of generation_config.json, by SamplingParams field name."""
+    memory: list[MemoryReading]
+    started_s: float
+    """Seconds from process start to READY."""
+    pid: int
+
+
+class MemoryReading(msgspec.Struct, frozen=True):
+    """One line of the memory plan beside what was measured, in bytes."""
+
+    name: str
+    planned_bytes: int
+    measured_bytes: int | None
+
+
+class Histogram(msgspec.Struct):
+    """Counts per bucket, Prometheus style: `counts[i]` observations <= `bounds[i]`, the last is +Inf."""
+
+    bounds: list[float]
+    counts: list[int]
+    total: float = 0.0
+
+    @classmethod
+    def of(cls, bounds: list[float]) -> Histogram:
+        """Return an empty histogram with these upper bounds."""
+        return cls(bounds=bounds, counts=[0] * (len(bounds) + 1))
+
+    def observe(self, value: float) -> None:
+        """Count one value."""
+        for i, bound in enumerate(self.bounds):
+            if value <= bound:
+                self.counts[i] += 1
+                break
+        else:
+            self.counts[-1] += 1
+        self.total += value
+
+
+_LATENCY_S = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0]
+_TOKENS = [1.0, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768]
+
+
+class EngineStats(msgspec.Struct, kw_only=True):
+    """Live figures of the engine process: gauges, and counters since its start."""
+
+    running: int = 0
+    waiting: int = 0
+    blocks_total: int = 0
+    blocks_used: int = 0
+    """Blocks referenced by a sequence."""
+    blocks_cached: int = 0
+    """Unreferenced blocks that still hold a reusable prefix."""
+    draining: bool = False
+    steps: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    prefix_query_tokens: int = 0
+    prefix_hit_tokens: int = 0
+    preemptions: int = 0
+    finished: dict[str, int] = {}
+    """Requests ended, by reason: stop, length, abort, deadline, error."""
+    refused: dict[str, int] = {}
+    """Requests refused at admission, by error code."""
+    step_errors: int = 0
+    reserved_bytes: int = 0
+    """Device memory held now (CUDA: reserved by the allocator; CPU: resident set)."""
+    time_to_first_token_s: Histogram = msgspec.field(default_factory=lambda: Histogram.of(_LATENCY_S))
+    inter_token_s: Histogram = msgspec.field(default_factory=lambda: Histogram.of(_LATENCY_S))
+    end_to_end_s: Histogram = msgspec.field(default_factory=lambda: Histogram.of(_LATENCY_S))
+    queue_s: Histogram = msgspec.field(default_factory=lambda: Histogram.of(_LATENCY_S))
+    prefill_s: Histogram = msgspec.field(default_factory=lambda: Histogram.of(_LATENCY_S))
+    decode_s: Histogram = msgspec.field(default_factory=lambda: Histogram.of(_LATENCY_S))
+    step_tokens: Histogram = msgspec.field(default_factory=lambda: Histogram.of(_TOKENS))
+    clients: dict[str, dict[str, float]] = {}
+    """Counters that each attached API process last reported of itself, by process name."""
+
+
+def _range(
+    name: str, value: Any, low: float, high: float, *, open_low: bool = False
+) -> None:
+    if value is None:
+        return
+    below = value <= low if open_low else value < low
+    if below or not value <= high:  # `not <=` so that NaN is out of range too
+        sign = "<" if open_low else "<="
+        raise RequestError(f"{name} is {value!r}; it must be a number with {low} {sign} {name} <= {high}", param=name)
+
+
+def _token(name: str, token_id: int, vocab_size: int) -> None:
+    if not 0 <= token_id < vocab_size:
+        raise RequestError(
+            f"{name} names token {token_id}; the vocabulary has ids 0 to {vocab_size - 1}", param=name
+        )

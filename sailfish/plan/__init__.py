@@ -1,0 +1,1 @@
+"""One pure function: config + model + hardware -> Plan. No torch."""

@@ -1,0 +1,89 @@
+"""What a plan is: every "auto" answered with its reason, and every byte accounted for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Dtype = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """One setting: what was asked, what is active, and why."""
+
+    name: str
+    requested: str
+    active: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryLine:
+    """One part of the device's memory, in bytes."""
+
+    name: Literal["weights", "kv_blocks", "activations", "graphs", "workspaces", "runtime", "margin"]
+    bytes: int
+    why: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheSpec:
+    """The KV layout of a group of layers that share it."""
+
+    layers: tuple[int, ...]
+    kind: Literal["full", "window"]
+    window_tokens: int | None
+    dtype: Dtype
+    bytes_per_token: int
+    """K and V of all layers of the group."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpChoice:
+    """The implementation bound to one op, and why each other one was not."""
+
+    op: str
+    implementation: str
+    why: str
+    declined: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Everything the engine allocates and obeys. Nothing edits it afterwards."""
+
+    target: str
+    """"cpu" or "sm_90" and the like."""
+    device: Literal["cpu", "cuda"]
+    dtype: Dtype
+    """Weights and activations."""
+    page_tokens: int
+    context_tokens: int
+    max_sequences: int
+    """Rows of the device table: sequences that can run at once."""
+    step_tokens: int
+    """Token budget of one step."""
+    max_queue: int
+    """Requests that may wait before admission refuses."""
+    n_blocks: int
+    lag: Literal[0, 1]
+    """Steps planned before the previous step's tokens are known."""
+    prefix_cache: bool
+    cache: tuple[CacheSpec, ...]
+    memory: tuple[MemoryLine, ...]
+    decisions: tuple[Decision, ...]
+
+    @property
+    def blocks_per_sequence(self) -> int:
+        """Blocks a sequence of full context needs."""
+        return -(-self.context_tokens // self.page_tokens)
+
+    @property
+    def total_bytes(self) -> int:
+        """Sum of all memory lines."""
+        return sum(line.bytes for line in self.memory)
+
+    def memory_bytes(self, name: str) -> int:
+        """Bytes of one memory line."""
+        return sum(line.bytes for line in self.memory if line.name == name)
