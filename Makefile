@@ -1,0 +1,46 @@
+# Every target does its own set-up: a virtual environment in .venv, and only the packages it needs.
+
+PYTHON ?= $(shell for python in python3 python3.12 python3.13 python3.11; do \
+	"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo "$$python"; break; }; done)
+VENV := .venv
+BIN := $(VENV)/bin
+DEVICE := $(if $(shell command -v nvidia-smi 2>/dev/null),cuda,cpu)
+CONSTRAINTS := constraints/$(DEVICE).txt
+MODEL ?= books-4m
+
+.PHONY: demo test check static serve bench gpu clean
+
+demo: $(VENV)/.ready-client ## build the packaged model, serve it, stream an answer, show the figures
+	@$(BIN)/sailfish demo
+
+serve: $(VENV)/.ready-client ## serve MODEL (default: the packaged one) on 127.0.0.1:8000
+	@$(BIN)/sailfish serve $(MODEL)
+
+bench: $(VENV)/.ready-client ## measure MODEL and append the figures to benchmarks/results
+	@$(BIN)/sailfish bench $(MODEL)
+
+check: $(VENV)/.ready-check static ## format, lint, types, house rules, tests without torch
+	@$(BIN)/python -m pytest -q tests/house tests/notorch
+
+test: $(VENV)/.ready-test static ## everything that needs no GPU
+	@$(BIN)/python -m pytest -q -m "not gpu"
+
+gpu: $(VENV)/.ready-test ## the GPU suite, then the measurements
+	@$(BIN)/python -m pytest -q -m gpu tests/gpu
+	@$(BIN)/sailfish bench $(MODEL) --device cuda
+
+static: $(VENV)/.ready-check
+	@$(BIN)/ruff format --check --quiet .
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/mypy --no-error-summary
+
+clean: ## remove the virtual environment and every cache of the tools
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
+
+$(VENV)/.ready-%: pyproject.toml $(CONSTRAINTS)
+	@if [ -z "$(PYTHON)" ]; then echo "error: no Python 3.11 or newer found (install one, or set PYTHON=)"; exit 2; fi
+	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip >/dev/null
+	@echo "installing sailfish[$*] into $(VENV) with $(CONSTRAINTS)"
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) -e ".[$*]"
+	@touch $@
