@@ -1,0 +1,108 @@
+"""What no file may do, whatever it is for."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import tree
+
+UNPICKLERS = {"pickle", "cPickle", "dill", "marshal", "shelve", "cloudpickle", "joblib"}
+BANNED_CALLS = {"eval", "exec", "torch.load", "os.system", "os.popen", "breakpoint", "numpy.load", "np.load"}
+TEXT_SUFFIXES = {".py", ".md", ".toml", ".txt", ".yml", ".yaml", ".json", ".svg", ".cfg", ""}
+FOREIGN = re.compile(
+    r"/(?:home|root|Users|mnt|wor[k])/[\w.]|pypi\.or[g]|files\.pythonhoste[d]|registry\.npmj[s]|C:\\\\Users"
+)
+
+
+def _calls() -> list[tuple[Path, ast.Call, str]]:
+    return [
+        (path, node, tree.dotted(node.func))
+        for path in tree.files()
+        for node in ast.walk(tree.tree(path))
+        if isinstance(node, ast.Call)
+    ]
+
+
+def _names(path: Path) -> list[tuple[int, str]]:
+    nodes = [n for n in ast.walk(tree.tree(path)) if isinstance(n, ast.Attribute | ast.Name)]
+    return [(node.lineno, tree.dotted(node)) for node in nodes]
+
+
+def test_only_the_command_line_prints() -> None:
+    """Everything else logs, raises, or returns."""
+    wrong = [
+        f"{tree.name(path)}:{call.lineno}"
+        for path, call, name in _calls()
+        if name == "print" and tree.room(path) != "cli"
+    ]
+    assert not wrong, wrong
+
+
+def test_only_one_file_reads_the_environment() -> None:
+    """base/sources.py hands the environment to whoever needs it."""
+    wrong = [
+        f"{tree.name(path)}:{line}"
+        for path in tree.files()
+        if tree.name(path) != "sailfish/base/sources.py"
+        for line, name in _names(path)
+        if name in {"os.environ", "os.getenv", "os.putenv", "environ", "getenv"}
+    ]
+    assert not wrong, wrong
+
+
+def test_nothing_unpickles_or_evaluates() -> None:
+    """A model directory, a request or a message is data, never code."""
+    wrong = [f"{tree.name(p)}:{c.lineno} {name}" for p, c, name in _calls() if name in BANNED_CALLS]
+    for path in tree.files():
+        wrong += [
+            f"{tree.name(path)}:{line} imports {module}"
+            for line, module in tree.imports(path)
+            if module.split(".")[0] in UNPICKLERS
+        ]
+    assert not wrong, wrong
+
+
+def test_broad_excepts_stand_at_process_edges_with_a_reason() -> None:
+    """A handler of everything raises again, or carries `# noqa: BLE001 - <reason>`."""
+    wrong = []
+    for path in tree.files():
+        lines = path.read_text(encoding="utf-8").splitlines()
+        for node in ast.walk(tree.tree(path)):
+            if not isinstance(node, ast.ExceptHandler):
+                continue
+            kinds = node.type.elts if isinstance(node.type, ast.Tuple) else [node.type]
+            broad = any(k is None or tree.dotted(k) in {"Exception", "BaseException"} for k in kinds)
+            raises_again = isinstance(node.body[-1], ast.Raise) and node.body[-1].exc is None
+            if broad and not raises_again and "# noqa: BLE001 - " not in lines[node.lineno - 1]:
+                wrong.append(f"{tree.name(path)}:{node.lineno}")
+    assert not wrong, wrong
+
+
+def test_no_assert_guards_against_a_users_mistake_by_vanishing() -> None:
+    """`python -O` drops asserts, so none may carry a message meant for a user."""
+    wrong = [
+        f"{tree.name(path)}:{node.lineno}"
+        for path in tree.files()
+        for node in ast.walk(tree.tree(path))
+        if isinstance(node, ast.Assert) and isinstance(node.msg, ast.JoinedStr)
+    ]
+    assert not wrong, wrong
+
+
+def test_the_tree_names_no_machine_and_no_package_index() -> None:
+    """Nothing tracked may depend on one person's folders or one place's mirror."""
+    skipped = {".git", ".venv", "node_modules", "__pycache__", "constraints"}
+    wrong = []
+    for path in sorted(tree.ROOT.rglob("*")):
+        parts = path.relative_to(tree.ROOT).parts
+        if any(part in skipped or part.endswith((".egg-info", "_cache")) for part in parts):
+            continue
+        if parts[0] in {".hypothesis", ".carry", ".whl", "out"} or not path.is_file():
+            continue
+        if path.suffix not in TEXT_SUFFIXES or path.name == "tokenizer.json":
+            continue
+        text = path.read_text(encoding="utf-8", errors="replace")
+        wrong += [f"{tree.name(path)}: {match.group(0)}" for match in FOREIGN.finditer(text)]
+    assert not wrong, wrong
