@@ -12,7 +12,7 @@ LEVELS = ("debug", "info", "warning", "error")
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a record: time (ISO 8601, UTC), level, logger, message and, after a fault, its traceback."""
+    """One JSON object a record: time (ISO 8601, UTC), level, logger, message, and a fault's traceback."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the record as one line of JSON."""
@@ -34,7 +34,7 @@ class ConsoleFormatter(logging.Formatter):
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)-7s %(name)s: %(message)s", "%H:%M:%S")
 
-    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's own name
+    def formatMessage(self, record: logging.LogRecord) -> str:
         """Return the line; a message cannot forge a second one."""
         record.message = record.message.translate(_CONTROLS)
         return super().formatMessage(record)
@@ -44,7 +44,7 @@ _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), 127)}
 
 
 def configure(*, level: str = "info", as_json: bool = False, stream: TextIO | None = None) -> None:
-    """Send the package's records at `level` and above to `stream` (default: standard error), and only there."""
+    """Send the package's records at `level` and above to `stream` (default: stderr), and only there."""
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(JsonFormatter() if as_json else ConsoleFormatter())
     logger = logging.getLogger("sailfish")

@@ -1,0 +1,57 @@
+"""Sailfish turns a Hugging Face checkpoint into a proven engine and serves it.
+
+    import sailfish
+    with sailfish.Engine(sailfish.find_or_build("books-4m")) as engine:
+        print(engine.generate("It was", sailfish.SamplingParams(max_tokens=20))[0].text)
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from sailfish.version import __version__
+
+if TYPE_CHECKING:
+    from sailfish.base.errors import SailfishError
+    from sailfish.build import build, find_or_build
+    from sailfish.engine.api import Chunk, Completion, EngineInfo, EngineStats, SamplingParams
+    from sailfish.engine.client import AsyncEngine, Engine
+
+_HOMES = {
+    "AsyncEngine": "sailfish.engine.client",
+    "Chunk": "sailfish.engine.api",
+    "Completion": "sailfish.engine.api",
+    "Engine": "sailfish.engine.client",
+    "EngineInfo": "sailfish.engine.api",
+    "EngineStats": "sailfish.engine.api",
+    "SailfishError": "sailfish.base.errors",
+    "SamplingParams": "sailfish.engine.api",
+    "build": "sailfish.build",
+    "find_or_build": "sailfish.build",
+}
+"""Public name -> the module it lives in, imported when the name is first used."""
+
+__all__ = [
+    "AsyncEngine",
+    "Chunk",
+    "Completion",
+    "Engine",
+    "EngineInfo",
+    "EngineStats",
+    "SailfishError",
+    "SamplingParams",
+    "__version__",
+    "build",
+    "find_or_build",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'sailfish' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__
