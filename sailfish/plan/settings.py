@@ -1,0 +1,178 @@
+"""Answers each setting that is no byte count: what was asked for, or the default with its reason."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, cast
+
+from sailfish.base.config import EngineConfig
+from sailfish.base.errors import ConfigError
+from sailfish.base.units import format_bytes
+from sailfish.checkpoint.model_config import ModelConfig
+from sailfish.hardware.profile import GIB, HardwareProfile
+from sailfish.plan.types import Decision, Dtype
+
+_SMALL_WEIGHTS_BYTES = 2 * GIB
+"""Up to here float32 on the CPU costs little and keeps answers exact."""
+_BF16_FEATURES = ("avx512_bf16", "amx_bf16", "bf16")
+_PAGE_TOKENS = (8, 16, 32, 64, 128, 256)
+_MAX_SEQUENCES = 4096
+_MAX_STEP_TOKENS = 1 << 18
+_MAX_QUEUE = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """Every setting, decided."""
+
+    dtype: Dtype
+    context_tokens: int
+    max_sequences: int
+    step_tokens: int
+    page_tokens: int
+    max_queue: int
+    lag: Literal[0, 1]
+
+    @property
+    def blocks_per_sequence(self) -> int:
+        """Blocks a sequence of full context needs."""
+        return -(-self.context_tokens // self.page_tokens)
+
+
+@dataclass(slots=True)
+class Answers:
+    """The decisions taken so far, in order."""
+
+    decisions: list[Decision] = field(default_factory=list)
+
+    def settle(self, name: str, asked: Any, default: Any, why: str) -> Any:
+        """Record and return what was asked for, or the default with its reason."""
+        if asked is not None:
+            self.decisions.append(
+                Decision(name=name, requested=str(asked), active=str(asked), why="as asked")
+            )
+            return asked
+        self.decisions.append(Decision(name=name, requested="auto", active=str(default), why=why))
+        return default
+
+    def revise(self, name: str, active: Any, why: str) -> None:
+        """Replace the answer of a decision already taken."""
+        self.decisions = [
+            replace(decision, active=str(active), why=why) if decision.name == name else decision
+            for decision in self.decisions
+        ]
+
+
+def settle(
+    config: EngineConfig,
+    model: ModelConfig,
+    hardware: HardwareProfile,
+    weights_bytes: dict[Dtype, int],
+    answers: Answers,
+) -> Settings:
+    """Decide every setting; raises ConfigError for one that is out of range."""
+    _check(config, model, hardware)
+    is_cpu = hardware.device == "cpu"
+    answers.settle("device", config.device, hardware.device, hardware.name)
+    dtype = answers.settle("dtype", config.dtype, *_default_dtype(model, hardware, weights_bytes))
+    context_tokens = answers.settle(
+        "context_tokens", config.context_tokens, model.context_tokens, "all that the checkpoint allows"
+    )
+    max_sequences = answers.settle(
+        "max_sequences",
+        config.max_sequences,
+        32 if is_cpu else 256,
+        "a few cores gain nothing from larger batches" if is_cpu else "decode reads the weights once for all",
+    )
+    step_tokens = answers.settle(
+        "step_tokens",
+        config.step_tokens,
+        min(max(512 if is_cpu else 8192, max_sequences), max_sequences * context_tokens),
+        "keeps a step short for the sequences that decode"
+        if is_cpu
+        else "fills the device with prefill chunks",
+    )
+    page_tokens = answers.settle(
+        "page_tokens",
+        config.page_tokens,
+        16 if is_cpu else 64,
+        "small blocks share more prefixes" if is_cpu else "long reads of the cache for each block looked up",
+    )
+    max_queue = answers.settle(
+        "max_queue", config.max_queue, max(256, 4 * max_sequences), "some batches' worth of waiting requests"
+    )
+    lag = answers.settle(
+        "lag",
+        config.lag,
+        0 if is_cpu else 1,
+        "the CPU has no launch time to hide" if is_cpu else "the host plans while the device computes",
+    )
+    on = "on" if config.prefix_cache else "off"
+    answers.decisions.append(Decision(name="prefix_cache", requested=on, active=on, why="as asked"))
+    return Settings(
+        dtype=cast(Dtype, dtype),
+        context_tokens=context_tokens,
+        max_sequences=max_sequences,
+        step_tokens=step_tokens,
+        page_tokens=page_tokens,
+        max_queue=max_queue,
+        lag=lag,
+    )
+
+
+def _default_dtype(
+    model: ModelConfig, hardware: HardwareProfile, weights_bytes: dict[Dtype, int]
+) -> tuple[Dtype, str]:
+    stored = f"the checkpoint stores {model.dtype}"
+    if hardware.device == "cuda":
+        if model.dtype == "float32":
+            return "bfloat16", f"{stored}; bfloat16 halves the bytes each token reads"
+        if model.dtype == "float16":
+            return "bfloat16", f"{stored}; bfloat16 is as small and does not overflow"
+        return "bfloat16", f"as {stored}"
+    size = weights_bytes["float32"]
+    if size <= _SMALL_WEIGHTS_BYTES:
+        return "float32", f"{format_bytes(size)} of weights are small, and float32 is exact"
+    fast = [feature for feature in _BF16_FEATURES if feature in hardware.features]
+    if fast:
+        return (
+            "bfloat16",
+            f"the CPU has {fast[0]}, and {format_bytes(size)} in float32 would read twice the bytes",
+        )
+    if size <= hardware.free_bytes // 2:
+        return "float32", "the CPU has no bfloat16 instructions"
+    return "bfloat16", f"{format_bytes(size)} in float32 exceed half of the free memory"
+
+
+def _check(config: EngineConfig, model: ModelConfig, hardware: HardwareProfile) -> None:
+    if config.device is not None and config.device != hardware.device:
+        raise ConfigError(
+            f"device {config.device!r} was asked for, but the target is {hardware.target!r}",
+            hint="leave device to auto, or choose a target of that device",
+            param="device",
+        )
+    if config.dtype not in (None, "float32", "bfloat16"):
+        raise ConfigError(
+            f"dtype {config.dtype!r} is not supported", hint='use "float32" or "bfloat16"', param="dtype"
+        )
+    if config.page_tokens is not None and config.page_tokens not in _PAGE_TOKENS:
+        raise ConfigError(
+            f"page_tokens {config.page_tokens} is not supported",
+            hint=f"use one of {', '.join(map(str, _PAGE_TOKENS))}",
+            param="page_tokens",
+        )
+    _in_range("context_tokens", config.context_tokens, 1, model.context_tokens, "the checkpoint's own limit")
+    _in_range("max_sequences", config.max_sequences, 1, _MAX_SEQUENCES, "rows of the device table")
+    _in_range("step_tokens", config.step_tokens, 1, _MAX_STEP_TOKENS, "tokens of one step")
+    _in_range("max_queue", config.max_queue, 0, _MAX_QUEUE, "requests that wait")
+    _in_range("lag", config.lag, 0, 1, "steps planned ahead")
+    _in_range("memory_bytes", config.memory_bytes, 1, 1 << 50, "bytes")
+    _in_range("kv_bytes", config.kv_bytes, 1, 1 << 50, "bytes")
+
+
+def _in_range(name: str, value: int | None, low: int, high: int, what: str) -> None:
+    if value is None or low <= value <= high:
+        return
+    raise ConfigError(
+        f"{name} is {value}, outside {low} to {high} ({what})", hint=f"choose {name} inside", param=name
+    )
