@@ -1,0 +1,1 @@
+"""The ops a decoder is made of: contracts, references, implementations, and the choice among them."""

@@ -1,0 +1,237 @@
+"""What an op is before it is code: its contract, the case it is asked for, who can do it, and who was chosen.
+
+The legend of letters that shape suffixes use everywhere:
+
+    T tokens in the step      D model width           P tokens per block    L layers
+    B sequences in the step   M mlp width             N blocks              X experts
+    S sampled rows            V vocabulary            W blocks per table row
+    H query heads             K key/value heads       C positions of a table
+    E head width              F rotated pairs of a head   O, I rows and columns of a linear weight
+
+Nothing here imports torch, so that a build for a device that is elsewhere can ask the same questions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TARGETS = ("cpu", "sm_80", "sm_86", "sm_89", "sm_90")
+"""Devices that an implementation may accept or reject."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One op as one model on one target needs it. Fields an op does not use keep their default."""
+
+    op: str
+    target: str
+    """One of TARGETS."""
+    dtype: str
+    """"float32" or "bfloat16", of activations, weights and KV cache."""
+    head_dim: int = 0
+    n_heads: int = 0
+    n_kv_heads: int = 0
+    page_tokens: int = 0
+    windows: tuple[int, ...] = ()
+    """Window sizes of the layers that have one, in tokens."""
+    softcap: float | None = None
+    d_model: int = 0
+    d_mlp: int = 0
+    n_experts: int = 0
+    n_active: int = 0
+    """Experts a token is routed to."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepBounds:
+    """The largest step an engine will ever run."""
+
+    step_tokens: int
+    max_sequences: int
+    context_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Op:
+    """The contract that every implementation of an op meets."""
+
+    name: str
+    reference: str
+    """`module:function` of the law."""
+    axes: Mapping[str, str]
+    """Letters of each tensor argument and, under "out", of what is returned."""
+    mutates: tuple[str, ...] = ()
+    """Arguments written in place."""
+    tolerance: Mapping[str, float] = field(default_factory=lambda: {"float32": 1e-5, "bfloat16": 2e-2})
+    """Largest absolute error against the reference on inputs of unit scale, by dtype."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Impl:
+    """One way to compute an op."""
+
+    op: str
+    name: str
+    entry: str
+    """`module:function`, imported only when the choice is bound."""
+    why: str
+    """Why it is preferred to those after it, in words."""
+    rejects: Callable[[Case], str | None]
+    """The reason it cannot do a case, or None."""
+    workspace_bytes: Callable[[Case, StepBounds], int]
+    """Temporary device memory beyond inputs and outputs, at most."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """The implementation that does an op, and the reason each better one was passed over."""
+
+    op: str
+    implementation: str
+    why: str
+    declined: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionSpan:
+    """Which cached tokens each sequence of a step attends to.
+
+    Sequence b owns queries query_start[b] .. query_start[b + 1] of the step; they are the last ones of
+    its kv_len[b] visible tokens. A query sees keys at or before its own position. Sequences without
+    queries are allowed.
+    """
+
+    block_table_BW: Tensor
+    """int32, on the device: the block that holds tokens w * P .. (w + 1) * P of sequence b.
+    Entries past a sequence's tokens are never read."""
+    query_start: tuple[int, ...]
+    """B + 1 offsets into T, on the host."""
+    kv_len: tuple[int, ...]
+    """B lengths, on the host."""
+    kv_len_B: Tensor
+    """kv_len as int32 on the device."""
+    query_start_B1: Tensor
+    """query_start as int32 on the device."""
+    memo: dict[object, Any] = field(default_factory=dict)
+    """What an implementation derives from the span once and uses again in every layer, under its own key."""
+
+
+class RmsNorm(Protocol):
+    """Return x / rms(x) * weight, or * (1 + weight), over the last axis, computed in float32.
+
+    Source: Zhang and Sennrich 2019.
+    """
+
+    def __call__(self, x_TD: Tensor, weight_D: Tensor, eps: float, plus_one: bool) -> Tensor: ...
+
+
+class AddRmsNorm(Protocol):
+    """Return (rms_norm(x + residual), x + residual)."""
+
+    def __call__(
+        self, x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float, plus_one: bool
+    ) -> tuple[Tensor, Tensor]: ...
+
+
+class LinearOp(Protocol):
+    """Return x @ weight.T + bias."""
+
+    def __call__(self, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor: ...
+
+
+class Rope(Protocol):
+    """Return q and k with the leading 2F elements of each head rotated by the table's angles.
+
+    table_C2F holds cos and sin by position. Pairs are (f, f + F), or (2f, 2f + 1) if interleaved.
+    Source: Su et al. 2021.
+    """
+
+    def __call__(
+        self, q_THE: Tensor, k_TKE: Tensor, table_C2F: Tensor, position_T: Tensor, interleaved: bool
+    ) -> tuple[Tensor, Tensor]: ...
+
+
+class KvWrite(Protocol):
+    """Write each token's key and value to its slot, block * P + offset. Slots are distinct."""
+
+    def __call__(
+        self, k_TKE: Tensor, v_TKE: Tensor, k_cache_NPKE: Tensor, v_cache_NPKE: Tensor, slot_T: Tensor
+    ) -> None: ...
+
+
+class Attention(Protocol):
+    """Return softmax(softcap(scale * q . k)) v over the cached tokens that each query may see.
+
+    A query at position p sees keys p - window + 1 .. p, all up to p without a window. softcap(s) is
+    softcap * tanh(s / softcap). Only tokens of the span are read: what lies in other slots, NaN
+    included, reaches no output.
+    """
+
+    def __call__(
+        self,
+        q_THE: Tensor,
+        k_cache_NPKE: Tensor,
+        v_cache_NPKE: Tensor,
+        span: AttentionSpan,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor: ...
+
+
+class ActMul(Protocol):
+    """Return activation(gate) * up; activation is "silu" or "gelu_tanh"."""
+
+    def __call__(self, gate_up_T2M: Tensor, activation: str) -> Tensor: ...
+
+
+class Moe(Protocol):
+    """Return the routed experts' outputs, weighted and summed.
+
+    Weights are the softmax over all experts in float32, of the n_active largest, rescaled to sum to one
+    if normalise. Source: Shazeer et al. 2017, Jiang et al. 2024 (Mixtral).
+    """
+
+    def __call__(
+        self,
+        x_TD: Tensor,
+        router_TX: Tensor,
+        gate_up_X2MD: Tensor,
+        down_XDM: Tensor,
+        n_active: int,
+        normalise: bool,
+        activation: str,
+    ) -> Tensor: ...
+
+
+class Embed(Protocol):
+    """Return the rows of weight, times scale rounded to weight's dtype."""
+
+    def __call__(self, token_T: Tensor, weight_VD: Tensor, scale: float) -> Tensor: ...
+
+
+class Softcap(Protocol):
+    """Return cap * tanh(x / cap)."""
+
+    def __call__(self, x_SV: Tensor, cap: float) -> Tensor: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ops:
+    """One bound implementation of every op: all that the forward pass may call."""
+
+    rms_norm: RmsNorm
+    add_rms_norm: AddRmsNorm
+    linear: LinearOp
+    rope: Rope
+    kv_write: KvWrite
+    attention: Attention
+    act_mul: ActMul
+    moe: Moe
+    embed: Embed
+    softcap: Softcap

@@ -1,0 +1,1 @@
+"""The law: each op in the plainest torch, float32 inside."""

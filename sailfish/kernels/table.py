@@ -1,0 +1,148 @@
+"""The table of ops and of who implements them, in order of preference. No torch."""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+
+from sailfish.kernels.contract import Case, Impl, Op
+from sailfish.kernels.plain.limits import math_bytes, moe_bytes, none_bytes, sdpa_bytes
+
+_ELEMENTWISE = "sailfish.kernels.reference.elementwise:"
+_ATTENTION = "sailfish.kernels.plain.attention:"
+
+OPS: MappingProxyType[str, Op] = MappingProxyType(
+    {
+        op.name: op
+        for op in (
+            Op(
+                name="rms_norm",
+                reference=_ELEMENTWISE + "rms_norm",
+                axes={"x": "TD", "weight": "D", "out": "TD"},
+            ),
+            Op(
+                name="add_rms_norm",
+                reference=_ELEMENTWISE + "add_rms_norm",
+                axes={"x": "TD", "residual": "TD", "weight": "D", "out": "TD, TD"},
+            ),
+            Op(
+                name="linear",
+                reference=_ELEMENTWISE + "linear",
+                axes={"x": "TI", "weight": "OI", "bias": "O", "out": "TO"},
+            ),
+            Op(
+                name="rope",
+                reference=_ELEMENTWISE + "rope",
+                axes={"q": "THE", "k": "TKE", "table": "C2F", "position": "T", "out": "THE, TKE"},
+            ),
+            Op(
+                name="kv_write",
+                reference=_ELEMENTWISE + "kv_write",
+                axes={"k": "TKE", "v": "TKE", "k_cache": "NPKE", "v_cache": "NPKE", "slot": "T", "out": ""},
+                mutates=("k_cache", "v_cache"),
+                tolerance={"float32": 0.0, "bfloat16": 0.0},
+            ),
+            Op(
+                name="attention",
+                reference="sailfish.kernels.reference.attention:attention",
+                axes={"q": "THE", "k_cache": "NPKE", "v_cache": "NPKE", "block_table": "BW", "out": "THE"},
+            ),
+            Op(
+                name="act_mul",
+                reference=_ELEMENTWISE + "act_mul",
+                axes={"gate_up": "T2M", "out": "TM"},
+            ),
+            Op(
+                name="moe",
+                reference="sailfish.kernels.reference.moe:moe",
+                axes={"x": "TD", "router": "TX", "gate_up": "X2MD", "down": "XDM", "out": "TD"},
+            ),
+            Op(
+                name="embed",
+                reference=_ELEMENTWISE + "embed",
+                axes={"token": "T", "weight": "VD", "out": "TD"},
+                tolerance={"float32": 0.0, "bfloat16": 0.0},
+            ),
+            Op(name="softcap", reference=_ELEMENTWISE + "softcap", axes={"x": "SV", "out": "SV"}),
+        )
+    }
+)
+
+
+def _only_cpu(case: Case) -> str | None:
+    return None if case.target == "cpu" else f"made for the CPU, the target is {case.target}"
+
+
+def _only_cuda(case: Case) -> str | None:
+    return None if case.target.startswith("sm_") else f"made for CUDA, the target is {case.target}"
+
+
+def _no_softcap(case: Case) -> str | None:
+    return None if case.softcap is None else f"SDPA has no score soft-cap, the model needs {case.softcap:g}"
+
+
+def _accepts(case: Case) -> str | None:
+    return None
+
+
+PREFERRED: MappingProxyType[str, tuple[Impl, ...]] = MappingProxyType(
+    {
+        "attention": (
+            Impl(
+                op="attention",
+                name="cpu_sdpa",
+                entry=_ATTENTION + "cpu_sdpa",
+                why="torch's fused attention over gathered pages, groups sized for the CPU's caches",
+                rejects=lambda case: _only_cpu(case) or _no_softcap(case),
+                workspace_bytes=sdpa_bytes,
+            ),
+            Impl(
+                op="attention",
+                name="cuda_sdpa",
+                entry=_ATTENTION + "cuda_sdpa",
+                why="torch's fused attention over gathered pages, decodes batched",
+                rejects=lambda case: _only_cuda(case) or _no_softcap(case),
+                workspace_bytes=sdpa_bytes,
+            ),
+            Impl(
+                op="attention",
+                name="cpu_math",
+                entry=_ATTENTION + "cpu_math",
+                why="explicit maths in blocks of bounded memory, any soft-cap",
+                rejects=_only_cpu,
+                workspace_bytes=math_bytes,
+            ),
+            Impl(
+                op="attention",
+                name="cuda_math",
+                entry=_ATTENTION + "cuda_math",
+                why="explicit maths in blocks of bounded memory, any soft-cap",
+                rejects=_only_cuda,
+                workspace_bytes=math_bytes,
+            ),
+        ),
+        "moe": (
+            Impl(
+                op="moe",
+                name="sorted_moe",
+                entry="sailfish.kernels.plain.moe:sorted_moe",
+                why="runs each expert once, on its own tokens only",
+                rejects=_accepts,
+                workspace_bytes=moe_bytes,
+            ),
+        ),
+    }
+)
+"""Implementations tried in this order; the reference stands after the last and takes every case."""
+
+
+def implementations(op: str) -> tuple[Impl, ...]:
+    """Return all implementations of an op in order of preference, the reference last."""
+    reference = Impl(
+        op=op,
+        name="reference",
+        entry=OPS[op].reference,
+        why="the reference, which takes every case",
+        rejects=_accepts,
+        workspace_bytes=none_bytes,
+    )
+    return (*PREFERRED.get(op, ()), reference)

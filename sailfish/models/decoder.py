@@ -1,0 +1,104 @@
+"""The decoder: one-device maths over bound ops, for every family."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from sailfish.checkpoint.model_config import ModelConfig
+from sailfish.kernels.contract import AttentionSpan, Ops
+from sailfish.models.layers.attention import SelfAttention
+from sailfish.models.layers.linear import Linear
+from sailfish.models.layers.mlp import Experts, Mlp, feed_forward
+from sailfish.models.layers.norm import Norm
+from sailfish.models.layers.rope import rope_table
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepInputs:
+    """The tokens of one step, on the device, in the order of the span's sequences."""
+
+    token_T: Tensor
+    """int64."""
+    position_T: Tensor
+    """int64, of each token in its sequence."""
+    slot_T: Tensor
+    """int64, block * P + offset: where each token's key and value go."""
+    span: AttentionSpan
+
+
+@dataclass(frozen=True, slots=True)
+class KvCache:
+    """Keys and values of all layers in one allocation; blocks are shared by the layers."""
+
+    kv_L2NPKE: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Layer:
+    attn_norm: Norm
+    attention: SelfAttention
+    attn_post_norm: Norm | None
+    mlp_norm: Norm
+    mlp: Mlp | Experts
+    mlp_post_norm: Norm | None
+
+
+class Decoder:
+    """A decoder-only model. It allocates its rope tables here and nothing that outlives a step later."""
+
+    def __init__(
+        self, config: ModelConfig, weights: Mapping[str, Tensor], ops: Ops, *, max_positions: int
+    ) -> None:
+        """Take the canonical weights: one device, one dtype. Positions are below max_positions."""
+        self._config = config
+        self._ops = ops
+        self._embed_VD = weights["embed.weight"]
+        ropes = {layer.rope for layer in config.layers}
+        tables = {rope: rope_table(rope, max_positions, self._embed_VD.device) for rope in ropes}
+
+        def norm(name: str) -> Norm:
+            return Norm(weights[f"{name}.weight"], config.norm_eps, config.norm_plus_one)
+
+        self._layers = [
+            _Layer(
+                attn_norm=norm(f"layers.{i}.attn_norm"),
+                attention=SelfAttention.of(config, i, weights, tables[layer.rope]),
+                attn_post_norm=norm(f"layers.{i}.attn_post_norm") if config.sandwich_norms else None,
+                mlp_norm=norm(f"layers.{i}.mlp_norm"),
+                mlp=feed_forward(config, i, weights),
+                mlp_post_norm=norm(f"layers.{i}.mlp_post_norm") if config.sandwich_norms else None,
+            )
+            for i, layer in enumerate(config.layers)
+        ]
+        self._final_norm = norm("final_norm")
+        self._head = Linear(self._embed_VD, None) if config.tied_head else Linear.named("head", weights)
+
+    def forward(self, step: StepInputs, kv: KvCache) -> Tensor:
+        """Return hidden_TD after the final norm; writes the step's keys and values to the cache."""
+        ops = self._ops
+        residual_TD = ops.embed(step.token_T, self._embed_VD, self._config.embed_scale)
+        delta_TD: Tensor | None = None
+        for layer, cache_2NPKE in zip(self._layers, kv.kv_L2NPKE, strict=True):
+            if delta_TD is None:
+                x_TD = layer.attn_norm(residual_TD, ops)
+            else:
+                x_TD, residual_TD = layer.attn_norm.after_add(delta_TD, residual_TD, ops)
+            delta_TD = layer.attention(x_TD, step.position_T, step.slot_T, step.span, cache_2NPKE, ops)
+            if layer.attn_post_norm is not None:
+                delta_TD = layer.attn_post_norm(delta_TD, ops)
+            x_TD, residual_TD = layer.mlp_norm.after_add(delta_TD, residual_TD, ops)
+            delta_TD = layer.mlp(x_TD, ops)
+            if layer.mlp_post_norm is not None:
+                delta_TD = layer.mlp_post_norm(delta_TD, ops)
+        assert delta_TD is not None, "a decoder has at least one layer"
+        hidden_TD, _ = self._final_norm.after_add(delta_TD, residual_TD, ops)
+        return hidden_TD
+
+    def logits(self, hidden_SD: Tensor) -> Tensor:
+        """Return float32 logits_SV of normed hidden states."""
+        logits_SV = self._head(hidden_SD, self._ops).float()
+        cap = self._config.logit_softcap
+        return logits_SV if cap is None else self._ops.softcap(logits_SV, cap)
