@@ -1,0 +1,1 @@
+"""The paged KV cache as plain integers: which block holds what, and who refers to it."""

@@ -1,0 +1,487 @@
+"""Plans each step as arithmetic on plain integers, and turns each step's tokens into events.
+
+A sequence wants `n_wanted` tokens computed and has `n_computed`; a run closes some of the gap, and the run
+that closes it draws the next token, which makes the gap one again. Chunked prefill, prefix hits, decode and
+the recompute after a preemption differ only in the size of the gap.
+
+Results come late: a step may be planned before the tokens of the one before it are known. Whatever voids a
+sequence's planned work (its end, a preemption) raises its epoch, and results of older epochs are ignored.
+Steps run in the order they are planned, so a block or row may be given away while a voided step uses it.
+Every row and block written by a plan belongs to a sequence that the same plan runs: when a step fails, no
+other sequence has lost anything.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from dataclasses import dataclass
+from itertools import islice
+from math import inf
+
+from sailfish.base.errors import (
+    ConfigError,
+    DeadlineExceeded,
+    RequestAborted,
+    RequestError,
+    SailfishError,
+)
+from sailfish.engine.admission import Admission
+from sailfish.engine.api import EngineStats, Histogram, TokenLogprob
+from sailfish.engine.kv.blocks import BlockPool
+from sailfish.engine.kv.prefix import root_hash
+from sailfish.engine.sequence import Sequence, SequenceEvent, SequenceKey
+from sailfish.engine.step import RowRun, RowStart, StepPlan, StepResult
+from sailfish.engine.wire import Finish
+from sailfish.plan.types import Plan
+
+_LOOKAHEAD = 16  # waiting sequences examined per step, which bounds its cost
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerLimits:
+    """What a scheduler may use."""
+
+    max_sequences: int
+    """Rows of the device table."""
+    step_tokens: int
+    context_tokens: int
+    max_queue: int
+    page_tokens: int
+    n_blocks: int
+    lag: int
+    """Steps in flight when another one is planned: 0 or 1."""
+    prefix_cache: bool = True
+    watermark_blocks: int = 0
+    """Blocks that admission leaves to the sequences already running."""
+
+    def __post_init__(self) -> None:
+        needed = -(-self.context_tokens // self.page_tokens)
+        if self.n_blocks < needed:
+            raise ConfigError(
+                f"{self.n_blocks} KV blocks of {self.page_tokens} tokens cannot hold one context of "
+                f"{self.context_tokens} tokens; give at least {needed} blocks or shorten context_tokens"
+            )
+        if self.step_tokens < 1 or self.max_sequences < 1 or self.lag not in (0, 1):
+            raise ConfigError(
+                f"step_tokens {self.step_tokens} and max_sequences {self.max_sequences} must be at least 1, "
+                f"lag {self.lag} must be 0 or 1"
+            )
+
+    @classmethod
+    def of(cls, plan: Plan) -> SchedulerLimits:
+        """Take the limits that a plan decided; the watermark is one block in 64."""
+        return cls(
+            max_sequences=plan.max_sequences,
+            step_tokens=plan.step_tokens,
+            context_tokens=plan.context_tokens,
+            max_queue=plan.max_queue,
+            page_tokens=plan.page_tokens,
+            n_blocks=plan.n_blocks,
+            lag=plan.lag,
+            prefix_cache=plan.prefix_cache,
+            watermark_blocks=plan.n_blocks // 64,
+        )
+
+
+@dataclass(slots=True, kw_only=True)
+class _Step:
+    """A step in flight: each run's sequence, and the epoch in which it was planned."""
+
+    plan: StepPlan
+    sequences: list[Sequence]
+    epochs: list[int]
+    planned_s: float
+
+
+class Scheduler:
+    """Decides what every step computes. Single-threaded; times are seconds of one monotonic clock."""
+
+    def __init__(self, limits: SchedulerLimits, *, engine_digest: str, kv_dtype: str) -> None:
+        self.limits = limits
+        self.stats = EngineStats(blocks_total=limits.n_blocks)
+        self.pool = BlockPool(limits.n_blocks, limits.page_tokens)
+        self._admission = Admission(context_tokens=limits.context_tokens, max_queue=limits.max_queue)
+        self._cache_identity = (engine_digest, kv_dtype)
+        self._live: dict[SequenceKey, Sequence] = {}
+        self._waiting: list[Sequence] = []  # ascending order, as is _running
+        self._running: list[Sequence] = []
+        self._waiting_tokens = 0
+        self._free_rows = list(range(limits.max_sequences - 1, -1, -1))
+        self._in_flight: dict[int, _Step] = {}
+        self._n_submitted = 0
+        self._n_planned = 0
+        self._next_deadline_s = inf  # no live sequence expires before this
+        self._last_commit_s = 0.0
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no sequence is waiting or running."""
+        return not self._live
+
+    @property
+    def n_running(self) -> int:
+        """Sequences that hold a row."""
+        return len(self._running)
+
+    @property
+    def n_waiting(self) -> int:
+        """Sequences accepted that hold no row."""
+        return len(self._waiting)
+
+    def snapshot(self) -> EngineStats:
+        """Return the live figures; the gauges are brought up to date."""
+        stats = self.stats
+        stats.running, stats.waiting = len(self._running), len(self._waiting)
+        stats.blocks_used, stats.blocks_cached = self.pool.n_used, self.pool.n_cached
+        stats.draining = self._admission.is_draining
+        return stats
+
+    def drain(self) -> None:
+        """Refuse new sequences from now on; accepted ones go on."""
+        self._admission.is_draining = True
+
+    def submit(self, sequence: Sequence, now_s: float) -> None:
+        """Put a sequence in the queue: from then on it gets exactly one finish.
+
+        Raises RequestError or ContextTooLong when it can never run, Overloaded when not now.
+        """
+        try:
+            if sequence.key in self._live:
+                raise RequestError(f"sequence {sequence.key} is already running; choose another key")
+            self._admission.check(
+                sequence,
+                n_waiting=len(self._waiting),
+                backlog_tokens=self._waiting_tokens + sum(s.n_left for s in self._running),
+                now_s=now_s,
+            )
+        except SailfishError as error:
+            self.stats.refused[error.code] = self.stats.refused.get(error.code, 0) + 1
+            raise
+        self._n_submitted += 1
+        sequence.accept(self._n_submitted, self.limits.context_tokens)
+        self._live[sequence.key] = sequence
+        self._enqueue(sequence)
+        if sequence.deadline_s is not None:
+            self._next_deadline_s = min(self._next_deadline_s, sequence.deadline_s)
+
+    def abort(self, key: SequenceKey, now_s: float) -> SequenceEvent | None:
+        """End a sequence because nobody wants it any more; None if it has ended already."""
+        sequence = self._live.get(key)
+        return None if sequence is None else self._end(sequence, _ABORTED, now_s)
+
+    def abort_client(self, client: int, now_s: float) -> list[SequenceEvent]:
+        """End all sequences of a client that is gone."""
+        keys = [key for key in self._live if key[0] == client]
+        return [self._end(self._live[key], _ABORTED, now_s) for key in keys]
+
+    def abort_all(self, now_s: float) -> list[SequenceEvent]:
+        """End every sequence because the engine stops."""
+        return [self._end(sequence, _STOPPING, now_s) for sequence in list(self._live.values())]
+
+    def schedule(self, now_s: float) -> tuple[StepPlan | None, list[SequenceEvent]]:
+        """Plan the next step, None when nothing can run; the events are of expired sequences."""
+        assert len(self._in_flight) <= self.limits.lag, "a step is planned before the last one is committed"
+        events = self._expire(now_s) if now_s >= self._next_deadline_s else []
+        plan = StepPlan(step_id=self._n_planned, starts=[], appended=[], runs=[])
+        step = _Step(plan=plan, sequences=[], epochs=[], planned_s=now_s)
+        n_preemptions = self.stats.preemptions
+        budget, prefills = self._plan_decodes(step)
+        if budget > 0:
+            # After a preemption there is no memory for anybody else.
+            may_admit = self.stats.preemptions == n_preemptions
+            self._plan_prefills(step, prefills, budget, now_s, may_admit)
+        if not plan.runs:
+            return None, events
+        self._n_planned += 1
+        self._in_flight[plan.step_id] = step
+        self.stats.steps += 1
+        _observe(self.stats.step_tokens, plan.n_tokens)
+        return plan, events
+
+    def commit(self, result: StepResult, now_s: float) -> list[SequenceEvent]:
+        """Take a step's tokens: one event for each sequence that got one and still lives."""
+        step = self._in_flight.pop(result.step_id)
+        runs = step.plan.runs
+        elapsed_s = now_s - max(step.planned_s, self._last_commit_s)
+        self._admission.forecast.observe(step.plan.n_tokens, len(runs), elapsed_s)
+        self._last_commit_s = now_s
+        events: list[SequenceEvent] = []
+        gaps: dict[float, int] = {}
+        page_tokens = self.limits.page_tokens
+        n_sampled = 0
+        for i, sequence in enumerate(step.sequences):
+            run = runs[i]
+            at = n_sampled
+            if run.samples:
+                n_sampled += 1
+            if sequence.epoch != step.epochs[i]:
+                continue
+            if run.samples and not result.finite[at]:
+                events.append(self._end_not_finite(sequence, now_s))
+                continue
+            if (run.start + run.count) // page_tokens > sequence.n_indexed:
+                self._index_blocks(sequence, (run.start + run.count) // page_tokens)
+            if sequence.prompt_scores is not None:
+                sequence.prompt_scores += result.prompt_logprobs[i]
+            if not run.samples:
+                continue
+            last_s = sequence.last_token_s
+            gaps[last_s] = gaps.get(last_s, 0) + 1
+            sequence.last_token_s = now_s
+            events.append(self._deliver(sequence, result.token_ids[at], result.logprobs[at], now_s))
+        self.stats.generated_tokens += len(events)
+        for last_s, count in gaps.items():
+            if last_s > 0.0:
+                _observe(self.stats.inter_token_s, now_s - last_s, count)
+        return events
+
+    def fail(self, step_id: int, code: str, message: str, now_s: float) -> list[SequenceEvent]:
+        """End the sequences of a step that raised. The others live on."""
+        step = self._in_flight.pop(step_id)
+        self.stats.step_errors += 1
+        finish = Finish("error", code=code, message=message)
+        pairs = zip(step.sequences, step.epochs, strict=True)
+        return [self._end(s, finish, now_s) for s, epoch in pairs if s.epoch == epoch]
+
+    # Planning.
+
+    def _plan_decodes(self, step: _Step) -> tuple[int, list[Sequence]]:
+        """Run every sequence that is one position behind; return the budget left and the other ones."""
+        plan, page_tokens = step.plan, self.limits.page_tokens
+        runs, sequences, epochs = plan.runs, step.sequences, step.epochs
+        budget = self.limits.step_tokens
+        prefills: list[Sequence] = []
+        for sequence in self._running:  # a preemption removes from the end only, never a planned one
+            start = sequence.n_computed
+            n_wanted = sequence.n_wanted
+            if n_wanted - start > 1:
+                prefills.append(sequence)
+                continue
+            if n_wanted >= sequence.limit_tokens or budget == 0:
+                continue
+            if sequence.needs_host and sequence.n_pending:
+                continue
+            if start == len(sequence.block_ids) * page_tokens and not self._grow(sequence, plan):
+                continue
+            runs.append(RowRun(sequence.row, start, 1, True))  # type: ignore[arg-type]
+            sequences.append(sequence)
+            epochs.append(sequence.epoch)
+            sequence.n_computed = start + 1
+            sequence.n_wanted = n_wanted + 1
+            budget -= 1
+        return budget, prefills
+
+    def _plan_prefills(
+        self, step: _Step, prefills: list[Sequence], budget: int, now_s: float, may_admit: bool
+    ) -> None:
+        """Share what the decodes left: half to the first in order, the rest to the shortest.
+
+        The half lets the first one advance whatever arrives after it; the rest lets short prompts pass long
+        ones, and comes back to the first when nobody shorter wants it. A waiting sequence is admitted only
+        when it computes something at once, so that it finds the prefixes which others finish before it.
+        """
+        half = (budget + 1) // 2
+        candidates = list(islice(self._waiting, _LOOKAHEAD)) if may_admit and self._free_rows else []
+        first = min(prefills[:1] + candidates[:1], key=_order, default=None)
+        counts = dict.fromkeys(prefills, 0)
+        if first in counts:
+            counts[first] = min(first.n_left, half)
+            budget -= counts[first]
+        for sequence in candidates:
+            if budget == 0 or not self._free_rows:
+                break
+            matched = self._match(sequence)
+            n_new = sequence.n_wanted - len(matched) * self.limits.page_tokens
+            if sequence is first:
+                count = min(n_new, half)
+            else:
+                left = [s.n_left - n for s, n in counts.items()]
+                count = min(n_new, budget - sum(n for n in left if n <= n_new))
+            if count <= 0:
+                continue
+            if not self._admit(sequence, matched, step.plan, now_s):
+                break
+            counts[sequence] = count
+            budget -= count
+        for sequence in sorted(counts, key=lambda s: s.n_left - counts[s]):
+            extra = min(sequence.n_left - counts[sequence], budget)
+            counts[sequence] += extra
+            budget -= extra
+        for sequence, count in counts.items():
+            if count:
+                self._run(sequence, count, step)
+
+    def _run(self, sequence: Sequence, count: int, step: _Step) -> None:
+        assert sequence.row is not None
+        samples = count == sequence.n_left
+        step.plan.runs.append(RowRun(sequence.row, sequence.n_computed, count, samples))
+        step.sequences.append(sequence)
+        step.epochs.append(sequence.epoch)
+        sequence.n_computed += count
+        sequence.n_wanted += samples
+
+    def _grow(self, sequence: Sequence, plan: StepPlan) -> bool:
+        """Give a running sequence one more block; False if it was preempted itself.
+
+        Preempts the last in order while there is none. The first in order therefore always advances, since
+        the pool holds at least one full context.
+        """
+        block_id = self.pool.allocate()
+        while block_id is None:
+            victim = self._running.pop()
+            self.stats.preemptions += 1
+            victim.n_preemptions += 1
+            self._take_back(victim)
+            self._enqueue(victim)
+            if victim is sequence:
+                return False
+            block_id = self.pool.allocate()
+        assert sequence.row is not None
+        plan.appended.append((sequence.row, len(sequence.block_ids), block_id))
+        sequence.block_ids.append(block_id)
+        return True
+
+    def _match(self, sequence: Sequence) -> list[int]:
+        """Return the cached blocks a waiting sequence can begin with; one position is always left."""
+        if not self.limits.prefix_cache or sequence.prompt_scores is not None:
+            return []
+        n_blocks = (len(sequence.token_ids) - 1) // self.limits.page_tokens
+        return self.pool.index.match(self._hashes(sequence, n_blocks))
+
+    def _hashes(self, sequence: Sequence, n_blocks: int) -> list[bytes]:
+        root = root_hash(*self._cache_identity, sequence.tenant, sequence.adapter)
+        return sequence.hash_blocks(root, n_blocks, self.limits.page_tokens)
+
+    def _admit(self, sequence: Sequence, matched: list[int], plan: StepPlan, now_s: float) -> bool:
+        """Give a waiting sequence a row and the blocks of all its known tokens, if there are enough."""
+        pool = self.pool
+        for block_id in matched:
+            pool.reference(block_id)
+        n_new = pool.blocks_for(sequence.n_wanted) - len(matched)
+        if n_new + (self.limits.watermark_blocks if self._running else 0) > pool.n_free:
+            for block_id in reversed(matched):
+                pool.release(block_id)
+            return False
+        fresh = [block_id for _ in range(n_new) if (block_id := pool.allocate()) is not None]
+        sequence.block_ids = matched + fresh
+        sequence.n_indexed = len(matched)
+        sequence.n_computed = len(matched) * pool.page_tokens
+        sequence.row = self._free_rows.pop()
+        self._dequeue(sequence)
+        insort(self._running, sequence, key=_order)
+        plan.starts.append(
+            RowStart(
+                sequence.row,
+                list(sequence.token_ids),
+                sequence.n_prompt,
+                list(sequence.block_ids),
+                sequence.sampling,
+            )
+        )
+        if sequence.scheduled_s is None:
+            sequence.scheduled_s = now_s
+            sequence.n_cached = sequence.n_computed
+            stats = self.stats
+            _observe(stats.queue_s, now_s - sequence.arrival_s)
+            stats.prompt_tokens += sequence.n_prompt
+            stats.prefix_hit_tokens += sequence.n_cached
+            if self.limits.prefix_cache:
+                stats.prefix_query_tokens += sequence.n_prompt
+        return True
+
+    # Ends and results.
+
+    def _deliver(
+        self, sequence: Sequence, token_id: int, logprob: TokenLogprob | None, now_s: float
+    ) -> SequenceEvent:
+        """Append a drawn token to its sequence and tell, ending the sequence if it is the last one."""
+        if sequence.first_token_s is None:
+            sequence.first_token_s = now_s
+            _observe(self.stats.time_to_first_token_s, now_s - sequence.arrival_s)
+            _observe(self.stats.prefill_s, now_s - (sequence.scheduled_s or now_s))
+        can_stop = sequence.n_output >= sequence.sampling.min_tokens
+        sequence.token_ids.append(token_id)
+        finish = None
+        if can_stop and token_id in sequence.stop_ids:
+            finish = Finish("stop", stop_token=token_id)
+        elif len(sequence.token_ids) == sequence.limit_tokens:
+            finish = _LENGTH
+        if finish is not None:
+            self._close(sequence, finish, now_s)
+        prompt_logprobs, sequence.prompt_scores = sequence.prompt_scores, None
+        logprobs = None if logprob is None else [logprob]
+        return SequenceEvent(sequence.key, [token_id], logprobs, prompt_logprobs, sequence.n_cached, finish)
+
+    def _end_not_finite(self, sequence: Sequence, now_s: float) -> SequenceEvent:
+        """End a sequence whose logits were not finite; its KV may be bad, so nobody else may find it."""
+        for block_id in sequence.block_ids:
+            self.pool.index.forget(block_id)
+        message = (
+            f"the model's logits were not finite after {len(sequence.token_ids)} tokens; "
+            "run the engine in float32 or check the checkpoint"
+        )
+        return self._end(sequence, Finish("error", code="nan_logits", message=message), now_s)
+
+    def _expire(self, now_s: float) -> list[SequenceEvent]:
+        """End the sequences whose deadline has passed."""
+        limited = [(s.deadline_s, s) for s in self._live.values() if s.deadline_s is not None]
+        self._next_deadline_s = min((at_s for at_s, _ in limited if at_s > now_s), default=inf)
+        return [self._end(sequence, _EXPIRED, now_s) for at_s, sequence in limited if at_s <= now_s]
+
+    def _end(self, sequence: Sequence, finish: Finish, now_s: float) -> SequenceEvent:
+        self._close(sequence, finish, now_s)
+        return SequenceEvent(sequence.key, n_cached=sequence.n_cached, finish=finish)
+
+    def _close(self, sequence: Sequence, finish: Finish, now_s: float) -> None:
+        """Take back what a sequence holds and count its end."""
+        del self._live[sequence.key]
+        if sequence.row is None:
+            self._dequeue(sequence)
+        else:
+            self._running.remove(sequence)
+            self._take_back(sequence)
+        stats = self.stats
+        stats.finished[finish.reason] = stats.finished.get(finish.reason, 0) + 1
+        if sequence.first_token_s is not None and finish.code == "":
+            _observe(stats.end_to_end_s, now_s - sequence.arrival_s)
+            _observe(stats.decode_s, now_s - sequence.first_token_s)
+
+    def _index_blocks(self, sequence: Sequence, n_blocks: int) -> None:
+        """Let others find the blocks that are now full of known tokens."""
+        if self.limits.prefix_cache:
+            hashes = self._hashes(sequence, n_blocks)
+            for i in range(sequence.n_indexed, n_blocks):
+                self.pool.index.insert(hashes[i], sequence.block_ids[i])
+        sequence.n_indexed = n_blocks
+
+    def _take_back(self, sequence: Sequence) -> None:
+        """Free a running sequence's row and blocks, and void what is planned of it."""
+        assert sequence.row is not None
+        self._free_rows.append(sequence.row)
+        for block_id in reversed(sequence.block_ids):  # so that a prefix's tail is evicted first
+            self.pool.release(block_id)
+        sequence.forget_work()
+
+    def _enqueue(self, sequence: Sequence) -> None:
+        insort(self._waiting, sequence, key=_order)
+        self._waiting_tokens += len(sequence.token_ids)
+
+    def _dequeue(self, sequence: Sequence) -> None:
+        self._waiting.remove(sequence)
+        self._waiting_tokens -= len(sequence.token_ids)
+
+
+_LENGTH = Finish("length")
+_ABORTED = Finish("abort", code=RequestAborted.code, message="the client ended the request")
+_STOPPING = Finish("abort", code=RequestAborted.code, message="the engine is stopping; send it again")
+_EXPIRED = Finish("deadline", code=DeadlineExceeded.code, message="the request's deadline passed")
+
+
+def _order(sequence: Sequence) -> tuple[float, int]:
+    return sequence.order
+
+
+def _observe(histogram: Histogram, value: float, count: int = 1) -> None:
+    """Count a value `count` times; the hot path cannot afford a loop over the bounds."""
+    histogram.counts[bisect_left(histogram.bounds, value)] += count
+    histogram.total += value * count
