@@ -13,74 +13,28 @@ other sequence has lost anything.
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
+from bisect import insort
 from dataclasses import dataclass
 from itertools import islice
 from math import inf
 
 from sailfish.base.errors import (
-    ConfigError,
     DeadlineExceeded,
     RequestAborted,
     RequestError,
     SailfishError,
 )
 from sailfish.engine.admission import Admission
-from sailfish.engine.api import EngineStats, Histogram, TokenLogprob
+from sailfish.engine.api import EngineStats, TokenLogprob
 from sailfish.engine.kv.blocks import BlockPool
-from sailfish.engine.kv.prefix import root_hash
+from sailfish.engine.kv.holdings import Holdings
+from sailfish.engine.ledger import Ledger
+from sailfish.engine.limits import SchedulerLimits
 from sailfish.engine.sequence import Sequence, SequenceEvent, SequenceKey
 from sailfish.engine.step import RowRun, RowStart, StepPlan, StepResult
 from sailfish.engine.wire import Finish
-from sailfish.plan.types import Plan
 
 _LOOKAHEAD = 16  # waiting sequences examined per step, which bounds its cost
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SchedulerLimits:
-    """What a scheduler may use."""
-
-    max_sequences: int
-    """Rows of the device table."""
-    step_tokens: int
-    context_tokens: int
-    max_queue: int
-    page_tokens: int
-    n_blocks: int
-    lag: int
-    """Steps in flight when another one is planned: 0 or 1."""
-    prefix_cache: bool = True
-    watermark_blocks: int = 0
-    """Blocks that admission leaves to the sequences already running."""
-
-    def __post_init__(self) -> None:
-        needed = -(-self.context_tokens // self.page_tokens)
-        if self.n_blocks < needed:
-            raise ConfigError(
-                f"{self.n_blocks} KV blocks of {self.page_tokens} tokens cannot hold one context of "
-                f"{self.context_tokens} tokens; give at least {needed} blocks or shorten context_tokens"
-            )
-        if self.step_tokens < 1 or self.max_sequences < 1 or self.lag not in (0, 1):
-            raise ConfigError(
-                f"step_tokens {self.step_tokens} and max_sequences {self.max_sequences} must be at least 1, "
-                f"lag {self.lag} must be 0 or 1"
-            )
-
-    @classmethod
-    def of(cls, plan: Plan) -> SchedulerLimits:
-        """Take the limits that a plan decided; the watermark is one block in 64."""
-        return cls(
-            max_sequences=plan.max_sequences,
-            step_tokens=plan.step_tokens,
-            context_tokens=plan.context_tokens,
-            max_queue=plan.max_queue,
-            page_tokens=plan.page_tokens,
-            n_blocks=plan.n_blocks,
-            lag=plan.lag,
-            prefix_cache=plan.prefix_cache,
-            watermark_blocks=plan.n_blocks // 64,
-        )
 
 
 @dataclass(slots=True, kw_only=True)
@@ -98,10 +52,12 @@ class Scheduler:
 
     def __init__(self, limits: SchedulerLimits, *, engine_digest: str, kv_dtype: str) -> None:
         self.limits = limits
-        self.stats = EngineStats(blocks_total=limits.n_blocks)
         self.pool = BlockPool(limits.n_blocks, limits.page_tokens)
+        self._holdings = Holdings(
+            self.pool, engine_digest=engine_digest, kv_dtype=kv_dtype, prefix_cache=limits.prefix_cache
+        )
         self._admission = Admission(context_tokens=limits.context_tokens, max_queue=limits.max_queue)
-        self._cache_identity = (engine_digest, kv_dtype)
+        self._ledger = Ledger(limits.n_blocks)
         self._live: dict[SequenceKey, Sequence] = {}
         self._waiting: list[Sequence] = []  # ascending order, as is _running
         self._running: list[Sequence] = []
@@ -112,6 +68,11 @@ class Scheduler:
         self._n_planned = 0
         self._next_deadline_s = inf  # no live sequence expires before this
         self._last_commit_s = 0.0
+
+    @property
+    def stats(self) -> EngineStats:
+        """The engine's counters; `snapshot` brings the gauges among them up to date."""
+        return self._ledger.stats
 
     @property
     def is_idle(self) -> bool:
@@ -155,7 +116,7 @@ class Scheduler:
                 now_s=now_s,
             )
         except SailfishError as error:
-            self.stats.refused[error.code] = self.stats.refused.get(error.code, 0) + 1
+            self._ledger.refuse(error.code)
             raise
         self._n_submitted += 1
         sequence.accept(self._n_submitted, self.limits.context_tokens)
@@ -194,8 +155,7 @@ class Scheduler:
             return None, events
         self._n_planned += 1
         self._in_flight[plan.step_id] = step
-        self.stats.steps += 1
-        _observe(self.stats.step_tokens, plan.n_tokens)
+        self._ledger.plan(plan.n_tokens)
         return plan, events
 
     def commit(self, result: StepResult, now_s: float) -> list[SequenceEvent]:
@@ -205,34 +165,31 @@ class Scheduler:
         elapsed_s = now_s - max(step.planned_s, self._last_commit_s)
         self._admission.forecast.observe(step.plan.n_tokens, len(runs), elapsed_s)
         self._last_commit_s = now_s
-        events: list[SequenceEvent] = []
-        gaps: dict[float, int] = {}
         page_tokens = self.limits.page_tokens
+        events: list[SequenceEvent] = []
+        drawing: list[Sequence] = []
+        draws: list[int] = []  # their indices in the result's arrays
         n_sampled = 0
         for i, sequence in enumerate(step.sequences):
             run = runs[i]
-            at = n_sampled
             if run.samples:
                 n_sampled += 1
             if sequence.epoch != step.epochs[i]:
                 continue
-            if run.samples and not result.finite[at]:
+            if run.samples and not result.finite[n_sampled - 1]:
                 events.append(self._end_not_finite(sequence, now_s))
                 continue
-            if (run.start + run.count) // page_tokens > sequence.n_indexed:
-                self._index_blocks(sequence, (run.start + run.count) // page_tokens)
+            n_full = (run.start + run.count) // page_tokens
+            if n_full > sequence.n_indexed:
+                self._holdings.index(sequence, n_full)
             if sequence.prompt_scores is not None:
                 sequence.prompt_scores += result.prompt_logprobs[i]
-            if not run.samples:
-                continue
-            last_s = sequence.last_token_s
-            gaps[last_s] = gaps.get(last_s, 0) + 1
-            sequence.last_token_s = now_s
+            if run.samples:
+                drawing.append(sequence)
+                draws.append(n_sampled - 1)
+        self._ledger.draw(drawing, now_s)
+        for sequence, at in zip(drawing, draws, strict=True):
             events.append(self._deliver(sequence, result.token_ids[at], result.logprobs[at], now_s))
-        self.stats.generated_tokens += len(events)
-        for last_s, count in gaps.items():
-            if last_s > 0.0:
-                _observe(self.stats.inter_token_s, now_s - last_s, count)
         return events
 
     def fail(self, step_id: int, code: str, message: str, now_s: float) -> list[SequenceEvent]:
@@ -290,7 +247,7 @@ class Scheduler:
         for sequence in candidates:
             if budget == 0 or not self._free_rows:
                 break
-            matched = self._match(sequence)
+            matched = self._holdings.match(sequence)
             n_new = sequence.n_wanted - len(matched) * self.limits.page_tokens
             if sequence is first:
                 count = min(n_new, half)
@@ -326,67 +283,28 @@ class Scheduler:
         Preempts the last in order while there is none. The first in order therefore always advances, since
         the pool holds at least one full context.
         """
-        block_id = self.pool.allocate()
-        while block_id is None:
+        while not self._holdings.grow(sequence):
             victim = self._running.pop()
             self.stats.preemptions += 1
-            victim.n_preemptions += 1
             self._take_back(victim)
             self._enqueue(victim)
             if victim is sequence:
                 return False
-            block_id = self.pool.allocate()
         assert sequence.row is not None
-        plan.appended.append((sequence.row, len(sequence.block_ids), block_id))
-        sequence.block_ids.append(block_id)
+        plan.appended.append((sequence.row, len(sequence.block_ids) - 1, sequence.block_ids[-1]))
         return True
-
-    def _match(self, sequence: Sequence) -> list[int]:
-        """Return the cached blocks a waiting sequence can begin with; one position is always left."""
-        if not self.limits.prefix_cache or sequence.prompt_scores is not None:
-            return []
-        n_blocks = (len(sequence.token_ids) - 1) // self.limits.page_tokens
-        return self.pool.index.match(self._hashes(sequence, n_blocks))
-
-    def _hashes(self, sequence: Sequence, n_blocks: int) -> list[bytes]:
-        root = root_hash(*self._cache_identity, sequence.tenant, sequence.adapter)
-        return sequence.hash_blocks(root, n_blocks, self.limits.page_tokens)
 
     def _admit(self, sequence: Sequence, matched: list[int], plan: StepPlan, now_s: float) -> bool:
         """Give a waiting sequence a row and the blocks of all its known tokens, if there are enough."""
-        pool = self.pool
-        for block_id in matched:
-            pool.reference(block_id)
-        n_new = pool.blocks_for(sequence.n_wanted) - len(matched)
-        if n_new + (self.limits.watermark_blocks if self._running else 0) > pool.n_free:
-            for block_id in reversed(matched):
-                pool.release(block_id)
+        reserve_blocks = self.limits.watermark_blocks if self._running else 0
+        if not self._holdings.take(sequence, matched, reserve_blocks):
             return False
-        fresh = [block_id for _ in range(n_new) if (block_id := pool.allocate()) is not None]
-        sequence.block_ids = matched + fresh
-        sequence.n_indexed = len(matched)
-        sequence.n_computed = len(matched) * pool.page_tokens
-        sequence.row = self._free_rows.pop()
         self._dequeue(sequence)
         insort(self._running, sequence, key=_order)
-        plan.starts.append(
-            RowStart(
-                sequence.row,
-                list(sequence.token_ids),
-                sequence.n_prompt,
-                list(sequence.block_ids),
-                sequence.sampling,
-            )
-        )
-        if sequence.scheduled_s is None:
-            sequence.scheduled_s = now_s
-            sequence.n_cached = sequence.n_computed
-            stats = self.stats
-            _observe(stats.queue_s, now_s - sequence.arrival_s)
-            stats.prompt_tokens += sequence.n_prompt
-            stats.prefix_hit_tokens += sequence.n_cached
-            if self.limits.prefix_cache:
-                stats.prefix_query_tokens += sequence.n_prompt
+        sequence.row = self._free_rows.pop()
+        token_ids, block_ids = list(sequence.token_ids), list(sequence.block_ids)
+        plan.starts.append(RowStart(sequence.row, token_ids, sequence.n_prompt, block_ids, sequence.sampling))
+        self._ledger.start(sequence, now_s, prefix_cache=self.limits.prefix_cache)
         return True
 
     # Ends and results.
@@ -395,12 +313,9 @@ class Scheduler:
         self, sequence: Sequence, token_id: int, logprob: TokenLogprob | None, now_s: float
     ) -> SequenceEvent:
         """Append a drawn token to its sequence and tell, ending the sequence if it is the last one."""
-        if sequence.first_token_s is None:
-            sequence.first_token_s = now_s
-            _observe(self.stats.time_to_first_token_s, now_s - sequence.arrival_s)
-            _observe(self.stats.prefill_s, now_s - (sequence.scheduled_s or now_s))
         can_stop = sequence.n_output >= sequence.sampling.min_tokens
         sequence.token_ids.append(token_id)
+        prompt_logprobs, sequence.prompt_scores = sequence.prompt_scores, None
         finish = None
         if can_stop and token_id in sequence.stop_ids:
             finish = Finish("stop", stop_token=token_id)
@@ -408,14 +323,12 @@ class Scheduler:
             finish = _LENGTH
         if finish is not None:
             self._close(sequence, finish, now_s)
-        prompt_logprobs, sequence.prompt_scores = sequence.prompt_scores, None
         logprobs = None if logprob is None else [logprob]
         return SequenceEvent(sequence.key, [token_id], logprobs, prompt_logprobs, sequence.n_cached, finish)
 
     def _end_not_finite(self, sequence: Sequence, now_s: float) -> SequenceEvent:
         """End a sequence whose logits were not finite; its KV may be bad, so nobody else may find it."""
-        for block_id in sequence.block_ids:
-            self.pool.index.forget(block_id)
+        self._holdings.distrust(sequence)
         message = (
             f"the model's logits were not finite after {len(sequence.token_ids)} tokens; "
             "run the engine in float32 or check the checkpoint"
@@ -440,26 +353,13 @@ class Scheduler:
         else:
             self._running.remove(sequence)
             self._take_back(sequence)
-        stats = self.stats
-        stats.finished[finish.reason] = stats.finished.get(finish.reason, 0) + 1
-        if sequence.first_token_s is not None and finish.code == "":
-            _observe(stats.end_to_end_s, now_s - sequence.arrival_s)
-            _observe(stats.decode_s, now_s - sequence.first_token_s)
-
-    def _index_blocks(self, sequence: Sequence, n_blocks: int) -> None:
-        """Let others find the blocks that are now full of known tokens."""
-        if self.limits.prefix_cache:
-            hashes = self._hashes(sequence, n_blocks)
-            for i in range(sequence.n_indexed, n_blocks):
-                self.pool.index.insert(hashes[i], sequence.block_ids[i])
-        sequence.n_indexed = n_blocks
+        self._ledger.end(sequence, finish, now_s)
 
     def _take_back(self, sequence: Sequence) -> None:
         """Free a running sequence's row and blocks, and void what is planned of it."""
         assert sequence.row is not None
         self._free_rows.append(sequence.row)
-        for block_id in reversed(sequence.block_ids):  # so that a prefix's tail is evicted first
-            self.pool.release(block_id)
+        self._holdings.give_back(sequence)
         sequence.forget_work()
 
     def _enqueue(self, sequence: Sequence) -> None:
@@ -479,9 +379,3 @@ _EXPIRED = Finish("deadline", code=DeadlineExceeded.code, message="the request's
 
 def _order(sequence: Sequence) -> tuple[float, int]:
     return sequence.order
-
-
-def _observe(histogram: Histogram, value: float, count: int = 1) -> None:
-    """Count a value `count` times; the hot path cannot afford a loop over the bounds."""
-    histogram.counts[bisect_left(histogram.bounds, value)] += count
-    histogram.total += value * count

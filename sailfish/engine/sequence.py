@@ -76,7 +76,7 @@ class Sequence:
     n_preemptions: int = field(init=False, default=0)
     scheduled_s: float | None = field(init=False, default=None)
     first_token_s: float | None = field(init=False, default=None)
-    last_token_s: float = field(init=False, default=0.0)
+    last_token_s: float | None = field(init=False, default=None)
 
     def __post_init__(self, prompt_ids: list[int]) -> None:
         self.token_ids = list(prompt_ids)
@@ -119,7 +119,6 @@ class Sequence:
         """Void every result still to come and everything computed; known tokens stay."""
         self.epoch += 1
         self.row = None
-        self.block_ids = []
         self.n_computed = self.n_indexed = 0
         self.n_wanted = len(self.token_ids)
         if self.prompt_scores is not None:
