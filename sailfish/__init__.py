@@ -14,21 +14,23 @@ from sailfish.version import __version__
 
 if TYPE_CHECKING:
     from sailfish.base.errors import SailfishError
-    from sailfish.build import build, find_or_build
+    from sailfish.build.builder import build_engine
+    from sailfish.build.cache import find_or_build
     from sailfish.engine.api import Chunk, Completion, EngineInfo, EngineStats, SamplingParams
-    from sailfish.engine.client import AsyncEngine, Engine
+    from sailfish.engine.client import AsyncEngine
+    from sailfish.engine.sync import Engine
 
 _HOMES = {
     "AsyncEngine": "sailfish.engine.client",
     "Chunk": "sailfish.engine.api",
     "Completion": "sailfish.engine.api",
-    "Engine": "sailfish.engine.client",
+    "Engine": "sailfish.engine.sync",
     "EngineInfo": "sailfish.engine.api",
     "EngineStats": "sailfish.engine.api",
     "SailfishError": "sailfish.base.errors",
     "SamplingParams": "sailfish.engine.api",
-    "build": "sailfish.build",
-    "find_or_build": "sailfish.build",
+    "build_engine": "sailfish.build.builder",
+    "find_or_build": "sailfish.build.cache",
 }
 """Public name -> the module it lives in, imported when the name is first used."""
 
@@ -42,7 +44,7 @@ __all__ = [
     "SailfishError",
     "SamplingParams",
     "__version__",
-    "build",
+    "build_engine",
     "find_or_build",
 ]
 

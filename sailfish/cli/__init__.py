@@ -1,0 +1,1 @@
+"""The `sailfish` command: one short file per command, no logic."""

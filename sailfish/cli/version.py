@@ -1,0 +1,12 @@
+"""`sailfish version`."""
+
+from __future__ import annotations
+
+import typer
+
+from sailfish.version import __version__
+
+
+def version() -> None:
+    """Print the version."""
+    typer.echo(__version__)

@@ -1,0 +1,27 @@
+"""`sailfish walk`: the code one request passes through."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from sailfish.base import trace
+from sailfish.bench import walk as measured
+from sailfish.data import DEMO_MODEL_NAME
+
+
+def walk(
+    model: Annotated[str, typer.Argument(help="The model that is served meanwhile.")] = DEMO_MODEL_NAME,
+    limit: Annotated[int, typer.Option("--limit", help="Fail above this many lines.")] = measured.MAX_LINES,
+) -> None:
+    """Trace one plain streamed chat request in every process; print the functions it entered."""
+    entered = measured.walk(model)
+    for row in entered:
+        n_lines = row.last_line - row.first_line + 1
+        typer.echo(f"sailfish/{row.file}:{row.first_line:<5} {n_lines:4d} lines  {row.function}")
+    total = trace.line_count(entered)
+    n_files = len({row.file for row in entered})
+    typer.echo(f"{total} lines in {len(entered)} functions of {n_files} files; the limit is {limit}")
+    if total > limit:
+        raise typer.Exit(1)
