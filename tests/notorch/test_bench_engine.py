@@ -1,0 +1,109 @@
+"""The measure's arithmetic, on an engine whose clock the test holds."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from sailfish.bench import engine as bench
+from sailfish.engine.api import Chunk, SamplingParams
+from sailfish.engine.client import AsyncEngine
+
+FIRST_S, STEP_S = 2.0, 0.5
+
+
+class _Clock:
+    """Stands in for time.perf_counter; answers move it."""
+
+    def __init__(self) -> None:
+        self.now_s = 100.0
+
+    def perf_counter(self) -> float:
+        return self.now_s
+
+
+class _FakeEngine:
+    """Each batch takes FIRST_S to its first tokens and STEP_S for every further step, in lockstep."""
+
+    def __init__(self, clock: _Clock) -> None:
+        self.clock = clock
+        self.prompts: list[list[int]] = []
+        self.info = SimpleNamespace(
+            vocab_size=50, name="fake", digest="d", device="cpu", dtype="float32", max_sequences=4
+        )
+
+    async def submit(self, prompt_ids: list[int], params: SamplingParams) -> AsyncIterator[Chunk]:
+        assert params.ignore_eos
+        assert params.temperature == 0.0
+        self.prompts.append(prompt_ids)
+        start_s = self.clock.now_s
+
+        async def chunks() -> AsyncIterator[Chunk]:
+            for i in range(params.max_tokens or 0):
+                await asyncio.sleep(0)
+                self.clock.now_s = max(self.clock.now_s, start_s + FIRST_S + i * STEP_S)
+                yield Chunk(index=0, text="", token_ids=[1])
+
+        return chunks()
+
+
+def _measured(
+    monkeypatch: pytest.MonkeyPatch, cases: list[bench.Case]
+) -> tuple[list[bench.Row], _FakeEngine]:
+    clock = _Clock()
+    monkeypatch.setattr(bench, "time", clock)
+    engine = _FakeEngine(clock)
+
+    async def run() -> list[bench.Row]:
+        rows = bench.measure(
+            cast(AsyncEngine, engine), cases, repeats=3, device_name="a machine", command="bench"
+        )
+        return [row async for row in rows]
+
+    return asyncio.run(run()), engine
+
+
+def test_rates_follow_from_the_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = bench.Case(name="decode", batch=3, n_in=10, n_out=5)
+    [row], engine = _measured(monkeypatch, [case])
+    assert row.s == pytest.approx(FIRST_S + 4 * STEP_S)
+    assert row.ttft_ms == pytest.approx(FIRST_S * 1e3)
+    assert row.prefill_tok_s == pytest.approx(3 * 10 / FIRST_S)
+    assert row.decode_tok_s == pytest.approx(3 * 4 / (4 * STEP_S))
+    assert row.ms_per_step == pytest.approx(STEP_S * 1e3)
+    assert len(row.all_s) == 3
+    assert len(engine.prompts) == (1 + 3) * 3
+
+
+def test_a_case_of_one_token_has_no_decode_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    [row], _ = _measured(monkeypatch, [bench.Case(name="prefill", batch=1, n_in=20, n_out=1)])
+    assert row.decode_tok_s is None
+    assert row.prefill_tok_s == pytest.approx(20 / FIRST_S)
+
+
+def test_no_two_prompts_are_equal_so_that_no_prefix_is_reused(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, engine = _measured(monkeypatch, [bench.Case(name="decode", batch=4, n_in=16, n_out=2)])
+    assert len({tuple(prompt) for prompt in engine.prompts}) == len(engine.prompts)
+
+
+def test_cases_fit_the_engine() -> None:
+    cases = bench.cases_for(context_tokens=256, max_sequences=4, batches=[1, 4, 16])
+    assert [case.batch for case in cases] == [1, 1, 4]
+    assert all(case.n_in + case.n_out <= 256 for case in cases)
+
+
+def test_rows_are_appended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    rows, _ = _measured(monkeypatch, [bench.Case(name="decode", batch=1, n_in=4, n_out=2)])
+    path = tmp_path / "results" / "engine.jsonl"
+    bench.store(rows, path)
+    bench.store(rows, path)
+    stored: list[dict[str, Any]] = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(stored) == 2
+    assert stored[0]["device_name"] == "a machine"
+    assert stored[0]["command"] == "bench"
