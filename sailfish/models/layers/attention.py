@@ -69,7 +69,7 @@ class SelfAttention:
         """Return the layer's attention output; writes the step's keys and values to the cache."""
         heads = (self.n_heads, self.n_kv_heads, self.n_kv_heads)
         qkv = self.qkv(x_TD, ops).view(len(x_TD), sum(heads), self.head_dim)
-        q_THE, k_TKE, v_TKE = qkv.split(heads, 1)
+        q_THE, k_TKE, v_TKE = qkv.split_with_sizes(heads, 1)
         if self.q_norm is not None and self.k_norm is not None:
             q_THE, k_TKE = self.q_norm(q_THE, ops), self.k_norm(k_TKE, ops)
         q_THE, k_TKE = ops.rope(q_THE, k_TKE, self.rope_table_C2F, position_T, self.is_interleaved)
