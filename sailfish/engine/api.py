@@ -246,15 +246,15 @@ class EngineStats(msgspec.Struct, kw_only=True):
     """Counters that each attached API process last reported of itself, by process name."""
 
 
-def _range(
-    name: str, value: Any, low: float, high: float, *, open_low: bool = False
-) -> None:
+def _range(name: str, value: Any, low: float, high: float, *, open_low: bool = False) -> None:
     if value is None:
         return
     below = value <= low if open_low else value < low
     if below or not value <= high:  # `not <=` so that NaN is out of range too
         sign = "<" if open_low else "<="
-        raise RequestError(f"{name} is {value!r}; it must be a number with {low} {sign} {name} <= {high}", param=name)
+        raise RequestError(
+            f"{name} is {value!r}; it must be a number with {low} {sign} {name} <= {high}", param=name
+        )
 
 
 def _token(name: str, token_id: int, vocab_size: int) -> None:

@@ -1,0 +1,122 @@
+"""From an engine directory to a runner that has proven its largest step: plan, allocate, load, warm up."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from sailfish.artifact.reader import Artifact, StoredTensor
+from sailfish.artifact.side import read_overlay, write_overlay
+from sailfish.base.config import EngineConfig
+from sailfish.base.errors import ArtifactError
+from sailfish.engine.api import MemoryReading
+from sailfish.engine.meter import Meter
+from sailfish.engine.runner import Runner
+from sailfish.engine.table import DeviceTable
+from sailfish.engine.warm import warm_up
+from sailfish.hardware.probe import probe
+from sailfish.kernels.choose import bind, choose
+from sailfish.models.arena import arena_layout
+from sailfish.models.cases import op_cases
+from sailfish.models.decoder import Decoder, KvCache
+from sailfish.models.load import ARENA_DTYPES, load_weights
+from sailfish.plan.make import make_plan
+from sailfish.plan.overlay import DeviceOverlay
+from sailfish.plan.types import Plan
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Booted:
+    """An engine that can take its first request."""
+
+    artifact: Artifact
+    plan: Plan
+    runner: Runner
+    memory: list[MemoryReading]
+
+
+def boot(
+    engine_dir: Path,
+    config: EngineConfig,
+    environ: Mapping[str, str],
+    on_progress: Callable[[str, str], None],
+) -> Booted:
+    """Open, plan, allocate and load an engine, then run one step at the largest planned shape.
+
+    After it returns, device memory stays as it is. Raises ArtifactError, PlanError or ConfigError.
+    """
+    artifact = Artifact.open(engine_dir)
+    manifest = artifact.manifest
+    hardware = probe(config.device or manifest.plan.device, environ=environ)
+    if hardware.target != manifest.target:
+        raise ArtifactError(
+            f"{engine_dir} was built for {manifest.target}, but {hardware.name} is {hardware.target}",
+            hint=f"build it again with --target {hardware.target}",
+        )
+    config = _merge(manifest.requested, config)
+    overlay = read_overlay(artifact, hardware.key)
+    plan = make_plan(config, manifest.model, hardware, overlay)
+    on_progress("plan", f"{plan.total_bytes} bytes on {hardware.name}")
+
+    device = torch.device(plan.device)
+    if plan.device == "cpu":
+        torch.set_num_threads(hardware.n_cores)
+    meter = Meter(device, idle_free_bytes=hardware.free_bytes)
+    dtype = ARENA_DTYPES[plan.dtype]
+    entries = [(tensor.name, tensor.shape) for tensor in manifest.tensors]
+    offsets, arena_bytes = arena_layout(entries, plan.dtype)
+    arena = torch.zeros(arena_bytes, dtype=torch.uint8, device=device)
+    weights = load_weights(map(_pieces, artifact.tensors()), arena, offsets, plan.dtype)
+    meter.mark("weights")
+    on_progress("weights", f"{arena_bytes} bytes")
+
+    model = manifest.model
+    shape = (model.n_layers, 2, plan.n_blocks, plan.page_tokens, model.n_kv_heads, model.head_dim)
+    # Filled, not merely reserved: a page that the system had only promised would count later.
+    kv = KvCache(torch.empty(shape, dtype=dtype, device=device).fill_(0.0))
+    meter.mark("kv_blocks")
+    cases = op_cases(model, target=plan.target, dtype=plan.dtype, page_tokens=plan.page_tokens)
+    decoder = Decoder(model, weights, bind(map(choose, cases)), max_positions=plan.context_tokens)
+    table = DeviceTable(
+        plan.max_sequences, plan.context_tokens, plan.blocks_per_sequence, plan.page_tokens, device
+    )
+    meter.mark("workspaces")
+    runner = Runner(decoder, kv, table)
+    warm_up(runner, plan, model.vocab_size)
+    meter.mark("activations")
+    on_progress("warm-up", f"one step of {plan.step_tokens} tokens and {plan.max_sequences} sequences")
+    gc.collect()
+    gc.freeze()  # what lives now lives for ever: the collector need not look at it again
+    if overlay is None:
+        _remember(artifact, DeviceOverlay(device_key=hardware.key, runtime_bytes=meter.runtime_bytes))
+    return Booted(artifact=artifact, plan=plan, runner=runner, memory=meter.readings(plan))
+
+
+def _merge(built: EngineConfig, asked: EngineConfig) -> EngineConfig:
+    """Return the build's settings overruled by what this start asks for."""
+    names = [name for name in EngineConfig.__slots__ if name not in ("prefix_cache", "strict")]
+    overrides = {name: value for name in names if (value := getattr(asked, name)) is not None}
+    return replace(
+        built,
+        prefix_cache=built.prefix_cache and asked.prefix_cache,
+        strict=built.strict or asked.strict,
+        **overrides,
+    )
+
+
+def _pieces(tensor: StoredTensor) -> tuple[str, tuple[int, ...], list[tuple[memoryview, str]]]:
+    return tensor.name, tensor.shape, [(piece.data, piece.dtype) for piece in tensor.pieces]
+
+
+def _remember(artifact: Artifact, overlay: DeviceOverlay) -> None:
+    try:
+        write_overlay(artifact, overlay)
+    except ArtifactError as error:  # a read-only engine directory serves as well
+        log.warning("%s; the next start measures again", error)

@@ -1,0 +1,175 @@
+"""Start the engine process, watch it, start it again when it dies, stop it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from sailfish.base.config import EngineConfig
+from sailfish.base.errors import EngineError, SailfishError, error_from_code
+
+log = logging.getLogger(__name__)
+
+_MAX_DEATHS = 3
+_DEATH_WINDOW_S = 60.0
+
+
+class Progress(msgspec.Struct, frozen=True, tag="progress"):
+    """Worker's word on its way to READY."""
+
+    stage: str
+    detail: str = ""
+    elapsed_s: float = 0.0
+
+
+class Ready(msgspec.Struct, frozen=True, tag="ready"):
+    """Worker's word: clients may connect."""
+
+    started_s: float
+
+
+class Failed(msgspec.Struct, frozen=True, tag="failed"):
+    """Worker's word: it cannot start, and why."""
+
+    code: str
+    message: str
+    hint: str | None = None
+
+
+_decoder = msgspec.json.Decoder(Progress | Ready | Failed)
+
+
+class EngineProcess:
+    """One engine process and its private socket.
+
+    The process lives no longer than this one: it ends when its standard input closes.
+    """
+
+    def __init__(
+        self,
+        engine_dir: Path,
+        config: EngineConfig,
+        *,
+        name: str | None = None,
+        restart: bool = False,
+        trace_to: Path | None = None,
+        on_progress: Callable[[Progress], None] | None = None,
+    ) -> None:
+        self._dir = Path(tempfile.mkdtemp(prefix="sailfish-"))  # mode 0700
+        self.socket_path = self._dir / "engine.sock"
+        self._command = [
+            *(sys.executable, "-m", "sailfish.engine.worker"),
+            *("--engine", str(engine_dir)),
+            *("--socket", str(self.socket_path)),
+            *("--config", msgspec.json.encode(config).decode()),
+        ]
+        if name is not None:
+            self._command += ["--name", name]
+        if trace_to is not None:
+            self._command += ["--trace-to", str(trace_to)]
+        self._restart = restart
+        self._on_progress = on_progress or (lambda _: None)
+        self._stopping = False
+        self._deaths: list[float] = []
+        self._process: subprocess.Popen[bytes] | None = None
+        self._watcher: threading.Thread | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """Process id, or None when no process runs."""
+        return None if self._process is None or self._process.poll() is not None else self._process.pid
+
+    def start(self) -> None:
+        """Start the process and return once it is READY; raises what it says is wrong."""
+        try:
+            self._spawn()
+        except BaseException:
+            self.stop(0.0)
+            raise
+        if self._restart:
+            self._watcher = threading.Thread(target=self._watch, name="engine-watch", daemon=True)
+            self._watcher.start()
+
+    def stop(self, drain_s: float = 0.0) -> None:
+        """Ask the process to drain, wait for it, and remove its socket. May be called twice."""
+        self._stopping = True
+        process = self._process
+        if process is not None and process.poll() is None:
+            if drain_s <= 0.0 and process.stdin is not None:
+                with contextlib.suppress(OSError):
+                    process.stdin.close()
+            else:
+                process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(drain_s + 10.0)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        if self._watcher is not None:
+            self._watcher.join()
+        self._close_pipes()
+        shutil.rmtree(self._dir, ignore_errors=True)
+
+    def _spawn(self) -> None:
+        self._close_pipes()
+        self._process = subprocess.Popen(
+            self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+        )
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            try:
+                message = _decoder.decode(line)
+            except msgspec.DecodeError:
+                log.warning("engine process: %s", line.decode(errors="replace").rstrip())
+                continue
+            match message:
+                case Progress():
+                    self._on_progress(message)
+                case Ready():
+                    return
+                case Failed(code=code, message=text, hint=hint):
+                    self._process.wait()
+                    error: SailfishError = error_from_code(code, text)
+                    error.hint = hint
+                    raise error
+        status = self._process.wait()
+        raise EngineError(
+            f"the engine process ended with status {status} before it was ready",
+            hint="its standard error says more; run `sailfish doctor`",
+        )
+
+    def _watch(self) -> None:
+        while True:
+            assert self._process is not None
+            status = self._process.wait()
+            if self._stopping:
+                return
+            now_s = time.monotonic()
+            self._deaths = [t for t in self._deaths if now_s - t < _DEATH_WINDOW_S] + [now_s]
+            if len(self._deaths) > _MAX_DEATHS:
+                log.error("the engine process died %d times in a minute; giving up", len(self._deaths))
+                return
+            log.error("the engine process ended with status %s; starting another", status)
+            try:
+                self._spawn()
+            except SailfishError as error:
+                log.error("the engine process did not start again: %s", error)
+                return
+
+    def _close_pipes(self) -> None:
+        if self._process is not None:
+            for pipe in (self._process.stdin, self._process.stdout):
+                if pipe is not None:
+                    with contextlib.suppress(OSError):
+                        pipe.close()

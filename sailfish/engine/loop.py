@@ -1,0 +1,182 @@
+"""The engine's one loop: take messages, plan a step, run it, tell the clients. No torch, no sockets.
+
+At lag 1 step n+1 is planned and launched before the tokens of step n are known.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
+
+from sailfish.base.errors import SailfishError
+from sailfish.engine import wire
+from sailfish.engine.api import EngineStats
+from sailfish.engine.scheduler import Scheduler
+from sailfish.engine.sequence import Sequence, SequenceEvent
+from sailfish.engine.step import StepPlan, StepResult
+
+log = logging.getLogger(__name__)
+
+_IDLE_WAIT_S = 0.5
+"""How long an idle loop waits for a message; a message wakes it at once."""
+
+
+class StepHandle(Protocol):
+    """A launched step."""
+
+    def result(self) -> StepResult:
+        """Wait for the step and return what it produced; raises what the step raised."""
+
+
+class Runner(Protocol):
+    """Whatever executes steps."""
+
+    def execute(self, plan: StepPlan) -> StepHandle:
+        """Launch a step and return without waiting for its tokens."""
+
+
+class Disconnect:
+    """Loop message: a client's connection ended."""
+
+
+class EngineLoop:
+    """Drive one scheduler and one runner until told to stop.
+
+    `inbox` holds (client id, message); `send(client id, message)` must not block. The thread that calls
+    `run` is the only one that touches the scheduler.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: Runner,
+        send: Callable[[int, wire.ToClient], None],
+        lag: int,
+        reserved_bytes: Callable[[], int],
+    ) -> None:
+        self.scheduler = scheduler
+        self.runner = runner
+        self.inbox: queue.SimpleQueue[tuple[int, wire.ToEngine | Disconnect]] = queue.SimpleQueue()
+        self.step_started_s: float | None = None
+        """Monotonic time since which the loop has been inside a step; read by the heartbeat."""
+        self._send = send
+        self._lag = lag
+        self._reserved_bytes = reserved_bytes
+        self._in_flight: deque[tuple[int, StepHandle]] = deque()
+        self._drain_until_s: float | None = None
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether new requests are refused because the engine is about to stop."""
+        return self._drain_until_s is not None
+
+    def run(self) -> None:
+        """Serve until a drain has ended."""
+        while not (self.is_draining and self.scheduler.is_idle and not self._in_flight):
+            is_idle = self.scheduler.is_idle and not self._in_flight
+            self._take_messages(_IDLE_WAIT_S if is_idle else None)
+            now_s = time.monotonic()
+            if self._drain_until_s is not None and now_s >= self._drain_until_s:
+                self._emit(self.scheduler.abort_all(now_s))
+            self.step()
+
+    def step(self) -> None:
+        """Plan and launch one step, and commit the oldest one once more than `lag` are in flight."""
+        self.step_started_s = time.monotonic()
+        plan, events = self.scheduler.schedule(self.step_started_s)
+        self._emit(events)
+        if plan is not None:
+            try:
+                self._in_flight.append((plan.step_id, self.runner.execute(plan)))
+            except Exception as error:  # noqa: BLE001 - a step's fault ends its own sequences, not the engine
+                self._fail(plan.step_id, error)
+        if self._in_flight and (plan is None or len(self._in_flight) > self._lag):
+            step_id, handle = self._in_flight.popleft()
+            try:
+                result = handle.result()
+            except Exception as error:  # noqa: BLE001 - as above
+                self._fail(step_id, error)
+            else:
+                self._emit(self.scheduler.commit(result, time.monotonic()))
+        self.step_started_s = None
+
+    def _take_messages(self, wait_s: float | None) -> None:
+        """Handle every waiting message; block for the first at most `wait_s`, not at all when None."""
+        try:
+            client, message = self.inbox.get(timeout=wait_s) if wait_s else self.inbox.get_nowait()
+            while True:
+                self._handle(client, message)
+                client, message = self.inbox.get_nowait()
+        except queue.Empty:
+            return
+
+    def _handle(self, client: int, message: wire.ToEngine | Disconnect) -> None:
+        now_s = time.monotonic()
+        match message:
+            case wire.Submit():
+                self._submit(client, message, now_s)
+            case wire.Abort(key=key):
+                self._emit([e for e in [self.scheduler.abort((client, key), now_s)] if e is not None])
+            case Disconnect():
+                self.scheduler.abort_client(client, now_s)
+            case wire.Drain(deadline_s=deadline_s):
+                self.scheduler.drain()
+                self._drain_until_s = now_s + deadline_s
+            case wire.StatsQuery(nonce=nonce):
+                self._send(client, wire.StatsReply(nonce, self.stats()))
+            case wire.Report(name=name, counters=counters):
+                self.scheduler.stats.clients[name] = counters
+
+    def stats(self) -> EngineStats:
+        """Return the live figures."""
+        stats = self.scheduler.snapshot()
+        stats.reserved_bytes = self._reserved_bytes()
+        return stats
+
+    def _submit(self, client: int, message: wire.Submit, now_s: float) -> None:
+        sequence = Sequence(
+            key=(client, message.key),
+            prompt_ids=message.prompt_ids,
+            sampling=message.sampling,
+            max_tokens=message.max_tokens,
+            priority=message.priority,
+            arrival_s=now_s,
+            deadline_s=None if message.deadline_s is None else now_s + message.deadline_s,
+            tenant=message.tenant,
+        )
+        try:
+            self.scheduler.submit(sequence, now_s)
+        except SailfishError as error:
+            self._send(
+                client,
+                wire.Refused(message.key, error.code, error.message, error.param, error.retry_after_s),
+            )
+        else:
+            self._send(client, wire.Accepted(message.key))
+
+    def _fail(self, step_id: int, error: Exception) -> None:
+        log.error("step %d failed", step_id, exc_info=error)
+        self._emit(
+            self.scheduler.fail(step_id, "step_failed", "the engine failed in a step", time.monotonic())
+        )
+
+    def _emit(self, events: list[SequenceEvent]) -> None:
+        by_client: dict[int, list[wire.Event]] = {}
+        for event in events:
+            client, key = event.key
+            by_client.setdefault(client, []).append(
+                wire.Event(
+                    key=key,
+                    token_ids=event.token_ids,
+                    logprobs=event.logprobs,
+                    prompt_logprobs=event.prompt_logprobs,
+                    n_cached=event.n_cached,
+                    finish=event.finish,
+                )
+            )
+        for client, items in by_client.items():
+            self._send(client, wire.Events(items))

@@ -1,0 +1,56 @@
+"""Measures what each part of a starting engine really takes, beside what the plan said."""
+
+from __future__ import annotations
+
+import torch
+
+from sailfish.engine.api import MemoryReading
+from sailfish.hardware.memory import anonymous_bytes, cuda_memory, trim_heap
+from sailfish.plan.types import Plan
+
+
+class Meter:
+    """Attributes the growth of memory between two marks to the part that was made in between.
+
+    CUDA: live tensors by torch's allocator, its peak during the warm-up, and the driver's view for the
+    rest. CPU: the resident set without file pages; there a step's peak is what it made the heap grow by.
+    """
+
+    def __init__(self, device: torch.device, *, idle_free_bytes: int) -> None:
+        self._is_cuda = device.type == "cuda"
+        self._idle_free_bytes = idle_free_bytes
+        if self._is_cuda:
+            torch.zeros(1, device=device)  # makes the context, which is not the weights' doing
+        self._parts: dict[str, int] = {}
+        self._last_bytes = self._first_bytes = self._held_bytes()
+
+    def mark(self, name: str) -> None:
+        """Attribute what was taken since the last mark."""
+        if self._is_cuda:
+            memory = cuda_memory()
+            if name == "activations":
+                self._parts[name] = memory.peak_allocated_bytes - self._last_bytes
+                return
+            torch.cuda.reset_peak_memory_stats()
+        held_bytes = self._held_bytes()
+        self._parts[name] = max(held_bytes - self._last_bytes, 0)
+        self._last_bytes = held_bytes
+
+    @property
+    def runtime_bytes(self) -> int:
+        """Memory that is none of the parts: context and libraries, or interpreter and torch."""
+        if not self._is_cuda:
+            return self._first_bytes
+        memory = cuda_memory()
+        return max(self._idle_free_bytes - memory.free_bytes - memory.reserved_bytes, 0)
+
+    def readings(self, plan: Plan) -> list[MemoryReading]:
+        """Return every line of the plan with its measurement; None where nothing can be measured."""
+        measured = {**self._parts, "runtime": self.runtime_bytes, "graphs": 0}
+        return [MemoryReading(line.name, line.bytes, measured.get(line.name)) for line in plan.memory]
+
+    def _held_bytes(self) -> int:
+        if self._is_cuda:
+            return torch.cuda.memory_allocated()
+        trim_heap()
+        return anonymous_bytes()

@@ -1,0 +1,116 @@
+"""The caller's side of an engine process for threaded Python: the async client on a loop of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+from sailfish.base.config import EngineConfig
+from sailfish.checkpoint.tokenizer import Tokenizer
+from sailfish.engine.api import Chunk, Completion, EngineInfo, EngineStats, SamplingParams
+from sailfish.engine.client import AsyncEngine, Message, Prompt
+
+T = TypeVar("T")
+
+
+class Engine:
+    """An engine directory, loaded and answering. Any thread may call it; close it or use `with`.
+
+    >>> with Engine("books-4m.engine") as engine:
+    ...     print(engine.generate("It was a dark", SamplingParams(max_tokens=20))[0].text)
+    """
+
+    def __init__(
+        self, engine_dir: str | Path, *, name: str | None = None, config: EngineConfig | None = None
+    ) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="sailfish-client", daemon=True)
+        self._thread.start()
+        self._is_closed = False
+        try:
+            self._engine = self._call(AsyncEngine.start(engine_dir, name=name, config=config))
+        except BaseException:
+            self._stop_loop()
+            raise
+
+    @property
+    def info(self) -> EngineInfo:
+        """What the engine is."""
+        return self._engine.info
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer."""
+        return self._engine.tokenizer
+
+    def generate(self, prompt: Prompt, params: SamplingParams | None = None) -> list[Completion]:
+        """Return the `n` whole answers to one prompt (text, or token ids)."""
+        return self._call(self._engine.generate(prompt, params))
+
+    def chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> list[Completion]:
+        """Return the `n` whole answers to a conversation."""
+        return self._call(self._engine.chat(messages, params))
+
+    def generate_many(
+        self, prompts: Sequence[Prompt], params: SamplingParams | None = None
+    ) -> list[list[Completion]]:
+        """Return the answers to several prompts, generated together."""
+
+        async def run() -> list[list[Completion]]:
+            return await asyncio.gather(*(self._engine.generate(prompt, params) for prompt in prompts))
+
+        return self._call(run())
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Chunk]:
+        """Yield chunks of the answers as they are generated; leaving the loop ends the request."""
+        return self._iterate(self._engine.stream(prompt, params))
+
+    def stream_chat(
+        self, messages: Sequence[Message], params: SamplingParams | None = None
+    ) -> Iterator[Chunk]:
+        """Like `stream`, for a conversation."""
+        return self._iterate(self._engine.stream_chat(messages, params))
+
+    def stats(self) -> EngineStats:
+        """Return the engine's live figures."""
+        return self._call(self._engine.stats())
+
+    def close(self) -> None:
+        """End the engine process. Idempotent."""
+        if not self._is_closed:
+            self._call(self._engine.close())
+            self._stop_loop()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _call(self, work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    def _iterate(self, chunks: AsyncIterator[Chunk]) -> Iterator[Chunk]:
+        async def advance() -> Chunk | None:
+            return await anext(chunks, None)
+
+        async def leave() -> None:
+            await chunks.aclose()  # type: ignore[attr-defined]
+
+        try:
+            while (chunk := self._call(advance())) is not None:
+                yield chunk
+        finally:
+            self._call(leave())
+
+    def _stop_loop(self) -> None:
+        self._is_closed = True
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()

@@ -1,0 +1,137 @@
+"""The engine process: `python -m sailfish.engine.worker`. The only process that holds torch and weights."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import torch
+
+from sailfish.base import log as logs
+from sailfish.base import trace
+from sailfish.base.config import EngineConfig
+from sailfish.base.errors import SailfishError
+from sailfish.base.sources import environment
+from sailfish.engine import wire
+from sailfish.engine.api import EngineInfo
+from sailfish.engine.boot import Booted, boot
+from sailfish.engine.endpoint import Endpoint
+from sailfish.engine.launch import Failed, Progress, Ready
+from sailfish.engine.limits import SchedulerLimits
+from sailfish.engine.loop import EngineLoop
+from sailfish.engine.scheduler import Scheduler
+from sailfish.hardware.memory import cuda_memory, resident_bytes
+
+log = logging.getLogger("sailfish.engine.worker")
+
+_NO_CLIENT = -1
+_EXIT_GRACE_S = 5.0
+_BORN_S = time.monotonic()
+
+
+def main() -> int:
+    """Start, say READY on standard output, serve until told to stop; return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--engine", type=Path, required=True)
+    parser.add_argument("--socket", type=Path, required=True)
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--name")
+    parser.add_argument("--drain-s", type=float, default=30.0)
+    parser.add_argument("--trace-to", type=Path)
+    args = parser.parse_args()
+    logs.configure()
+    if args.trace_to is not None:
+        trace.start(args.trace_to)
+    try:
+        config = msgspec.json.decode(args.config, type=EngineConfig)
+        booted = boot(args.engine, config, environment(), _report)
+    except SailfishError as error:
+        _say(Failed(error.code, error.message, error.hint))
+        return error.exit_code
+    except torch.OutOfMemoryError as error:
+        _say(Failed("does_not_fit", f"the device ran out of memory while loading: {str(error)[:200]}"))
+        return 2
+    _serve(booted, args)
+    return 0
+
+
+def _serve(booted: Booted, args: argparse.Namespace) -> None:
+    plan, artifact = booted.plan, booted.artifact
+    scheduler = Scheduler(SchedulerLimits.of(plan), engine_digest=artifact.digest, kv_dtype=plan.dtype)
+    started_s = time.monotonic() - _BORN_S
+    endpoint = Endpoint(args.socket, _info(booted, args.name, started_s))
+    loop = EngineLoop(scheduler, booted.runner, endpoint.send, plan.lag, _reserved_bytes(plan.device))
+
+    def drain(*_: object) -> None:
+        loop.inbox.put((_NO_CLIENT, wire.Drain(args.drain_s)))
+
+    signal.signal(signal.SIGTERM, drain)
+    threading.Thread(target=_end_with_parent, args=(loop,), name="parent-watch", daemon=True).start()
+    endpoint.start(loop)
+    _say(Ready(started_s))
+    log.info("ready after %.2f s", started_s)
+    loop.run()
+    endpoint.stop()
+
+
+def _end_with_parent(loop: EngineLoop) -> None:
+    """Stop at once when the process that started this one closes our standard input, or is gone."""
+    sys.stdin.buffer.read()
+    loop.inbox.put((_NO_CLIENT, wire.Drain(0.0)))
+    time.sleep(_EXIT_GRACE_S)
+    os._exit(1)  # the loop is stuck in a step; nobody is left to wait for it
+
+
+def _info(booted: Booted, name: str | None, started_s: float) -> EngineInfo:
+    plan, manifest = booted.plan, booted.artifact.manifest
+    defaults = {
+        field: float(value)
+        for field in manifest.generation.__slots__
+        if (value := getattr(manifest.generation, field)) is not None
+    }
+    return EngineInfo(
+        name=name or manifest.name,
+        digest=booted.artifact.digest,
+        engine_dir=str(booted.artifact.directory.resolve()),
+        family=manifest.model.family,
+        device=plan.device,
+        dtype=plan.dtype,
+        vocab_size=manifest.model.vocab_size,
+        context_tokens=plan.context_tokens,
+        page_tokens=plan.page_tokens,
+        n_blocks=plan.n_blocks,
+        max_sequences=plan.max_sequences,
+        step_tokens=plan.step_tokens,
+        prefix_cache=plan.prefix_cache,
+        eos_token_ids=list(manifest.model.eos_token_ids),
+        bos_token_id=manifest.model.bos_token_id,
+        defaults=defaults,
+        memory=booted.memory,
+        started_s=started_s,
+        pid=os.getpid(),
+    )
+
+
+def _reserved_bytes(device: str) -> Callable[[], int]:
+    return resident_bytes if device == "cpu" else lambda: cuda_memory().reserved_bytes
+
+
+def _report(stage: str, detail: str) -> None:
+    _say(Progress(stage, detail, time.monotonic() - _BORN_S))
+
+
+def _say(message: Progress | Ready | Failed) -> None:
+    sys.stdout.buffer.write(msgspec.json.encode(message) + b"\n")
+    sys.stdout.buffer.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
