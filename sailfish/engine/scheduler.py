@@ -45,6 +45,7 @@ class _Step:
     sequences: list[Sequence]
     epochs: list[int]
     planned_s: float
+    n_tokens: int = 0
 
 
 class Scheduler:
@@ -153,9 +154,10 @@ class Scheduler:
             self._plan_prefills(step, prefills, budget, now_s, may_admit)
         if not plan.runs:
             return None, events
+        step.n_tokens = plan.n_tokens
         self._n_planned += 1
         self._in_flight[plan.step_id] = step
-        self._ledger.plan(plan.n_tokens)
+        self._ledger.plan(step.n_tokens)
         return plan, events
 
     def commit(self, result: StepResult, now_s: float) -> list[SequenceEvent]:
@@ -163,20 +165,19 @@ class Scheduler:
         step = self._in_flight.pop(result.step_id)
         runs = step.plan.runs
         elapsed_s = now_s - max(step.planned_s, self._last_commit_s)
-        self._admission.forecast.observe(step.plan.n_tokens, len(runs), elapsed_s)
+        self._admission.forecast.observe(step.n_tokens, len(runs), elapsed_s)
         self._last_commit_s = now_s
         page_tokens = self.limits.page_tokens
         events: list[SequenceEvent] = []
-        drawing: list[Sequence] = []
-        draws: list[int] = []  # their indices in the result's arrays
-        n_sampled = 0
-        for i, sequence in enumerate(step.sequences):
-            run = runs[i]
-            if run.samples:
-                n_sampled += 1
-            if sequence.epoch != step.epochs[i]:
+        drawn: list[Sequence] = []
+        token_ids: list[int] = []
+        logprobs: list[TokenLogprob | None] = []
+        at = 0  # in the result's arrays, which know only the runs that sample
+        for i, (run, sequence, epoch) in enumerate(zip(runs, step.sequences, step.epochs, strict=True)):
+            sample, at = at, at + run.samples
+            if sequence.epoch != epoch:
                 continue
-            if run.samples and not result.finite[n_sampled - 1]:
+            if run.samples and not result.finite[sample]:
                 events.append(self._end_not_finite(sequence, now_s))
                 continue
             n_full = (run.start + run.count) // page_tokens
@@ -185,11 +186,12 @@ class Scheduler:
             if sequence.prompt_scores is not None:
                 sequence.prompt_scores += result.prompt_logprobs[i]
             if run.samples:
-                drawing.append(sequence)
-                draws.append(n_sampled - 1)
-        self._ledger.draw(drawing, now_s)
-        for sequence, at in zip(drawing, draws, strict=True):
-            events.append(self._deliver(sequence, result.token_ids[at], result.logprobs[at], now_s))
+                drawn.append(sequence)
+                token_ids.append(result.token_ids[sample])
+                logprobs.append(result.logprobs[sample])
+        self._ledger.draw(drawn, now_s)
+        for sequence, token_id, logprob in zip(drawn, token_ids, logprobs, strict=True):
+            events.append(self._deliver(sequence, token_id, logprob, now_s))
         return events
 
     def fail(self, step_id: int, code: str, message: str, now_s: float) -> list[SequenceEvent]:
@@ -313,13 +315,14 @@ class Scheduler:
         self, sequence: Sequence, token_id: int, logprob: TokenLogprob | None, now_s: float
     ) -> SequenceEvent:
         """Append a drawn token to its sequence and tell, ending the sequence if it is the last one."""
-        can_stop = sequence.n_output >= sequence.sampling.min_tokens
-        sequence.token_ids.append(token_id)
-        prompt_logprobs, sequence.prompt_scores = sequence.prompt_scores, None
+        known = sequence.token_ids
+        known.append(token_id)
+        prompt_logprobs = sequence.prompt_scores
+        sequence.prompt_scores = None
         finish = None
-        if can_stop and token_id in sequence.stop_ids:
+        if token_id in sequence.stop_ids and sequence.n_output > sequence.sampling.min_tokens:
             finish = Finish("stop", stop_token=token_id)
-        elif len(sequence.token_ids) == sequence.limit_tokens:
+        elif len(known) == sequence.limit_tokens:
             finish = _LENGTH
         if finish is not None:
             self._close(sequence, finish, now_s)

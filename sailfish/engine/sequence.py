@@ -67,6 +67,8 @@ class Sequence:
     """Goes up whenever results of earlier steps become void."""
     row: int | None = field(init=False, default=None)
     block_ids: list[int] = field(init=False, default_factory=list)
+    cache_root: bytes | None = field(init=False, default=None)
+    """Parent of the first block's hash, once known."""
     block_hashes: list[bytes] = field(init=False, default_factory=list)
     n_indexed: int = field(init=False, default=0)
     """Leading blocks already offered to the prefix index."""

@@ -75,5 +75,6 @@ class Holdings:
             self.pool.release(block_id)
 
     def _hashes(self, sequence: Sequence, n_blocks: int) -> list[bytes]:
-        root = root_hash(*self._identity, sequence.tenant, sequence.adapter)
-        return sequence.hash_blocks(root, n_blocks, self.pool.page_tokens)
+        if sequence.cache_root is None:
+            sequence.cache_root = root_hash(*self._identity, sequence.tenant, sequence.adapter)
+        return sequence.hash_blocks(sequence.cache_root, n_blocks, self.pool.page_tokens)
