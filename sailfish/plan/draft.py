@@ -11,12 +11,13 @@ from sailfish.checkpoint.model_config import ModelConfig
 from sailfish.checkpoint.names import tensor_specs
 from sailfish.hardware.profile import MIB, HardwareProfile
 from sailfish.plan.memory import (
-    activations_bytes,
     cache_specs,
     rope_bytes,
+    step_peak,
     table_bytes,
     weights_bytes,
 )
+from sailfish.plan.ops import workspaces
 from sailfish.plan.overlay import DeviceOverlay
 from sailfish.plan.settings import Answers, Settings, settle
 from sailfish.plan.types import CacheSpec, Decision, Dtype, MemoryLine, Plan
@@ -25,7 +26,6 @@ _BUDGET_PERCENT = {"cpu": 80, "cuda": 90}
 _CPU_KV_PERCENT = 25
 """Share of free memory that KV blocks take on the CPU unless asked for more: the machine is shared."""
 _MARGIN_BYTES = {"cpu": 64 * MIB, "cuda": 128 * MIB}
-_ATTENTION_WORKSPACE_BYTES = {"cpu": 64 * MIB, "cuda": 512 * MIB}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,28 +173,34 @@ def _fixed_lines(
     settings: Settings,
 ) -> list[MemoryLine]:
     """Account for everything but KV blocks; weights first."""
-    activations, phase = activations_bytes(
-        model, settings.dtype, step_tokens=settings.step_tokens, max_sequences=settings.max_sequences
+    inside = workspaces(model, hardware.target, settings)
+    peak = step_peak(
+        model,
+        settings.dtype,
+        step_tokens=settings.step_tokens,
+        max_sequences=settings.max_sequences,
+        attention_workspace_bytes=inside["attention"],
+        moe_workspace_bytes=inside["moe"],
     )
     tables = rope_bytes(model, settings.context_tokens) + table_bytes(
         max_sequences=settings.max_sequences,
         context_tokens=settings.context_tokens,
         page_tokens=settings.page_tokens,
     )
-    attention = _ATTENTION_WORKSPACE_BYTES[hardware.device]
     runtime = hardware.runtime_bytes if overlay is None else overlay.runtime_bytes
     return [
         MemoryLine(name="weights", bytes=sizes.weights[settings.dtype], why=f"one arena in {settings.dtype}"),
         MemoryLine(
             name="activations",
-            bytes=activations,
-            why=f"live tensors of a step of {settings.step_tokens} tokens; most in its {phase} phase",
+            bytes=peak.activations_bytes,
+            why=f"tensors of a step of {settings.step_tokens} tokens; its peak is in {peak.phase}",
         ),
         MemoryLine(name="graphs", bytes=0, why="no step is captured as a graph"),
         MemoryLine(
             name="workspaces",
-            bytes=attention + tables,
-            why=f"attention {format_bytes(attention)}, rotary and row tables {format_bytes(tables)}",
+            bytes=peak.workspace_bytes + tables,
+            why=f"inside ops {format_bytes(peak.workspace_bytes)}, "
+            f"rotary and row tables {format_bytes(tables)}",
         ),
         MemoryLine(
             name="runtime",

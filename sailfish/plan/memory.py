@@ -7,6 +7,7 @@ M mlp width, V vocabulary, X experts.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from math import prod
 
 from sailfish.checkpoint.model_config import LayerConfig, ModelConfig
@@ -16,6 +17,12 @@ from sailfish.plan.types import CacheSpec, Dtype
 ITEM_BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2}
 ARENA_ALIGN_BYTES = 256
 """Every tensor of the weight arena begins at a multiple of this."""
+SAMPLER_CHUNK_ELEMENTS = 1 << 25
+"""The sampler draws for so many logits at a time."""
+_DRAW_BYTES = 40
+"""Of each logit drawn from: scaled logits, their sorted copy and probabilities, 64-bit random state."""
+_STEP_INPUT_BYTES = 6 * 8
+"""Of each token: row, position, id, slot and block, and the span's indices."""
 ROW_SAMPLING_BYTES = 13_000
 """Sampling parameters of one row: 1,024 bias entries of 12 bytes, 80 stop tokens of 8, and a few numbers."""
 
@@ -44,31 +51,48 @@ def cache_specs(model: ModelConfig, dtype: Dtype) -> tuple[CacheSpec, ...]:
     )
 
 
-def activations_bytes(
-    model: ModelConfig, dtype: Dtype, *, step_tokens: int, max_sequences: int
-) -> tuple[int, str]:
-    """Return the peak bytes of one step's live tensors, and the phase in which it is reached."""
-    item = ITEM_BYTES[dtype]
-    stream = step_tokens * model.d_model
-    heads = step_tokens * model.n_heads * model.head_dim
-    kv_heads = step_tokens * model.n_kv_heads * model.head_dim
-    widen = 4 if dtype == "bfloat16" else 0  # norms and rotary embeddings work in float32
-    attention = (2 * stream + 2 * heads + 3 * kv_heads + heads) * item + (heads + kv_heads) * widen
-    phases = {
-        "attention": attention,
-        "mlp": max(_mlp_bytes(model, layer, step_tokens, item) for layer in model.layers),
-        "norm": 3 * stream * item + 2 * stream * widen,
-        "logits": logits_bytes(model, item, min(max_sequences, step_tokens)) + 2 * stream * item,
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepPeak:
+    """The largest moment of one step, split into tensors that a step holds and workspaces inside ops."""
+
+    activations_bytes: int
+    workspace_bytes: int
+    """What the ops' own workspaces add to that; 0 where another phase is larger anyway."""
+    phase: str
+    """Where the sum is reached."""
+
+
+def step_peak(
+    model: ModelConfig,
+    dtype: Dtype,
+    *,
+    step_tokens: int,
+    max_sequences: int,
+    attention_workspace_bytes: int,
+    moe_workspace_bytes: int,
+) -> StepPeak:
+    """Return the peak of a step, from what is live in each phase of the decoder and the sampler.
+
+    Temporaries of the plain ops count: norms and rotary embeddings widen bfloat16 to float32.
+    """
+    n_rows = min(max_sequences, step_tokens)
+    inputs = step_tokens * _STEP_INPUT_BYTES
+    held = {
+        "norm": _norm_bytes(model, dtype, step_tokens),
+        "rope": _rope_step_bytes(model, dtype, step_tokens),
+        "attention": _attention_bytes(model, dtype, step_tokens),
+        "mlp": max(_mlp_bytes(model, layer, dtype, step_tokens) for layer in model.layers),
+        "logits": _logits_bytes(model, dtype, step_tokens, n_rows),
+        "sampling": _sampling_bytes(model, dtype, step_tokens, n_rows),
     }
-    name = max(phases, key=lambda phase: phases[phase])
-    inputs = step_tokens * 3 * 8 + max_sequences * 64
-    return _aligned(phases[name] + inputs), name
-
-
-def logits_bytes(model: ModelConfig, item_bytes: int, n_rows: int) -> int:
-    """Return the bytes of drawing `n_rows` tokens: logits, their sorted copy, indices, probabilities."""
-    sampled = n_rows * model.vocab_size
-    return n_rows * model.d_model * item_bytes + sampled * (item_bytes + 4 + 4 + 8 + 4 + 4)
+    inside = {"attention": attention_workspace_bytes, "mlp": moe_workspace_bytes}
+    phase = max(held, key=lambda name: held[name] + inside.get(name, 0))
+    activations = max(held.values())
+    return StepPeak(
+        activations_bytes=_aligned(activations + inputs),
+        workspace_bytes=_aligned(held[phase] + inside.get(phase, 0) - activations),
+        phase=phase,
+    )
 
 
 def rope_bytes(model: ModelConfig, context_tokens: int) -> int:
@@ -84,13 +108,59 @@ def table_bytes(*, max_sequences: int, context_tokens: int, page_tokens: int) ->
     return max_sequences * ((context_tokens + 1 + blocks) * 4 + ROW_SAMPLING_BYTES)
 
 
-def _mlp_bytes(model: ModelConfig, layer: LayerConfig, step_tokens: int, item: int) -> int:
-    stream = step_tokens * model.d_model
+def _norm_bytes(model: ModelConfig, dtype: Dtype, step_tokens: int) -> int:
+    """Both inputs, the last normed stream, their sum; in float32 the sum, its scaled and weighted copies."""
+    item, widened = ITEM_BYTES[dtype], 0 if dtype == "float32" else 4
+    return step_tokens * model.d_model * (4 * item + widened + 8)
+
+
+def _rope_step_bytes(model: ModelConfig, dtype: Dtype, step_tokens: int) -> int:
+    """The stream, q, k and v, and one rotation: of q, or of k beside the rotated q."""
+    item, widened = ITEM_BYTES[dtype], 0 if dtype == "float32" else 4 + ITEM_BYTES[dtype]
+    rotary_dim = max(layer.rope.rotary_dim for layer in model.layers)
+    turning = 8 + widened
+    of_q = model.n_heads * (rotary_dim * turning + model.head_dim * item)
+    of_k = (
+        model.n_kv_heads * (rotary_dim * turning + model.head_dim * item)
+        + model.n_heads * model.head_dim * item
+    )
+    return step_tokens * (
+        3 * model.d_model * item + _qkv_width(model) * item + rotary_dim * 4 + max(of_q, of_k)
+    )
+
+
+def _attention_bytes(model: ModelConfig, dtype: Dtype, step_tokens: int) -> int:
+    """The stream, q, k and v before and after rotation, the output and the part of it just computed."""
+    heads = model.n_heads * model.head_dim
+    rotated = heads + model.n_kv_heads * model.head_dim
+    return step_tokens * ITEM_BYTES[dtype] * (3 * model.d_model + _qkv_width(model) + rotated + 2 * heads)
+
+
+def _mlp_bytes(model: ModelConfig, layer: LayerConfig, dtype: Dtype, step_tokens: int) -> int:
+    """The stream, gate and up, the activated gate and its product with up; for experts their output."""
+    item, stream = ITEM_BYTES[dtype], 3 * model.d_model * ITEM_BYTES[dtype]
     if layer.moe is None:
-        return (3 * stream + 3 * step_tokens * model.d_mlp + step_tokens * model.d_mlp) * item
-    routed = step_tokens * layer.moe.n_active
-    inside = routed * (model.d_model + 4 * layer.moe.d_mlp + model.d_model) * item
-    return 3 * stream * item + inside + step_tokens * layer.moe.n_experts * 8 + routed * 16
+        return step_tokens * (stream + 4 * model.d_mlp * item)
+    routing = layer.moe.n_experts * (item + 8)
+    return step_tokens * (stream + model.d_model * item + routing)
+
+
+def _logits_bytes(model: ModelConfig, dtype: Dtype, step_tokens: int, n_rows: int) -> int:
+    """The hidden states, and logits in the model's dtype and float32 or around their soft-cap."""
+    item = ITEM_BYTES[dtype]
+    copies = 12 if model.logit_softcap is not None else 4 if dtype == "float32" else 4 + item
+    return (step_tokens + n_rows) * model.d_model * item + n_rows * model.vocab_size * copies
+
+
+def _sampling_bytes(model: ModelConfig, dtype: Dtype, step_tokens: int, n_rows: int) -> int:
+    """The hidden states, logits with a copy for log-probabilities, and the draws of one chunk of rows."""
+    hidden = (step_tokens + n_rows) * model.d_model * ITEM_BYTES[dtype]
+    rows_drawn = min(n_rows, max(1, SAMPLER_CHUNK_ELEMENTS // model.vocab_size))
+    return hidden + n_rows * model.vocab_size * 8 + rows_drawn * model.vocab_size * _DRAW_BYTES
+
+
+def _qkv_width(model: ModelConfig) -> int:
+    return (model.n_heads + 2 * model.n_kv_heads) * model.head_dim
 
 
 def _aligned(n_bytes: int) -> int:

@@ -1,0 +1,123 @@
+"""Side files of an engine: device overlays and evidence, each naming the manifest it belongs to."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from pathlib import Path
+
+import msgspec
+
+from sailfish.artifact.reader import Artifact
+from sailfish.base.errors import ArtifactError
+from sailfish.plan.overlay import DeviceOverlay
+
+EVIDENCE_FILE = "evidence.jsonl"
+_MAX_SIDE_BYTES = 16 << 20
+
+
+class Evidence(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One measured fact about an engine."""
+
+    manifest: str
+    """Digest of the engine it was measured on."""
+    kind: str
+    """Such as "perplexity" or "decode_speed"."""
+    at: str
+    """UTC, ISO 8601."""
+    device: str
+    values: dict[str, float | str]
+
+
+class _OverlayFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    manifest: str
+    overlay: DeviceOverlay
+
+
+def read_overlay(artifact: Artifact, device_key: str) -> DeviceOverlay | None:
+    """Return what was measured on this kind of device, or None if nothing was for this very engine."""
+    path = _overlay_path(artifact, device_key)
+    data = _read_side(path)
+    if data is None:
+        return None
+    try:
+        found = msgspec.json.decode(data, type=_OverlayFile)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise ArtifactError(
+            f"{path} is damaged: {error}", hint="delete it; the next start measures again"
+        ) from None
+    if not 0 <= found.overlay.runtime_bytes < 1 << 50:
+        raise ArtifactError(
+            f"{path} says runtime_bytes {found.overlay.runtime_bytes}",
+            hint="delete it; the next start measures again",
+        )
+    return found.overlay if found.manifest == artifact.digest else None
+
+
+def write_overlay(artifact: Artifact, overlay: DeviceOverlay) -> Path:
+    """Store what this device told, in one rename; raises ArtifactError where the directory is read-only."""
+    path = _overlay_path(artifact, overlay.device_key)
+    data = (
+        msgspec.json.encode(_OverlayFile(manifest=artifact.digest, overlay=overlay), order="sorted") + b"\n"
+    )
+    try:
+        handle, temporary = tempfile.mkstemp(dir=artifact.directory, prefix=".overlay-")
+        try:
+            with os.fdopen(handle, "wb") as stream:
+                stream.write(data)
+                os.fsync(stream.fileno())
+            os.replace(temporary, path)
+        except OSError:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be written: {error.strerror}") from None
+    return path
+
+
+def append_evidence(artifact: Artifact, evidence: Evidence) -> None:
+    """Append one line; raises ArtifactError if it is about another engine or cannot be written."""
+    if evidence.manifest != artifact.digest:
+        raise ArtifactError(
+            f"the evidence is about engine {evidence.manifest[:12]}, not {artifact.digest[:12]}"
+        )
+    path = artifact.directory / EVIDENCE_FILE
+    line = msgspec.json.encode(evidence, order="sorted") + b"\n"
+    try:
+        with path.open("ab", buffering=0) as stream:
+            stream.write(line)
+            os.fsync(stream.fileno())
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be written: {error.strerror}") from None
+
+
+def read_evidence(artifact: Artifact) -> list[Evidence]:
+    """Return the evidence about this very engine, oldest first."""
+    path = artifact.directory / EVIDENCE_FILE
+    found = []
+    for number, line in enumerate((_read_side(path) or b"").splitlines(), start=1):
+        try:
+            found.append(msgspec.json.decode(line, type=Evidence))
+        except (msgspec.DecodeError, RecursionError) as error:
+            raise ArtifactError(
+                f"{path}, line {number} is damaged: {error}", hint="delete that line"
+            ) from None
+    return [evidence for evidence in found if evidence.manifest == artifact.digest]
+
+
+def _overlay_path(artifact: Artifact, device_key: str) -> Path:
+    if not re.fullmatch(r"[a-z0-9_-]{1,80}", device_key):
+        raise ArtifactError(f"device key {device_key[:80]!r} cannot name a file")
+    return artifact.directory / f"overlay-{device_key}.json"
+
+
+def _read_side(path: Path) -> bytes | None:
+    try:
+        if path.stat().st_size > _MAX_SIDE_BYTES:
+            raise ArtifactError(f"{path} has more than {_MAX_SIDE_BYTES} bytes")
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read: {error.strerror}") from None

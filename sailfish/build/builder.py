@@ -1,0 +1,238 @@
+"""Builds an engine directory from a checkpoint: plan, choose, refer to the weights or copy them, commit."""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from sailfish.artifact.manifest import FileEntry, Manifest, Piece, TensorEntry, WeightFile
+from sailfish.artifact.reader import Artifact, file_digest, header_digest, is_engine
+from sailfish.artifact.writer import ALIGN_BYTES, EngineWriter
+from sailfish.base.config import EngineConfig
+from sailfish.base.errors import CheckpointError
+from sailfish.base.sources import environment
+from sailfish.checkpoint.files import read_bytes
+from sailfish.checkpoint.hf_config import load_generation_defaults, load_model_config
+from sailfish.checkpoint.model_config import ModelConfig
+from sailfish.checkpoint.names import TensorSpec, check_tensors, tensor_specs
+from sailfish.checkpoint.safetensors_reader import Checkpoint
+from sailfish.hardware.probe import find_gpu, probe, profile_of_gpu
+from sailfish.hardware.profile import HardwareProfile, profile
+from sailfish.plan import make_plan
+from sailfish.plan.ops import choose_ops
+from sailfish.version import __version__
+
+Progress = Callable[[str, int, int], None]
+"""Told (stage, bytes done, bytes in all)."""
+
+COPIED_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+"""Small files that come along where the checkpoint has them; the first must be there."""
+_MAX_COPIED_BYTES = 256 << 20
+_MAX_WEIGHT_FILE_BYTES = 4 << 30
+_HASH_THREADS = 4
+_HUB_SNAPSHOT = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/[^/]+")
+_BLOB = re.compile(r"[0-9a-f]{64}")
+
+
+def build_engine(
+    checkpoint_dir: Path | str,
+    out_dir: Path | str,
+    *,
+    config: EngineConfig | None = None,
+    target: str | None = None,
+    bundle: bool = False,
+    force: bool = False,
+    progress: Progress | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> Artifact:
+    """Build an engine for `target` ("cpu", "sm_90", ...; None: this machine) and return it opened.
+
+    Weights stay where they are, named by path, size and digests; `bundle` copies them in. `force`
+    replaces an engine of that name. Raises CheckpointError, PlanError, ArtifactError or BuildError;
+    then nothing is left behind.
+    """
+    config, tell = config or EngineConfig(), progress or _silent
+    directory, out = Path(os.path.abspath(checkpoint_dir)), Path(os.path.abspath(out_dir))
+    if is_engine(directory):
+        raise CheckpointError(f"{directory} is an engine already", hint="serve it as it is")
+    checkpoint = Checkpoint.open(directory)
+    model = load_model_config(directory)
+    generation, _, _ = load_generation_defaults(directory)
+    check_tensors(model, checkpoint)
+    hardware = target_profile(target, config.device, environ if environ is not None else environment())
+    plan = make_plan(config, model, hardware)
+    with EngineWriter(out, force=force) as writer:
+        if bundle:
+            tensors, weights = _copied(writer, model, checkpoint, tell)
+        else:
+            tensors, weights = _referenced(out, model, checkpoint, tell)
+        manifest = Manifest(
+            producer=f"sailfish {__version__}",
+            name=model_name(directory),
+            model=model,
+            generation=generation,
+            target=hardware.target,
+            requested=config,
+            plan=plan,
+            ops=choose_ops(model, plan),
+            tensors=tensors,
+            weights=weights,
+            files=_copy_files(writer, directory),
+        )
+        return writer.commit(manifest)
+
+
+def target_profile(target: str | None, device: str | None, environ: Mapping[str, str]) -> HardwareProfile:
+    """Return the profile to plan for: of this machine where it is the target, else a row of the table."""
+    if target is None:
+        return probe(device, environ=environ)
+    if target == "cpu":
+        return probe("cpu")
+    gpu, _ = find_gpu(environ)
+    here = profile_of_gpu(gpu) if gpu is not None else None
+    return here if here is not None and here.target == target else profile(target)
+
+
+def model_name(directory: Path) -> str:
+    """Return what a checkpoint is called: `org/name` inside a Hub cache, else its directory's name."""
+    match = _HUB_SNAPSHOT.search(directory.as_posix())
+    return f"{match[1]}/{match[2]}" if match else directory.name
+
+
+def _referenced(
+    out: Path, model: ModelConfig, checkpoint: Checkpoint, tell: Progress
+) -> tuple[tuple[TensorEntry, ...], tuple[WeightFile, ...]]:
+    """Name the checkpoint's files; several are hashed at once."""
+    files = sorted(checkpoint.file_bytes)
+    index = {file: i for i, file in enumerate(files)}
+    count = _counter(tell, "digest", sum(checkpoint.file_bytes.values()))
+    with ThreadPoolExecutor(_HASH_THREADS) as pool:
+        weights = tuple(pool.map(lambda file: _source(out, checkpoint, file, count), files))
+    tensors = tuple(
+        TensorEntry(
+            name=spec.name,
+            shape=spec.shape,
+            pieces=tuple(
+                Piece(file=index[ref.file], offset=ref.offset, n_bytes=ref.n_bytes, dtype=ref.dtype)
+                for ref in (checkpoint.tensors[source] for source in spec.sources)
+            ),
+        )
+        for spec in tensor_specs(model)
+    )
+    return tensors, weights
+
+
+def _source(out: Path, checkpoint: Checkpoint, file: str, count: Callable[[int], None]) -> WeightFile:
+    """Describe one safetensors file. A Hub cache names its blobs by digest, so they need no reading."""
+    path = checkpoint.directory / file
+    n_bytes = checkpoint.file_bytes[file]
+    blob = path.resolve()
+    if path.is_symlink() and blob.parent.name == "blobs" and _BLOB.fullmatch(blob.name):
+        sha256 = blob.name
+        count(n_bytes)
+    else:
+        sha256 = file_digest(path, count)
+    header_bytes, header_sha256 = header_digest(path)
+    return WeightFile(
+        path=_path_from(out, path),
+        is_source=True,
+        n_bytes=n_bytes,
+        header_bytes=header_bytes,
+        header_sha256=header_sha256,
+        sha256=sha256,
+    )
+
+
+def _copied(
+    writer: EngineWriter, model: ModelConfig, checkpoint: Checkpoint, tell: Progress
+) -> tuple[tuple[TensorEntry, ...], tuple[WeightFile, ...]]:
+    """Copy every tensor into the engine's own files, each on a page of its own."""
+    specs = tensor_specs(model)
+    sizes = [sum(checkpoint.tensors[source].n_bytes for source in spec.sources) for spec in specs]
+    writer.require_space(sum(size + ALIGN_BYTES for size in sizes))
+    count = _counter(tell, "copy", sum(sizes))
+    tensors: list[TensorEntry] = []
+    files: list[WeightFile] = []
+    for group in _groups(specs, sizes):
+        with writer.weights(f"weights-{len(files) + 1:05d}.bin") as weights:
+            for spec in group:
+                weights.align()
+                pieces = []
+                for source in spec.sources:
+                    data = checkpoint.bytes(source)
+                    offset = weights.append(data, count)
+                    dtype = checkpoint.tensors[source].dtype
+                    pieces.append(Piece(file=len(files), offset=offset, n_bytes=len(data), dtype=dtype))
+                tensors.append(TensorEntry(name=spec.name, shape=spec.shape, pieces=_joined(pieces)))
+            files.append(weights.entry())
+    return tuple(tensors), tuple(files)
+
+
+def _groups(specs: Sequence[TensorSpec], sizes: Sequence[int]) -> Iterator[list[TensorSpec]]:
+    """Split the tensors, in order, into files of bounded size."""
+    group: list[TensorSpec] = []
+    n_bytes = 0
+    for spec, size in zip(specs, sizes, strict=True):
+        if group and n_bytes + size > _MAX_WEIGHT_FILE_BYTES:
+            yield group
+            group, n_bytes = [], 0
+        group.append(spec)
+        n_bytes += size
+    yield group
+
+
+def _joined(pieces: list[Piece]) -> tuple[Piece, ...]:
+    """Make one piece of neighbours of the same dtype."""
+    joined: list[Piece] = []
+    for piece in pieces:
+        last = joined[-1] if joined else None
+        if last is not None and last.dtype == piece.dtype and last.offset + last.n_bytes == piece.offset:
+            joined[-1] = Piece(
+                file=last.file, offset=last.offset, n_bytes=last.n_bytes + piece.n_bytes, dtype=last.dtype
+            )
+        else:
+            joined.append(piece)
+    return tuple(joined)
+
+
+def _copy_files(writer: EngineWriter, directory: Path) -> tuple[FileEntry, ...]:
+    if not (directory / COPIED_FILES[0]).exists():
+        raise CheckpointError(
+            f"{directory} has no {COPIED_FILES[0]}",
+            hint="save the tokenizer in its fast form beside the weights",
+        )
+    present = [name for name in COPIED_FILES if (directory / name).exists()]
+    return tuple(writer.add_file(name, read_bytes(directory / name, _MAX_COPIED_BYTES)) for name in present)
+
+
+def _path_from(out: Path, path: Path) -> str:
+    """Return a relative path where checkpoint and engine lie side by side and so may move together."""
+    side_by_side = out.parent in path.parents
+    return os.path.relpath(path, out) if side_by_side else str(path)
+
+
+def _counter(tell: Progress, stage: str, total_bytes: int) -> Callable[[int], None]:
+    """Return a function that adds to the bytes done and tells them; it may be called from any thread."""
+    lock, done_bytes = threading.Lock(), 0
+
+    def count(n_bytes: int) -> None:
+        nonlocal done_bytes
+        with lock:
+            done_bytes += n_bytes
+            tell(stage, done_bytes, total_bytes)
+
+    return count
+
+
+def _silent(stage: str, done_bytes: int, total_bytes: int) -> None:
+    return None

@@ -1,0 +1,143 @@
+"""Finds the engine of a checkpoint in the user's cache, or builds it there."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import logging
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from sailfish.artifact.manifest import FORMAT
+from sailfish.artifact.reader import Artifact, header_digest, is_engine
+from sailfish.base.config import EngineConfig
+from sailfish.base.errors import ArtifactError, BuildError
+from sailfish.base.sources import environment
+from sailfish.build.builder import COPIED_FILES, Progress, build_engine, model_name, target_profile
+from sailfish.checkpoint.safetensors_reader import Checkpoint
+from sailfish.data import DEMO_MODEL_NAME, demo_model
+from sailfish.version import __version__
+
+log = logging.getLogger(__name__)
+
+_KEY_CHARS = 16
+_KEY_FILES = ("config.json", *COPIED_FILES)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FoundEngine:
+    """An engine that is ready to open."""
+
+    path: Path
+    is_built: bool
+    """True: built just now. False: it was there."""
+    why: str
+    """In words: "given", "found in the cache", "built", or why a cached one was built again."""
+
+
+def find_or_build(
+    model: Path | str, config: EngineConfig | None = None, *, environ: Mapping[str, str] | None = None
+) -> Path:
+    """Return the engine directory of a checkpoint or engine directory, or of the packaged "books-4m"."""
+    return locate_engine(model, config, environ=environ).path
+
+
+def locate_engine(
+    model: Path | str,
+    config: EngineConfig | None = None,
+    *,
+    target: str | None = None,
+    environ: Mapping[str, str] | None = None,
+    progress: Progress | None = None,
+) -> FoundEngine:
+    """Find the engine in the cache or build it there; builders of the same engine wait for each other.
+
+    An engine directory is returned as it is. A damaged cache entry, or one whose checkpoint changed, is
+    built again. Raises CheckpointError, PlanError, ArtifactError or BuildError.
+    """
+    config = config or EngineConfig()
+    environ = environ if environ is not None else environment()
+    directory = Path(model)
+    if str(model) == DEMO_MODEL_NAME and not directory.exists():
+        directory = demo_model()
+    if is_engine(directory):
+        return FoundEngine(path=directory, is_built=False, why="given")
+    hardware = target_profile(target, config.device, environ)
+    path = cache_root(environ) / _entry_name(directory, config, hardware.target)
+    with _locked(path):
+        why = "built"
+        if is_engine(path):
+            try:
+                Artifact.open(path)
+                return FoundEngine(path=path, is_built=False, why="found in the cache")
+            except ArtifactError as error:
+                why = f"built again, since {error.message}"
+                log.warning("cached engine is built again: %s", error.message)
+        build_engine(
+            directory,
+            path,
+            config=config,
+            target=hardware.target,
+            force=True,
+            progress=progress,
+            environ=environ,
+        )
+    return FoundEngine(path=path, is_built=True, why=why)
+
+
+def cache_root(environ: Mapping[str, str]) -> Path:
+    """Return where cached engines lie: $XDG_CACHE_HOME/sailfish/engines."""
+    base = environ.get("XDG_CACHE_HOME")
+    home = (
+        Path(base)
+        if base and Path(base).is_absolute()
+        else Path(environ.get("HOME") or Path.home()) / ".cache"
+    )
+    return home / "sailfish" / "engines"
+
+
+def _entry_name(directory: Path, config: EngineConfig, target: str) -> str:
+    """Name the entry after the model and a digest of all that would change the engine."""
+    checkpoint = Checkpoint.open(directory)
+    state = hashlib.sha256()
+    facts = [
+        f"format {FORMAT}, sailfish {__version__}, target {target}",
+        msgspec.json.encode(config, order="sorted").decode(),
+        str(Path(os.path.abspath(directory))),
+    ]
+    for file in sorted(checkpoint.file_bytes):
+        status = (directory / file).stat()
+        _, sha256 = header_digest(directory / file)
+        facts.append(f"{file} {status.st_size} {status.st_mtime_ns} {sha256}")
+    for name in _KEY_FILES:
+        path = directory / name
+        facts.append(
+            f"{name} {hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else 'absent'}"
+        )
+    state.update("\n".join(facts).encode())
+    slug = re.sub(r"[^A-Za-z0-9._-]+", "-", model_name(Path(os.path.abspath(directory)))).strip("-.")[:64]
+    return f"{slug or 'model'}-{state.hexdigest()[:_KEY_CHARS]}"
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold the entry's lock, waiting for another builder of it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path.with_name(path.name + ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise BuildError(
+            f"the engine cache {path.parent} cannot be written: {error.strerror}",
+            hint="set XDG_CACHE_HOME to a writable directory, or build with -o",
+        ) from None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
