@@ -9,6 +9,7 @@ import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from sailfish.artifact.manifest import (
     DIGEST_FILE,
@@ -25,8 +26,20 @@ from sailfish.base.errors import ArtifactError
 _HASH_CHUNK_BYTES = 8 << 20
 
 
-StoredTensor = tuple[str, tuple[int, ...], tuple[tuple[memoryview, str], ...]]
-"""(name, shape, pieces); a piece is (bytes, safetensors dtype); pieces follow each other along axis 0."""
+class StoredPiece(NamedTuple):
+    """Rows of a tensor as they are stored: a view of the mapped file."""
+
+    data: memoryview
+    dtype: str
+    """As safetensors spells it."""
+
+
+class StoredTensor(NamedTuple):
+    """One canonical tensor; its pieces follow each other along the first axis."""
+
+    name: str
+    shape: tuple[int, ...]
+    pieces: tuple[StoredPiece, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,10 +92,12 @@ class Artifact:
                 if piece.file not in maps:
                     maps[piece.file] = self._map(self.manifest.weights[piece.file])
             pieces = tuple(
-                (memoryview(maps[piece.file])[piece.offset : piece.offset + piece.n_bytes], piece.dtype)
+                StoredPiece(
+                    memoryview(maps[piece.file])[piece.offset : piece.offset + piece.n_bytes], piece.dtype
+                )
                 for piece in tensor.pieces
             )
-            yield tensor.name, tensor.shape, pieces
+            yield StoredTensor(tensor.name, tensor.shape, pieces)
             for piece in tensor.pieces:
                 _drop_pages(maps[piece.file], piece)
 
