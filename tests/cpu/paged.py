@@ -125,14 +125,16 @@ class PagedDriver:
         return tokens
 
 
-def make_span(table: list[list[int]], query_start: list[int], kv_len: list[int]) -> AttentionSpan:
+def make_span(
+    table: list[list[int]], query_start: list[int], kv_len: list[int], device: str = "cpu"
+) -> AttentionSpan:
     """Make a span of host lists."""
     return AttentionSpan(
-        block_table_BW=torch.tensor(table, dtype=torch.int32),
+        block_table_BW=torch.tensor(table, dtype=torch.int32, device=device),
         query_start=tuple(query_start),
         kv_len=tuple(kv_len),
-        kv_len_B=torch.tensor(kv_len, dtype=torch.int32),
-        query_start_B1=torch.tensor(query_start, dtype=torch.int32),
+        kv_len_B=torch.tensor(kv_len, dtype=torch.int32, device=device),
+        query_start_B1=torch.tensor(query_start, dtype=torch.int32, device=device),
     )
 
 

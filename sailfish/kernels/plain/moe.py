@@ -32,5 +32,5 @@ def sorted_moe(
         mlp_RM = act_mul(F.linear(x_TD[rows // n_active], gate_up_X2MD[x]), activation)
         y_RD[rows] = F.linear(mlp_RM, down_XDM[x])
         start += n
-    y_TAD = y_RD.view(*expert_TA.shape, -1)
+    y_TAD = y_RD.view(*expert_TA.shape, x_TD.shape[1])
     return torch.einsum("ta,tad->td", weight_TA.to(x_TD.dtype), y_TAD)

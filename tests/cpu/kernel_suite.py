@@ -1,0 +1,254 @@
+"""The shapes and values that every implementation of every op is tried on, whatever the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import torch
+from paged import make_span
+from torch import Tensor
+
+from sailfish.kernels.contract import AttentionSpan
+from sailfish.kernels.table import OPS
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PAGE_TOKENS = 8
+NEVER_READ = 2**30
+"""Fills block tables past each sequence's blocks: reading it is an index error."""
+
+Make = Callable[["Draw"], tuple[Any, ...]]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """A source of random tensors of one dtype on one device."""
+
+    dtype: torch.dtype
+    device: str
+    generator: torch.Generator
+
+    def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
+        """Return normal values."""
+        return (torch.randn(shape, generator=self.generator) * scale).to(self.device, self.dtype)
+
+    def integers(self, high: int, *shape: int) -> Tensor:
+        """Return int64 values below high."""
+        return torch.randint(high, shape, generator=self.generator).to(self.device)
+
+    def distinct(self, n: int, high: int) -> Tensor:
+        """Return n distinct int64 values below high."""
+        return torch.randperm(high, generator=self.generator)[:n].to(self.device)
+
+
+def attention(
+    lengths: Sequence[tuple[int, int]],
+    *,
+    window: int | None = None,
+    softcap: float | None = None,
+    heads: tuple[int, int, int] = (6, 2, 16),
+) -> Make:
+    """Make a step of sequences with (queries, visible tokens); every slot that is not theirs is NaN."""
+
+    def make(draw: Draw) -> tuple[Any, ...]:
+        n_heads, n_kv_heads, head_dim = heads
+        n_tokens = sum(n for n, _ in lengths)
+        span, slots, n_blocks = random_span(draw, lengths)
+        shape = (n_blocks, PAGE_TOKENS, n_kv_heads, head_dim)
+        caches = []
+        for _ in range(2):
+            cache = torch.full(shape, float("nan"), dtype=draw.dtype, device=draw.device)
+            cache.flatten(0, 1)[slots] = draw.normal(len(slots), n_kv_heads, head_dim)
+            caches.append(cache)
+        q_THE = draw.normal(n_tokens, n_heads + 3, head_dim)[:, :n_heads]
+        return q_THE, *caches, span, head_dim**-0.5, window, softcap
+
+    return make
+
+
+def random_span(draw: Draw, lengths: Sequence[tuple[int, int]]) -> tuple[AttentionSpan, Tensor, int]:
+    """Return a span over random blocks, the slots that its sequences own, and the number of blocks."""
+    needs = [-(-kv_len // PAGE_TOKENS) for _, kv_len in lengths]
+    n_blocks = sum(needs) + 3
+    free = draw.distinct(n_blocks, n_blocks).tolist()
+    blocks = [[free.pop() for _ in range(need)] for need in needs]
+    query_start = [0]
+    for n, _ in lengths:
+        query_start.append(query_start[-1] + n)
+    table = [row + [NEVER_READ] * (max(needs) + 1 - len(row)) for row in blocks]
+    slots = [
+        row[p // PAGE_TOKENS] * PAGE_TOKENS + p % PAGE_TOKENS
+        for row, (_, kv_len) in zip(blocks, lengths, strict=True)
+        for p in range(kv_len)
+    ]
+    span = make_span(table, query_start, [kv_len for _, kv_len in lengths], draw.device)
+    return span, torch.tensor(slots, device=draw.device), n_blocks
+
+
+def _norm(*shape: int, plus_one: bool = False) -> Make:
+    return lambda draw: (draw.normal(*shape), draw.normal(shape[-1]), 1e-5, plus_one)
+
+
+def _add_norm(*shape: int, plus_one: bool = False) -> Make:
+    return lambda draw: (draw.normal(*shape), draw.normal(*shape), draw.normal(shape[-1]), 1e-5, plus_one)
+
+
+def _linear(n_tokens: int, n_in: int, n_out: int, has_bias: bool) -> Make:
+    return lambda draw: (
+        draw.normal(n_tokens, n_in, scale=n_in**-0.5),
+        draw.normal(n_out, n_in),
+        draw.normal(n_out) if has_bias else None,
+    )
+
+
+def _rope(n_tokens: int, head_dim: int, n_pairs: int, interleaved: bool) -> Make:
+    def make(draw: Draw) -> tuple[Any, ...]:
+        angle_CF = torch.rand(50, n_pairs, generator=draw.generator) * 6
+        table_C2F = torch.stack((angle_CF.cos(), angle_CF.sin()), 1).to(draw.device)
+        qk = draw.normal(n_tokens, 9, head_dim)
+        return qk[:, :6], qk[:, 6:8], table_C2F, draw.integers(50, n_tokens), interleaved
+
+    return make
+
+
+def _kv_write(n_tokens: int) -> Make:
+    def make(draw: Draw) -> tuple[Any, ...]:
+        kv = draw.normal(n_tokens, 5, 16)
+        caches = draw.normal(2, 6, PAGE_TOKENS, 2, 16)
+        return kv[:, :2], kv[:, 2:4], caches[0], caches[1], draw.distinct(n_tokens, 6 * PAGE_TOKENS)
+
+    return make
+
+
+def _moe(n_tokens: int, n_active: int, *, normalise: bool, routing: str = "any") -> Make:
+    n_experts, d_model, d_mlp = 7, 24, 40
+
+    def make(draw: Draw) -> tuple[Any, ...]:
+        router_TX = draw.normal(n_tokens, n_experts)
+        if routing == "one expert":
+            router_TX[:, 3] = 40.0
+        if routing == "all equal":
+            router_TX[:] = 0.5
+        return (
+            draw.normal(n_tokens, d_model),
+            router_TX,
+            draw.normal(n_experts, 2 * d_mlp, d_model, scale=d_model**-0.5),
+            draw.normal(n_experts, d_model, d_mlp, scale=d_mlp**-0.5),
+            n_active,
+            normalise,
+            "silu",
+        )
+
+    return make
+
+
+_RAGGED = [(1, 1), (1, 7), (1, 8), (1, 9), (1, 40), (1, 64)]
+_MIXED = [(1, 9), (0, 12), (5, 5), (0, 0), (1, 30), (1, 31), (11, 24), (1, 1), (7, 16), (1, 16)]
+
+SCENARIOS: dict[str, dict[str, Make]] = {
+    "rms_norm": {
+        "one token": _norm(1, 96),
+        "no token": _norm(0, 96),
+        "odd width": _norm(13, 37),
+        "heads": _norm(5, 3, 16),
+        "plus one": _norm(8, 64, plus_one=True),
+    },
+    "add_rms_norm": {
+        "one token": _add_norm(1, 96),
+        "no token": _add_norm(0, 96),
+        "odd width": _add_norm(13, 37),
+        "plus one": _add_norm(8, 64, plus_one=True),
+    },
+    "linear": {
+        "one token": _linear(1, 64, 48, False),
+        "no token": _linear(0, 64, 48, False),
+        "bias": _linear(9, 37, 51, True),
+        "many tokens": _linear(257, 96, 33, False),
+    },
+    "rope": {
+        "half split": _rope(7, 16, 8, False),
+        "interleaved": _rope(7, 16, 8, True),
+        "partial": _rope(7, 24, 5, False),
+        "partial interleaved": _rope(7, 24, 5, True),
+        "one token": _rope(1, 16, 8, False),
+        "no token": _rope(0, 16, 8, False),
+    },
+    "kv_write": {"one token": _kv_write(1), "no token": _kv_write(0), "every slot": _kv_write(48)},
+    "attention": {
+        "one token": attention([(1, 1)]),
+        "block edge": attention([(1, 8), (8, 8), (8, 16), (1, 16)]),
+        "ragged decode": attention(_RAGGED),
+        "even decode": attention([(1, 21)] * 5),
+        "decode in a window": attention(_RAGGED, window=9),
+        "decode in a window of one": attention(_RAGGED, window=1),
+        "whole prompts": attention([(33, 33), (2, 2), (64, 64)]),
+        "whole prompts in a window": attention([(33, 33), (2, 2), (64, 64)], window=10),
+        "window as long as the prompt": attention([(33, 33)], window=33),
+        "chunked prompts": attention([(7, 20), (30, 61), (2, 3)]),
+        "chunked prompts in a window": attention([(7, 20), (30, 61), (2, 3)], window=16),
+        "mixed": attention(_MIXED),
+        "mixed in a window": attention(_MIXED, window=6),
+        "one head": attention(_MIXED, heads=(1, 1, 8)),
+        "as many key heads": attention(_MIXED, heads=(3, 3, 20)),
+        "one key head": attention(_MIXED, heads=(4, 1, 64)),
+        "softcap": attention(_MIXED, softcap=0.7),
+        "softcap in a window": attention(_MIXED, softcap=0.7, window=5),
+        "longer than a block of queries": attention([(520, 1500), (1, 1490)], heads=(2, 1, 16)),
+        "longer than a group of decodes": attention([(1, 4000), (1, 9000), (1, 100), (1, 9000)]),
+    },
+    "act_mul": {
+        "silu": lambda draw: (draw.normal(9, 74), "silu"),
+        "gelu": lambda draw: (draw.normal(9, 74), "gelu_tanh"),
+        "one token": lambda draw: (draw.normal(1, 74), "silu"),
+        "no token": lambda draw: (draw.normal(0, 74), "silu"),
+    },
+    "moe": {
+        "one token": _moe(1, 2, normalise=True),
+        "no token": _moe(0, 2, normalise=True),
+        "any": _moe(50, 2, normalise=True),
+        "not normalised": _moe(50, 3, normalise=False),
+        "one expert a token": _moe(9, 1, normalise=True),
+        "every expert": _moe(9, 7, normalise=True),
+        "all tokens to one expert": _moe(20, 1, normalise=False, routing="one expert"),
+        "a tie of all experts": _moe(20, 2, normalise=True, routing="all equal"),
+    },
+    "embed": {
+        "plain": lambda draw: (draw.integers(40, 9), draw.normal(40, 16), 1.0),
+        "scaled": lambda draw: (draw.integers(40, 9), draw.normal(40, 16), 9.7979589),
+        "no token": lambda draw: (draw.integers(40, 0), draw.normal(40, 16), 2.0),
+    },
+    "softcap": {
+        "any": lambda draw: (draw.normal(5, 33, scale=4.0), 2.5),
+        "no row": lambda draw: (draw.normal(0, 33), 2.5),
+    },
+}
+
+
+def draw(dtype: str, device: str, seed: int = 0) -> Draw:
+    """Return a reproducible source."""
+    return Draw(DTYPES[dtype], device, torch.Generator().manual_seed(seed))
+
+
+def load(entry: str) -> Callable[..., Any]:
+    """Import `module:function`."""
+    module, name = entry.split(":")
+    function: Callable[..., Any] = getattr(import_module(module), name)
+    return function
+
+
+def check(op: str, scenario: str, function: Callable[..., Any], dtype: str, device: str) -> None:
+    """Run a function on a scenario, and compare what it returns and writes with the reference."""
+    contract = OPS[op]
+    results = []
+    for candidate in (function, load(contract.reference)):
+        args = SCENARIOS[op][scenario](draw(dtype, device))
+        with torch.inference_mode():
+            out = candidate(*args)
+        written = [args[list(contract.axes).index(name)] for name in contract.mutates]
+        results.append([*(out if isinstance(out, tuple) else [out] if out is not None else []), *written])
+    tolerance = contract.tolerance[dtype]
+    for found, expected in zip(*results, strict=True):
+        assert found.isfinite().all(), "NaN came through"
+        torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
