@@ -13,7 +13,7 @@ from sailfish.hardware.profile import MIB, HardwareProfile
 from sailfish.plan.memory import (
     cache_specs,
     rope_bytes,
-    step_peak,
+    step_peak_bytes,
     table_bytes,
     weights_bytes,
 )
@@ -174,7 +174,7 @@ def _fixed_lines(
 ) -> list[MemoryLine]:
     """Account for everything but KV blocks; weights first."""
     inside = workspaces(model, hardware.target, settings)
-    peak = step_peak(
+    peak_bytes, phase = step_peak_bytes(
         model,
         settings.dtype,
         step_tokens=settings.step_tokens,
@@ -192,15 +192,15 @@ def _fixed_lines(
         MemoryLine(name="weights", bytes=sizes.weights[settings.dtype], why=f"one arena in {settings.dtype}"),
         MemoryLine(
             name="activations",
-            bytes=peak.activations_bytes,
-            why=f"tensors of a step of {settings.step_tokens} tokens; its peak is in {peak.phase}",
+            bytes=peak_bytes,
+            why=f"peak of a step of {settings.step_tokens} tokens, in its {phase}",
         ),
         MemoryLine(name="graphs", bytes=0, why="no step is captured as a graph"),
         MemoryLine(
             name="workspaces",
-            bytes=peak.workspace_bytes + tables,
-            why=f"inside ops {format_bytes(peak.workspace_bytes)}, "
-            f"rotary and row tables {format_bytes(tables)}",
+            bytes=tables,
+            why=f"rotary angles of {format_count(settings.context_tokens)} positions, "
+            f"{settings.max_sequences} rows of tokens, blocks and sampling parameters",
         ),
         MemoryLine(
             name="runtime",

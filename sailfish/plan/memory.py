@@ -7,7 +7,6 @@ M mlp width, V vocabulary, X experts.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from math import prod
 
 from sailfish.checkpoint.model_config import LayerConfig, ModelConfig
@@ -51,18 +50,7 @@ def cache_specs(model: ModelConfig, dtype: Dtype) -> tuple[CacheSpec, ...]:
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepPeak:
-    """The largest moment of one step, split into tensors that a step holds and workspaces inside ops."""
-
-    activations_bytes: int
-    workspace_bytes: int
-    """What the ops' own workspaces add to that; 0 where another phase is larger anyway."""
-    phase: str
-    """Where the sum is reached."""
-
-
-def step_peak(
+def step_peak_bytes(
     model: ModelConfig,
     dtype: Dtype,
     *,
@@ -70,29 +58,23 @@ def step_peak(
     max_sequences: int,
     attention_workspace_bytes: int,
     moe_workspace_bytes: int,
-) -> StepPeak:
-    """Return the peak of a step, from what is live in each phase of the decoder and the sampler.
+) -> tuple[int, str]:
+    """Return the most bytes a step holds at one moment, workspaces inside ops included, and that phase.
 
     Temporaries of the plain ops count: norms and rotary embeddings widen bfloat16 to float32.
     """
     n_rows = min(max_sequences, step_tokens)
-    inputs = step_tokens * _STEP_INPUT_BYTES
-    held = {
+    phases = {
         "norm": _norm_bytes(model, dtype, step_tokens),
         "rope": _rope_step_bytes(model, dtype, step_tokens),
-        "attention": _attention_bytes(model, dtype, step_tokens),
-        "mlp": max(_mlp_bytes(model, layer, dtype, step_tokens) for layer in model.layers),
+        "attention": _attention_bytes(model, dtype, step_tokens) + attention_workspace_bytes,
+        "mlp": max(_mlp_bytes(model, layer, dtype, step_tokens) for layer in model.layers)
+        + moe_workspace_bytes,
         "logits": _logits_bytes(model, dtype, step_tokens, n_rows),
         "sampling": _sampling_bytes(model, dtype, step_tokens, n_rows),
     }
-    inside = {"attention": attention_workspace_bytes, "mlp": moe_workspace_bytes}
-    phase = max(held, key=lambda name: held[name] + inside.get(name, 0))
-    activations = max(held.values())
-    return StepPeak(
-        activations_bytes=_aligned(activations + inputs),
-        workspace_bytes=_aligned(held[phase] + inside.get(phase, 0) - activations),
-        phase=phase,
-    )
+    phase = max(phases, key=lambda name: phases[name])
+    return _aligned(phases[phase] + step_tokens * _STEP_INPUT_BYTES), phase
 
 
 def rope_bytes(model: ModelConfig, context_tokens: int) -> int:
