@@ -1,0 +1,1 @@
+"""What stands between a socket and the endpoints: limits, the hardened protocol, keys, strict JSON."""

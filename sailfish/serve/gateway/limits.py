@@ -1,0 +1,73 @@
+"""Every cap of the server, in one table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from sailfish.engine.api import (
+    MAX_LOGIT_BIAS,
+    MAX_LOGPROBS,
+    MAX_N,
+    MAX_STOP_CHARS,
+    MAX_STOP_STRINGS,
+    MAX_STOP_TOKEN_IDS,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What one client may ask, and for how long it may take the server's time."""
+
+    header_bytes: int = 65_536
+    """Request line and headers together."""
+    headers: int = 100
+    """Header fields of one request."""
+    body_bytes: int = 8 * 2**20
+    """Request body, however it is framed."""
+    body_chunks: int = 65_536
+    """Frames of a chunked body."""
+    json_depth: int = 32
+    """Nesting of arrays and objects."""
+    messages: int = 4096
+    """Messages of one conversation."""
+    prompts: int = 128
+    """Prompts of one completion request."""
+    sequences: int = 256
+    """Prompts times n of one request."""
+    n: int = MAX_N
+    """Answers per prompt."""
+    stop_strings: int = MAX_STOP_STRINGS
+    stop_chars: int = MAX_STOP_CHARS
+    """Characters of one stop string."""
+    stop_token_ids: int = MAX_STOP_TOKEN_IDS
+    logit_bias: int = MAX_LOGIT_BIAS
+    """Entries of logit_bias."""
+    logprobs: int = MAX_LOGPROBS
+    """Alternatives reported per token."""
+    connections: int = 1024
+    """Open connections of one API process."""
+    requests_per_key: int = 1024
+    """Requests of one key that an API process works on at once; more get 429."""
+    pipelined_requests: int = 16
+    """Requests a connection may send ahead of their replies."""
+    header_read_s: float = 10.0
+    """From the first byte of a request, or a new connection, to the end of its headers."""
+    body_read_s: float = 60.0
+    """From the end of the headers to the end of the body."""
+    idle_s: float = 75.0
+    """A kept-alive connection without a request."""
+    linger_s: float = 1.0
+    """How long a refused client's remaining bytes are read and dropped before the connection closes."""
+    write_buffer_bytes: int = 262_144
+    """Unsent reply bytes of a connection before its stream is held back."""
+    write_stall_s: float = 30.0
+    """A connection held back for so long is dropped, and its request aborted."""
+    keep_alive_s: float = 15.0
+    """A comment is sent into a stream that was silent for so long."""
+
+    def rows(self) -> list[tuple[str, float]]:
+        """Return (name, value) of every cap."""
+        return [(field.name, getattr(self, field.name)) for field in fields(self)]
+
+
+LIMITS = Limits()

@@ -1,0 +1,159 @@
+"""All answers to one HTTP request, whatever number of prompts it has."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field
+
+from sailfish.base.errors import RequestError
+from sailfish.engine.api import Chunk, Completion, SamplingParams, Usage
+from sailfish.serve.openai.replies import CachedTokens, UsageReply
+from sailfish.serve.openai.requests import GenerateRequest
+from sailfish.serve.port import AnswerStream
+from sailfish.serve.site import Site
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Envelope:
+    """What all chunks of a reply have in common."""
+
+    id: str
+    created: int
+    model: str
+    system_fingerprint: str
+
+    @classmethod
+    def fresh(cls, site: Site, prefix: str) -> Envelope:
+        """Return a new one for a request that begins now."""
+        return cls(
+            id=f"{prefix}-{secrets.token_hex(12)}",
+            created=int(time.time()),
+            model=site.model,
+            system_fingerprint=f"fp_{site.engine.info.digest.rpartition(':')[2][:12]}",
+        )
+
+
+@dataclass(slots=True)
+class Tally:
+    """Tokens of a request: a prompt counts once, however many answers it gets."""
+
+    prompts: dict[int, Usage] = field(default_factory=dict)
+    completion_tokens: int = 0
+
+    def add(self, prompt: int, usage: Usage | None) -> None:
+        """Count one answer that ended."""
+        if usage is not None:
+            self.prompts.setdefault(prompt, usage)
+            self.completion_tokens += usage.completion_tokens
+
+    def reply(self) -> UsageReply:
+        """Return the sums."""
+        prompt_tokens = sum(usage.prompt_tokens for usage in self.prompts.values())
+        return UsageReply(
+            prompt_tokens=prompt_tokens,
+            completion_tokens=self.completion_tokens,
+            total_tokens=prompt_tokens + self.completion_tokens,
+            prompt_tokens_details=CachedTokens(
+                cached_tokens=sum(usage.cached_tokens for usage in self.prompts.values())
+            ),
+        )
+
+
+class Answers:
+    """One engine stream per prompt, read as one; `close` ends what still runs."""
+
+    def __init__(self, streams: list[AnswerStream]) -> None:
+        self._streams = streams
+        self.tally = Tally()
+
+    @classmethod
+    async def start(
+        cls,
+        site: Site,
+        request: GenerateRequest,
+        prompts: Sequence[list[int]],
+        params: SamplingParams,
+        *,
+        tenant: str,
+        request_id: str,
+    ) -> Answers:
+        """Submit every prompt, or none: when one is refused, those before it are aborted."""
+        if len(prompts) * params.n > site.limits.sequences:
+            raise RequestError(
+                f"{len(prompts)} prompts times n {params.n} are more than {site.limits.sequences} answers",
+                param="n",
+            )
+        salt = tenant if request.cache_salt is None else f"{tenant}:{request.cache_salt}"
+        answers = cls([])
+        try:
+            for prompt_ids in prompts:
+                stream = await site.engine.submit(
+                    prompt_ids,
+                    params,
+                    priority=request.priority or 0,
+                    deadline_s=request.deadline_s,
+                    tenant=salt,
+                    request_id=request_id,
+                )
+                answers._streams.append(stream)
+        except BaseException:
+            answers.close()
+            raise
+        return answers
+
+    async def chunks(self) -> AsyncGenerator[tuple[int, Chunk], None]:
+        """Yield (prompt, chunk) as they come; raise what ended the request early."""
+        if len(self._streams) == 1:
+            async for chunk in self._streams[0]:
+                self.tally.add(0, chunk.usage)
+                yield 0, chunk
+            return
+        iterators = [aiter(stream) for stream in self._streams]
+        pending = {asyncio.ensure_future(anext(it)): i for i, it in enumerate(iterators)}
+        try:
+            while pending:
+                done, _ = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    prompt = pending.pop(task)
+                    try:
+                        chunk = task.result()
+                    except StopAsyncIteration:
+                        continue
+                    pending[asyncio.ensure_future(anext(iterators[prompt]))] = prompt
+                    self.tally.add(prompt, chunk.usage)
+                    yield prompt, chunk
+        finally:
+            for task in pending:
+                task.cancel()
+            await asyncio.gather(*pending, return_exceptions=True)
+
+    async def whole(self) -> list[tuple[int, Completion]]:
+        """Wait for the end and return every answer, by prompt and then by index."""
+        parts: dict[tuple[int, int], list[Chunk]] = {}
+        async for prompt, chunk in self.chunks():
+            parts.setdefault((prompt, chunk.index), []).append(chunk)
+        return [(prompt, _join(chunks)) for (prompt, _), chunks in sorted(parts.items())]
+
+    def close(self) -> None:
+        """Abort what has not ended."""
+        for stream in self._streams:
+            stream.abort()
+
+
+def _join(chunks: list[Chunk]) -> Completion:
+    last = chunks[-1]
+    assert last.finish_reason is not None and last.usage is not None
+    has_logprobs = any(chunk.logprobs is not None for chunk in chunks)
+    return Completion(
+        index=last.index,
+        text="".join(chunk.text for chunk in chunks),
+        token_ids=[token for chunk in chunks for token in chunk.token_ids],
+        finish_reason=last.finish_reason,
+        stop_reason=last.stop_reason,
+        logprobs=[entry for chunk in chunks for entry in chunk.logprobs or []] if has_logprobs else None,
+        prompt_logprobs=next((c.prompt_logprobs for c in chunks if c.prompt_logprobs is not None), None),
+        usage=last.usage,
+    )

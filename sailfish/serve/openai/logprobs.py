@@ -1,0 +1,93 @@
+"""Log-probabilities in the three shapes that clients expect."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sailfish.engine.api import TokenLogprob
+from sailfish.serve.openai.replies import (
+    ChatLogprobs,
+    ChatToken,
+    PromptChance,
+    PromptLogprobs,
+    TextLogprobs,
+    TokenChance,
+)
+from sailfish.serve.port import TokenizerPort
+
+_LOWEST = -9999.0
+"""Stands for minus infinity, which JSON cannot say."""
+
+
+def token_string(tokenizer: TokenizerPort, token_id: int) -> str:
+    """Return a token's text; bytes that are not whole characters as `bytes:\\xNN...`, as OpenAI does."""
+    raw = tokenizer.token_bytes(token_id)
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
+def for_chat(tokenizer: TokenizerPort, entries: Sequence[TokenLogprob] | None) -> ChatLogprobs | None:
+    """Return chat's shape: a list of tokens, each with its alternatives."""
+    if entries is None:
+        return None
+
+    def parts(token_id: int, logprob: float) -> tuple[str, float, list[int]]:
+        raw = tokenizer.token_bytes(token_id)
+        return token_string(tokenizer, token_id), max(logprob, _LOWEST), list(raw)
+
+    content = []
+    for entry in entries:
+        top = []
+        for alternative in entry.top:
+            token, logprob, raw = parts(alternative.token_id, alternative.logprob)
+            top.append(TokenChance(token=token, logprob=logprob, bytes=raw))
+        token, logprob, raw = parts(entry.token_id, entry.logprob)
+        content.append(ChatToken(token=token, logprob=logprob, bytes=raw, top_logprobs=top))
+    return ChatLogprobs(content=content)
+
+
+def for_text(
+    tokenizer: TokenizerPort, entries: Sequence[TokenLogprob | None], ids: Sequence[int], offset: int
+) -> TextLogprobs:
+    """Return the text completions' shape: parallel lists. `ids` name the tokens of entries that are None."""
+    tokens: list[str] = []
+    chances: list[float | None] = []
+    tops: list[dict[str, float] | None] = []
+    offsets: list[int] = []
+    for i, entry in enumerate(entries):
+        token = token_string(tokenizer, ids[i] if entry is None else entry.token_id)
+        tokens.append(token)
+        offsets.append(offset)
+        offset += len(token)
+        if entry is None:
+            chances.append(None)
+            tops.append(None)
+            continue
+        chances.append(max(entry.logprob, _LOWEST))
+        top: dict[str, float] = {}
+        for alternative in entry.top:  # best first; a text that two tokens share keeps the better one
+            top.setdefault(token_string(tokenizer, alternative.token_id), max(alternative.logprob, _LOWEST))
+        top.setdefault(token, max(entry.logprob, _LOWEST))
+        tops.append(top)
+    return TextLogprobs(tokens=tokens, token_logprobs=chances, top_logprobs=tops, text_offset=offsets)
+
+
+def for_prompt(tokenizer: TokenizerPort, entries: Sequence[TokenLogprob | None]) -> PromptLogprobs:
+    """Return vLLM's `prompt_logprobs`: per prompt token, token id to chance."""
+    shaped: PromptLogprobs = []
+    for entry in entries:
+        if entry is None:
+            shaped.append(None)
+            continue
+        chances = {a.token_id: a.logprob for a in entry.top} | {entry.token_id: entry.logprob}
+        shaped.append(
+            {
+                str(token_id): PromptChance(
+                    logprob=max(logprob, _LOWEST), decoded_token=token_string(tokenizer, token_id)
+                )
+                for token_id, logprob in chances.items()
+            }
+        )
+    return shaped

@@ -1,0 +1,63 @@
+"""POST /tokenize, POST /detokenize and GET /tokenizer_info: the model's tokenizer for remote use."""
+
+from __future__ import annotations
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from sailfish.base.errors import RequestError
+from sailfish.serve.gateway.strict_json import read_object
+from sailfish.serve.openai.chat import encode_messages
+from sailfish.serve.openai.endpoint import check_model, json_reply
+from sailfish.serve.openai.logprobs import token_string
+from sailfish.serve.openai.replies import DetokenizeReply, TokenizeReply, TokenizerInfo
+from sailfish.serve.openai.requests import DetokenizeRequest, TokenizeRequest, read
+from sailfish.serve.site import Site
+
+
+async def tokenize(site: Site, http: Request) -> Response:
+    """Return the token ids of a prompt or of a conversation."""
+    request = read(TokenizeRequest, await read_object(http, site.limits))
+    check_model(site, request.model)
+    if (request.prompt is None) == (request.messages is None):
+        raise RequestError("send either prompt or messages", param="prompt")
+    if request.messages is not None:
+        ids = await encode_messages(site, request.messages, request.add_generation_prompt, None)
+    else:
+        ids = await site.engine.encode(
+            request.prompt or "", add_special=request.add_special_tokens is not False
+        )
+    texts = (
+        [token_string(site.engine.tokenizer, token) for token in ids] if request.return_token_strs else None
+    )
+    return json_reply(
+        TokenizeReply(
+            count=len(ids), max_model_len=site.engine.info.context_tokens, tokens=ids, token_strs=texts
+        )
+    )
+
+
+async def detokenize(site: Site, http: Request) -> Response:
+    """Return the text of token ids."""
+    request = read(DetokenizeRequest, await read_object(http, site.limits))
+    check_model(site, request.model)
+    vocab_size = site.engine.info.vocab_size
+    if request.tokens and max(request.tokens) >= vocab_size:
+        raise RequestError(f"token ids are 0 to {vocab_size - 1}", param="tokens")
+    return json_reply(
+        DetokenizeReply(prompt=site.engine.tokenizer.decode(request.tokens, skip_special=False))
+    )
+
+
+async def tokenizer_info(site: Site, _: Request) -> Response:
+    """Return the special tokens."""
+    tokenizer = site.engine.tokenizer
+    return json_reply(
+        TokenizerInfo(
+            eos_token=tokenizer.eos_token,
+            bos_token=tokenizer.bos_token,
+            pad_token=tokenizer.eos_token,
+            vocab_size=site.engine.info.vocab_size,
+            max_model_len=site.engine.info.context_tokens,
+        )
+    )

@@ -1,0 +1,168 @@
+"""Runs one API process: binds, serves, drains on the first signal, stops on the second."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import signal
+import socket
+from collections.abc import Callable, Generator, Sequence
+from types import FrameType
+
+import uvicorn
+
+from sailfish.base.config import ServeConfig
+from sailfish.base.errors import ConfigError
+from sailfish.serve.gateway.auth import load_keys
+from sailfish.serve.gateway.gate import is_loopback
+from sailfish.serve.gateway.limits import LIMITS, Limits
+from sailfish.serve.gateway.protocol import guarded
+from sailfish.serve.health import process_name
+from sailfish.serve.port import EnginePort
+from sailfish.serve.routes import create_app
+from sailfish.serve.site import Site
+
+_REPORT_S = 1.0
+_FAREWELL_S = 5
+"""After the drain's end, what interrupted replies may take to say so."""
+
+
+async def run(
+    engine: EnginePort,
+    config: ServeConfig,
+    sockets: Sequence[socket.socket],
+    *,
+    limits: Limits = LIMITS,
+    on_ready: Callable[[], None] | None = None,
+) -> None:
+    """Serve until a signal came and what was running has ended. The caller closes the engine."""
+    await ApiServer(engine, config, limits=limits).run_on(sockets, on_ready)
+
+
+def bind(config: ServeConfig) -> socket.socket:
+    """Return a listening socket; raise ConfigError when it would be open to strangers or is taken."""
+    try:
+        found = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)
+    except (socket.gaierror, OverflowError) as error:
+        raise ConfigError(
+            f"host {config.host!r} port {config.port} is no address to listen on", hint="use 127.0.0.1"
+        ) from error
+    family, _, _, _, address = found[0]
+    if not is_loopback(str(address[0])) and not len(load_keys(config)):
+        raise ConfigError(
+            f"refusing to listen on {config.host}: others can reach it, and no API key is set",
+            hint="set SAILFISH_API_KEYS or --api-keys-file, or listen on 127.0.0.1",
+        )
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(1024)
+    except OSError as error:
+        listener.close()
+        why = "another program listens there" if error.errno == errno.EADDRINUSE else error.strerror
+        raise ConfigError(
+            f"cannot listen on {config.host} port {config.port}: {why}",
+            hint="choose another --port, 0 takes a free one",
+        ) from error
+    listener.setblocking(False)
+    return listener
+
+
+class ApiServer(uvicorn.Server):
+    """uvicorn's server with a drain during which it still listens, to say that it is not ready."""
+
+    def __init__(self, engine: EnginePort, config: ServeConfig, *, limits: Limits = LIMITS) -> None:
+        self.site = Site(
+            engine=engine,
+            model=config.served_model_name or engine.info.name,
+            keys=load_keys(config),
+            origins=frozenset(o.strip() for o in (config.cors_origins or "").split(",") if o.strip()),
+            limits=limits,
+            vllm_metrics=config.vllm_metrics,
+        )
+        super().__init__(
+            uvicorn.Config(
+                create_app(self.site),
+                http=guarded(limits),
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                proxy_headers=False,
+                server_header=False,
+                timeout_keep_alive=int(limits.idle_s),
+                timeout_graceful_shutdown=_FAREWELL_S,
+            )
+        )
+        self._drain_s = config.drain_s
+        self._drain_ends_at_s: float | None = None
+        self._on_ready: Callable[[], None] | None = None
+
+    async def run_on(
+        self, sockets: Sequence[socket.socket], on_ready: Callable[[], None] | None = None
+    ) -> None:
+        """Serve on listening sockets until the drain is over."""
+        self._on_ready = on_ready
+        reporting = asyncio.create_task(self._report_for_ever())
+        try:
+            await self.serve(sockets=list(sockets))
+        finally:
+            reporting.cancel()
+            await asyncio.wait((reporting,))
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start to listen, and say so."""
+        await super().startup(sockets)
+        if self._on_ready is not None:
+            self._on_ready()
+
+    def drain(self) -> None:
+        """Take no new requests; stop when those at work have ended or `drain_s` has passed."""
+        self.site.draining = True
+        if self._drain_ends_at_s is None:
+            self._drain_ends_at_s = asyncio.get_running_loop().time() + self._drain_s
+
+    def stop_now(self) -> None:
+        """End the requests at work with an error, then stop."""
+        self.site.draining = True
+        self.site.interrupt()
+        self.should_exit = True
+
+    async def on_tick(self, counter: int) -> bool:
+        """End the drain when it is over (called ten times a second)."""
+        if self._drain_ends_at_s is not None:
+            is_late = asyncio.get_running_loop().time() >= self._drain_ends_at_s
+            if is_late or not self.site.live:
+                self.stop_now()
+        return await super().on_tick(counter)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Drain on the first signal, stop on the second."""
+        if self._drain_ends_at_s is None:
+            self.drain()
+        else:
+            self.stop_now()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        """Handle SIGTERM and SIGINT inside the loop, and swallow them: the caller still has to clean up."""
+        loop = asyncio.get_running_loop()
+        signals = (signal.SIGTERM, signal.SIGINT)
+        try:
+            for number in signals:
+                loop.add_signal_handler(number, self.handle_exit, number, None)
+        except (ValueError, RuntimeError):  # not the main thread: the owner calls `drain` itself
+            yield
+            return
+        try:
+            yield
+        finally:
+            for number in signals:
+                loop.remove_signal_handler(number)
+
+    async def _report_for_ever(self) -> None:
+        while True:
+            self.site.engine.report(process_name(), self.site.counters.flat())
+            await asyncio.sleep(_REPORT_S)
