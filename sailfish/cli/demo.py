@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from sailfish.base import units
 from sailfish.base.config import EngineConfig, ServeConfig
 from sailfish.bench import demo as measured
-from sailfish.cli import opening
+from sailfish.cli import opening, tables
 from sailfish.cli.options import Settings
 from sailfish.data import DEMO_MODEL_NAME
 from sailfish.engine.api import SamplingParams
@@ -22,9 +20,6 @@ def demo() -> None:
     opening.say("serving it with `sailfish serve`, asking with the openai client:\n")
     figures = measured.run(engine_dir, lambda text: typer.echo(text, nl=False))
     plan = opening.plan_of(engine_dir)
-    table = Table(title=f"{DEMO_MODEL_NAME} on {plan.device}, {plan.dtype}", title_justify="left")
-    table.add_column("figure")
-    table.add_column("value", justify="right")
     kv_tokens = plan.n_blocks * plan.page_tokens
     rows = (
         ("weights", units.format_bytes(plan.memory_bytes("weights"))),
@@ -36,6 +31,6 @@ def demo() -> None:
         ("per token after 512, without it", f"{figures.uncached_ms:.2f} ms ({figures.speed_up:.1f} x)"),
         ("server's exit status", str(figures.exit_code)),
     )
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table)
+    tables.show(
+        f"{DEMO_MODEL_NAME} on {plan.device}, {plan.dtype}", ("figure", "value"), rows, right=("value",)
+    )

@@ -1,0 +1,76 @@
+"""`sailfish inspect`: what a checkpoint or an engine directory holds."""
+
+from __future__ import annotations
+
+from sailfish.artifact.reader import Artifact, is_engine
+from sailfish.base.units import format_bytes
+from sailfish.checkpoint.inspect import CheckpointReport, inspect_checkpoint
+from sailfish.cli import opening, tables
+from sailfish.cli.options import AsJson, Download, Model, Offline
+
+
+def inspect(
+    model: Model, as_json: AsJson = False, offline: Offline = False, download: Download = False
+) -> None:
+    """Describe a checkpoint or an engine from its small files and headers; weights are not read."""
+    directory = opening.locate(model, offline=offline, download=download)
+    if is_engine(directory):
+        artifact = Artifact.open(directory)
+        if as_json:
+            tables.show_json({"digest": artifact.digest, "manifest": artifact.manifest})
+        else:
+            _show_engine(artifact)
+        return
+    report = inspect_checkpoint(directory)
+    if as_json:
+        tables.show_json(report)
+    else:
+        _show_checkpoint(report)
+
+
+def _show_engine(artifact: Artifact) -> None:
+    manifest = artifact.manifest
+    weights = (
+        "copied in" if all(not file.is_source for file in manifest.weights) else "left in the checkpoint"
+    )
+    tables.show(
+        f"Engine {artifact.directory}",
+        ("fact", "value"),
+        [
+            ("model", f"{manifest.name} ({manifest.model.family})"),
+            ("digest", artifact.digest),
+            ("target", manifest.target),
+            ("dtype", manifest.plan.dtype),
+            ("made by", manifest.producer),
+            ("weights", f"{len(manifest.tensors)} tensors, {weights}"),
+        ],
+    )
+    rows = [(file.path, format_bytes(file.n_bytes), file.sha256) for file in manifest.weights]
+    rows += [(file.name, format_bytes(file.n_bytes), file.sha256) for file in manifest.files]
+    tables.show("Files", ("file", "size", "sha256"), rows, right=("size",))
+
+
+def _show_checkpoint(report: CheckpointReport) -> None:
+    config, tokenizer = report.config, report.tokenizer
+    shape = f"width {config.d_model}, {config.n_layers} layers, {config.n_heads}/{config.n_kv_heads} heads"
+    if tokenizer is None:
+        token_facts = "none"
+    else:
+        token_facts = f"{tokenizer.vocab_size} tokens, {tokenizer.n_special_tokens} special"
+    rows = [
+        ("family", config.family),
+        ("parameters", f"{report.n_parameters:,}"),
+        ("shape", f"{shape}, MLP {config.d_mlp}, vocabulary {config.vocab_size}"),
+        ("context", f"{config.context_tokens} tokens"),
+        (
+            "weights",
+            ", ".join(f"{dtype} {format_bytes(size)}" for dtype, size in report.bytes_by_dtype.items()),
+        ),
+        ("tokenizer", token_facts),
+        ("chat template", "yes" if report.has_chat_template else "no"),
+    ]
+    tables.show(f"Checkpoint {report.directory}", ("fact", "value"), rows)
+    files = [(name, format_bytes(size)) for name, size in sorted(report.file_bytes.items())]
+    tables.show("Files", ("file", "size"), files, right=("size",))
+    for warning in report.warnings:
+        opening.say(f"warning: {warning}")

@@ -1,0 +1,70 @@
+"""What most commands begin with: find the model and its engine, and say so."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+from sailfish.artifact.reader import Artifact
+from sailfish.base.sources import environment
+from sailfish.build.cache import FoundEngine, locate_engine
+from sailfish.checkpoint.hub import HubEnv, resolve
+from sailfish.cli.options import Settings
+from sailfish.data import DEMO_MODEL_NAME, demo_model
+from sailfish.hardware.probe import probe
+from sailfish.plan import Plan
+
+
+def say(text: str) -> None:
+    """Tell the person at the terminal something that is no result."""
+    typer.echo(text, err=True)
+
+
+def locate(model: str, *, offline: bool = False, download: bool = False) -> Path:
+    """Return the directory of a model: a path, a hub id, or the packaged model's name."""
+    if model == DEMO_MODEL_NAME and not Path(model).exists():
+        return demo_model()
+    return resolve(model, env=HubEnv.of(environment()), offline=offline, download=download)
+
+
+def find(model: str, settings: Settings, *, offline: bool = False, download: bool = False) -> Path:
+    """Return the engine directory of a model, built in the cache when it is not there; say which."""
+    source = locate(model, offline=offline, download=download)
+    with progress() as tell:
+        found: FoundEngine = locate_engine(source, settings.engine, progress=tell)
+    say(f"engine {found.why}: {found.path}")
+    return found.path
+
+
+def plan_of(engine_dir: Path) -> Plan:
+    """Return the plan an engine was built with."""
+    return Artifact.open(engine_dir).manifest.plan
+
+
+def device_name(device: str) -> str:
+    """Return what this machine's device is called."""
+    return probe(device, environ=environment()).name
+
+
+@contextlib.contextmanager
+def progress() -> Iterator[Callable[[str, int, int], None]]:
+    """Draw a bar on standard error for (stage, bytes done, bytes in all); nothing where no one looks."""
+    if not sys.stderr.isatty():
+        yield lambda stage, done, total: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        tasks = {}
+
+        def tell(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield tell

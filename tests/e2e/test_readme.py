@@ -1,0 +1,90 @@
+"""What the README says a user can type works as it stands there."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sailfish.base.config import EngineConfig
+from sailfish.build.cache import find_or_build
+from sailfish.cli.main import COMMANDS
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+TYPED = sorted(
+    {line.split("  #")[0].strip() for kind, text in BLOCKS if kind == "sh" for line in text.splitlines() if line}
+    | {span for row in README.splitlines() if row.startswith("|") for span in re.findall(r"`(sailfish [^`]*)`", row)}
+)
+ENDLESS = ("sailfish serve", "sailfish chat", "make ")
+"""Run by tests of their own; here only checked for existing flags."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty place to type in."""
+    return tmp_path_factory.mktemp("readme")
+
+
+def _words(line: str) -> list[str]:
+    return [sys.executable, "-m", "sailfish.cli.main", *shlex.split(line)[1:]]
+
+
+def test_the_readme_shows_commands() -> None:
+    """An empty list would make the tests below pass for nothing."""
+    assert len(TYPED) > 8
+    assert {line.split()[1] for line in TYPED if line.startswith("sailfish ")} <= set(COMMANDS)
+
+
+@pytest.mark.parametrize("line", [line for line in TYPED if line.startswith("make ")])
+def test_every_make_target_of_the_readme_exists(line: str) -> None:
+    """`make -n` fails on an unknown target."""
+    subprocess.run(["make", "-n", *line.split()[1:]], cwd=ROOT, check=True, capture_output=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", [x for x in TYPED if x.startswith("sailfish ") and not x.startswith(ENDLESS)])
+def test_every_command_of_the_readme_runs(line: str, folder: Path) -> None:
+    """In an empty folder, as a user would type it."""
+    done = subprocess.run(_words(line), cwd=folder, capture_output=True, text=True, check=False, timeout=300)
+    allowed = {0, 1} if line.startswith("sailfish doctor") else {0}
+    assert done.returncode in allowed, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("line", [x for x in TYPED if x.startswith(("sailfish serve", "sailfish chat"))])
+def test_the_flags_of_the_commands_that_go_on_for_ever_exist(line: str) -> None:
+    """Only parsed here: tests of their own serve and chat."""
+    done = subprocess.run([*_words(line), "--help"], capture_output=True, text=True, check=True)
+    for flag in re.findall(r"--[a-z-]+", line):
+        assert flag in done.stdout
+
+
+@pytest.mark.slow
+def test_the_python_of_the_readme_runs(folder: Path) -> None:
+    """As a program of its own."""
+    [program] = [text for kind, text in BLOCKS if kind == "python"]
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+def test_the_pictures_of_the_readme_exist() -> None:
+    """Links to files of this repository lead somewhere."""
+    for target in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+@pytest.mark.slow
+def test_the_packaged_model_is_found_once_it_was_built() -> None:
+    """The second look costs no build."""
+    find_or_build("books-4m", EngineConfig())
+    _, is_built = find_or_build("books-4m", EngineConfig())
+    assert not is_built
