@@ -35,17 +35,18 @@ class HubEnv:
     token: str | None = None
 
     @classmethod
-    def of(cls, environ: Mapping[str, str]) -> HubEnv:
+    def of(cls, variables: Mapping[str, str]) -> HubEnv:
         """Read HF_HUB_CACHE, HF_HOME, XDG_CACHE_HOME, HOME, HF_HUB_OFFLINE and HF_TOKEN."""
-        home = Path(environ.get("HOME") or Path.home())
+        home = Path(variables.get("HOME") or Path.home())
         hf_home = (
-            environ.get("HF_HOME") or Path(environ.get("XDG_CACHE_HOME") or home / ".cache") / "huggingface"
+            variables.get("HF_HOME")
+            or Path(variables.get("XDG_CACHE_HOME") or home / ".cache") / "huggingface"
         )
-        cache = environ.get("HF_HUB_CACHE") or Path(hf_home) / "hub"
+        cache = variables.get("HF_HUB_CACHE") or Path(hf_home) / "hub"
         offline = any(
-            environ.get(key, "").lower() in _TRUE for key in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+            variables.get(key, "").lower() in _TRUE for key in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
         )
-        return cls(cache=Path(cache).expanduser(), offline=offline, token=environ.get("HF_TOKEN") or None)
+        return cls(cache=Path(cache).expanduser(), offline=offline, token=variables.get("HF_TOKEN") or None)
 
 
 def resolve(
