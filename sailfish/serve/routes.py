@@ -1,39 +1,96 @@
-"""Every route: method, path, and the function that answers."""
+"""Every route: method, path, the function that answers, and what goes in and comes out."""
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from functools import partial
 
+from msgspec import Struct
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route, Router
 
-from sailfish.serve import health, openapi
+from sailfish.serve import health
 from sailfish.serve.gateway.gate import Gate
-from sailfish.serve.openai import chat, completions, models, tokens
+from sailfish.serve.openai import chat, completions, models, replies, requests, tokens
+from sailfish.serve.openapi import describe
 from sailfish.serve.site import Site
 
-Endpoint = Callable[[Site, Request], Awaitable[Response]]
 
-ROUTES: tuple[tuple[str, str, Endpoint], ...] = (
-    ("POST", "/v1/chat/completions", chat.create_chat_completion),
-    ("POST", "/v1/completions", completions.create_completion),
-    ("GET", "/v1/models", models.list_models),
-    ("GET", "/v1/models/{model:path}", models.get_model),
-    ("POST", "/tokenize", tokens.tokenize),
-    ("POST", "/detokenize", tokens.detokenize),
-    ("GET", "/tokenizer_info", tokens.tokenizer_info),
-    ("GET", "/health", health.readyz),
-    ("GET", "/readyz", health.readyz),
-    ("GET", "/livez", health.livez),
-    ("GET", "/metrics", health.metrics),
-    ("GET", "/version", health.version),
-    ("GET", "/openapi.json", openapi.openapi),
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Operation:
+    """One route."""
+
+    method: str
+    path: str
+    endpoint: Callable[[Site, Request], Awaitable[Response]]
+    takes: tuple[type[Struct], ...] = ()
+    """Forms of the request body."""
+    gives: type[Struct] | None = None
+    """The reply as JSON."""
+    streams: type[Struct] | None = None
+    """The events when the reply is streamed."""
+
+
+OPERATIONS: tuple[Operation, ...] = (
+    Operation(
+        method="POST",
+        path="/v1/chat/completions",
+        endpoint=chat.create_chat_completion,
+        takes=(requests.ChatRequest,),
+        gives=replies.ChatReply,
+        streams=replies.ChatChunk,
+    ),
+    Operation(
+        method="POST",
+        path="/v1/completions",
+        endpoint=completions.create_completion,
+        takes=(requests.CompletionRequest,),
+        gives=replies.TextReply,
+        streams=replies.TextReply,
+    ),
+    Operation(method="GET", path="/v1/models", endpoint=models.list_models, gives=replies.ModelList),
+    Operation(method="GET", path="/v1/models/{model}", endpoint=models.get_model, gives=replies.ModelItem),
+    Operation(
+        method="POST",
+        path="/tokenize",
+        endpoint=tokens.tokenize,
+        takes=(requests.TokenizePrompt, requests.TokenizeChat),
+        gives=replies.TokenizeReply,
+    ),
+    Operation(
+        method="POST",
+        path="/detokenize",
+        endpoint=tokens.detokenize,
+        takes=(requests.DetokenizeRequest,),
+        gives=replies.DetokenizeReply,
+    ),
+    Operation(
+        method="GET", path="/tokenizer_info", endpoint=tokens.tokenizer_info, gives=replies.TokenizerInfo
+    ),
+    Operation(method="GET", path="/health", endpoint=health.readyz, gives=replies.StatusReply),
+    Operation(method="GET", path="/readyz", endpoint=health.readyz, gives=replies.StatusReply),
+    Operation(method="GET", path="/livez", endpoint=health.livez, gives=replies.StatusReply),
+    Operation(method="GET", path="/version", endpoint=health.version, gives=replies.VersionReply),
+    Operation(method="GET", path="/metrics", endpoint=health.metrics),
 )
 
 
 def create_app(site: Site) -> Gate:
     """Return the ASGI application of one API process."""
-    routes = [Route(path, partial(endpoint, site), methods=[method]) for method, path, endpoint in ROUTES]
+    routes = [
+        Route(
+            operation.path.replace("{model}", "{model:path}"),
+            partial(operation.endpoint, site),
+            methods=[operation.method],
+        )
+        for operation in OPERATIONS
+    ]
+    document = describe(site, OPERATIONS)
+
+    async def openapi(_: Request) -> Response:
+        return JSONResponse(document)
+
+    routes.append(Route("/openapi.json", openapi, methods=["GET"]))
     return Gate(Router(routes, redirect_slashes=False), site)

@@ -164,13 +164,20 @@ class CompletionRequest(GenerateRequest, frozen=True, kw_only=True, forbid_unkno
     """Nothing but n itself."""
 
 
-class TokenizeRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """POST /tokenize: a prompt, or a conversation."""
+class TokenizePrompt(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """POST /tokenize with a text."""
 
-    prompt: str | None = None
-    messages: Annotated[list[Message], Meta(min_length=1, max_length=LIMITS.messages)] | None = None
+    prompt: str
     model: str | None = None
     add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
+
+
+class TokenizeChat(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """POST /tokenize with a conversation."""
+
+    messages: Annotated[list[Message], Meta(min_length=1, max_length=LIMITS.messages)]
+    model: str | None = None
     add_generation_prompt: bool | None = None
     return_token_strs: bool | None = None
 

@@ -5,28 +5,24 @@ from __future__ import annotations
 from starlette.requests import Request
 from starlette.responses import Response
 
-from sailfish.base.errors import RequestError
 from sailfish.serve.gateway.strict_json import read_object
 from sailfish.serve.openai.chat import encode_messages
 from sailfish.serve.openai.endpoint import check_model, json_reply
 from sailfish.serve.openai.logprobs import token_string
 from sailfish.serve.openai.replies import DetokenizeReply, TokenizeReply, TokenizerInfo
-from sailfish.serve.openai.requests import DetokenizeRequest, TokenizeRequest, read
+from sailfish.serve.openai.requests import DetokenizeRequest, TokenizeChat, TokenizePrompt, read
 from sailfish.serve.site import Site
 
 
 async def tokenize(site: Site, http: Request) -> Response:
     """Return the token ids of a prompt or of a conversation."""
-    request = read(TokenizeRequest, await read_object(http, site.limits))
+    value = await read_object(http, site.limits)
+    request = read(TokenizeChat, value) if "messages" in value else read(TokenizePrompt, value)
     check_model(site, request.model)
-    if (request.prompt is None) == (request.messages is None):
-        raise RequestError("send either prompt or messages", param="prompt")
-    if request.messages is not None:
+    if isinstance(request, TokenizeChat):
         ids = await encode_messages(site, request.messages, request.add_generation_prompt, None)
     else:
-        ids = await site.engine.encode(
-            request.prompt or "", add_special=request.add_special_tokens is not False
-        )
+        ids = await site.engine.encode(request.prompt, add_special=request.add_special_tokens is not False)
     texts = (
         [token_string(site.engine.tokenizer, token) for token in ids] if request.return_token_strs else None
     )
