@@ -6,7 +6,8 @@ from sailfish.base.errors import ConfigError
 
 ALIASES = {
     "--alias": "--served-model-name",
-    "--api-keys-file": "--api-key-file",
+    "--api-key-file": "--api-keys-file",
+    "--api-keys": "--api-key",
     "--context": "--ctx",
     "--ctx-size": "--ctx",
     "--enable-prefix-caching": "--prefix-cache",

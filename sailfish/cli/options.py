@@ -57,7 +57,7 @@ SERVE = (
     Setting(field="port", flag="--port", help="TCP port; 0 takes a free one. Default: 8000."),
     Setting(field="served_model_name", flag="--served-model-name", help="Name that requests use."),
     Setting(field="api_keys", flag="--api-key", help="Accepted keys, comma-separated; a file is safer."),
-    Setting(field="api_keys_file", flag="--api-key-file", help="File with one name:key a line."),
+    Setting(field="api_keys_file", flag="--api-keys-file", help="File with one name:key a line."),
     Setting(field="api_processes", flag="--api-processes", help="Processes that speak HTTP."),
     Setting(field="drain_s", flag="--drain", help="Time running requests may take after SIGTERM, e.g. 30s."),
     Setting(field="cors_origins", flag="--cors-origins", help="Allowed origins, comma-separated."),

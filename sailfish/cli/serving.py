@@ -1,0 +1,116 @@
+"""Brings up what `sailfish serve` is made of, says what it is, and takes it down again."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import typer
+
+from sailfish.base.config import ServeConfig
+from sailfish.base.units import format_bytes
+from sailfish.bench.server import READY
+from sailfish.checkpoint.template import ChatTemplate
+from sailfish.cli.options import Settings
+from sailfish.engine.api import EngineInfo
+from sailfish.engine.client import AsyncEngine
+from sailfish.engine.launch import EngineProcess, Progress
+from sailfish.serve import server
+from sailfish.serve.gateway.auth import load_keys
+from sailfish.serve.gateway.gate import is_loopback
+from sailfish.serve.gateway.limits import LIMITS
+
+log = logging.getLogger("sailfish.serve")
+
+
+def serve_engine(
+    engine_dir: Path,
+    settings: Settings,
+    listener: socket.socket,
+    *,
+    chat_template: Path | None = None,
+    trace_to: Path | None = None,
+) -> None:
+    """Start the engine process, serve on the listening socket until a signal came, and end cleanly."""
+    template = None if chat_template is None else ChatTemplate.load(engine_dir, override=chat_template)
+    process = EngineProcess(
+        engine_dir,
+        settings.engine,
+        name=settings.serve.served_model_name,
+        restart=True,
+        trace_to=trace_to,
+        on_progress=_log_progress,
+    )
+    with _stoppable():
+        process.start()
+        asyncio.run(_serve(process, settings.serve, listener, template))
+
+
+async def _serve(
+    process: EngineProcess, config: ServeConfig, listener: socket.socket, template: ChatTemplate | None
+) -> None:
+    async with await AsyncEngine.attach(process.socket_path, process=process) as engine:
+        if template is not None:
+            engine.template = template
+        host, port = listener.getsockname()[:2]
+        shown = f"[{host}]" if ":" in host else host
+        _log_memory(engine.info)
+        _log_security(config, host)
+        await server.run(
+            engine, config, [listener], on_ready=lambda: typer.echo(f"{READY}http://{shown}:{port}")
+        )
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Let SIGTERM end a start as Ctrl-C does; once requests are served, the server itself listens to it."""
+
+    def stop(_signal: int, _frame: object) -> None:
+        raise SystemExit(128 + signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _log_progress(progress: Progress) -> None:
+    log.info("%.2f s %s: %s", progress.elapsed_s, progress.stage, progress.detail)
+
+
+def _log_memory(info: EngineInfo) -> None:
+    log.info(
+        "%s on %s in %s: %d tokens of context, %d sequences at once, %d blocks of %d tokens",
+        *(info.name, info.device, info.dtype, info.context_tokens, info.max_sequences),
+        *(info.n_blocks, info.page_tokens),
+    )
+    for line in info.memory:
+        measured = "not measured" if line.measured_bytes is None else format_bytes(line.measured_bytes)
+        log.info(
+            "memory %-11s planned %9s, measured %9s", line.name, format_bytes(line.planned_bytes), measured
+        )
+
+
+def _log_security(config: ServeConfig, host: str) -> None:
+    n_keys = len(load_keys(config))
+    reach = "this machine only" if is_loopback(host) else "whoever reaches this address"
+    if n_keys:
+        log.info(
+            "security: open to %s with one of %d API keys, on every route but /livez and /readyz",
+            reach,
+            n_keys,
+        )
+    else:
+        log.info("security: open to %s, without API keys", reach)
+    log.info("security: browsers of other origins: %s", config.cors_origins or "none")
+    log.info(
+        "security: bodies to %s, headers to %s, %d connections; all caps are in serve/gateway/limits.py",
+        *(format_bytes(LIMITS.body_bytes), format_bytes(LIMITS.header_bytes), LIMITS.connections),
+    )
+    log.info("security: cached prefixes are never shared between keys; prompts are never logged")
