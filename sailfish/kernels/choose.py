@@ -7,13 +7,12 @@ from importlib import import_module
 from typing import Any
 
 from sailfish.base.errors import EngineError
-from sailfish.kernels.contract import TARGETS, Case, Choice, Impl, Ops, StepBounds
+from sailfish.kernels.contract import Case, Choice, Impl, Ops, StepBounds
 from sailfish.kernels.table import OPS, implementations
 
 
 def choose(case: Case) -> Choice:
     """Return the first implementation in order of preference that does not reject the case."""
-    assert case.target in TARGETS, f"unknown target {case.target!r}, one of {', '.join(TARGETS)}"
     declined: list[tuple[str, str]] = []
     for impl in implementations(case.op):
         reason = impl.rejects(case)
@@ -24,13 +23,17 @@ def choose(case: Case) -> Choice:
 
 
 def bind(choices: Iterable[Choice]) -> Ops:
-    """Import each chosen implementation; every op must be chosen exactly once."""
+    """Import each chosen implementation; EngineError unless each op has a known one."""
     bound: dict[str, Any] = {}
     for choice in choices:
         module, name = find(choice.op, choice.implementation).entry.split(":")
         bound[choice.op] = getattr(import_module(module), name)
     missing = OPS.keys() - bound.keys()
-    assert not missing, f"no implementation chosen for {', '.join(sorted(missing))}"
+    if missing:
+        raise EngineError(
+            f"the engine names no implementation of {', '.join(sorted(missing))}, which this version needs",
+            hint="build the engine again with this version",
+        )
     return Ops(**bound)
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TARGETS = ("cpu", "sm_80", "sm_86", "sm_89", "sm_90")
-"""Devices that an implementation may accept or reject."""
+"""Devices that implementations are written with in mind; a newer "sm_..." is none of them, yet CUDA."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +30,7 @@ class Case:
 
     op: str
     target: str
-    """One of TARGETS."""
+    """One of TARGETS, or another CUDA architecture."""
     dtype: str
     """"float32" or "bfloat16", of activations, weights and KV cache."""
     head_dim: int = 0

@@ -15,7 +15,7 @@ def arena_layout(shapes: Iterable[tuple[str, tuple[int, ...]]], dtype: str) -> t
     offsets: dict[str, int] = {}
     end = 0
     for name, shape in shapes:
-        assert name not in offsets, f"tensor {name} is listed twice"
+        assert name not in offsets, "tensor names are distinct"
         offsets[name] = end
         end += -(-prod(shape) * ITEM_BYTES[dtype] // ALIGN_BYTES) * ALIGN_BYTES
     return offsets, end

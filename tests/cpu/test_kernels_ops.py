@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 from kernel_suite import DTYPES, SCENARIOS, attention, check, draw, load
+from torch import Tensor
 
 from sailfish.kernels.contract import Case, Impl
-from sailfish.kernels.plain.attention import Attend, math_attend, paged_attention, sdpa_attend
+from sailfish.kernels.plain.attention import cpu_math, cpu_sdpa
 from sailfish.kernels.reference import attention as reference
 from sailfish.kernels.table import OPS, implementations
 
@@ -38,15 +40,15 @@ def test_every_op_has_scenarios_of_one_and_of_no_token() -> None:
     assert SCENARIOS.keys() == OPS.keys()
 
 
-@pytest.mark.parametrize("attend", [sdpa_attend, math_attend])
+@pytest.mark.parametrize("attention_of", [cpu_sdpa, cpu_math], ids=["sdpa", "math"])
 @pytest.mark.parametrize("limit_bytes", [1, 3000, 40_000])
 @pytest.mark.parametrize(
     "scenario", [name for name in SCENARIOS["attention"] if "softcap" not in name and "longer" not in name]
 )
 def test_attention_is_the_same_however_small_its_memory(
-    attend: Attend, limit_bytes: int, scenario: str
+    attention_of: Callable[..., Tensor], limit_bytes: int, scenario: str
 ) -> None:
-    small = partial(paged_attention, attend=attend, limit_bytes=limit_bytes, pair_bytes=8)
+    small = partial(attention_of, limit_bytes=limit_bytes)
     check("attention", scenario, small, "float32", "cpu")
 
 

@@ -19,13 +19,18 @@ from sailfish.kernels.contract import AttentionSpan
 from sailfish.kernels.plain.limits import (
     CPU_ATTENTION_BYTES,
     CUDA_ATTENTION_BYTES,
-    MASK_PAIR_BYTES,
-    score_pair_bytes,
-    token_bytes,
+    INDEX_BYTES,
+    MATH,
+    MEMO_FRACTION,
+    SDPA,
+    Way,
 )
 
-Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, bool, float, float | None], Tensor]
-"""(q_BKGQE, k_BKSE, v_BKSE, mask_BQS of visible keys, is_causal, scale, softcap) -> out_BKGQE."""
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, float, float | None], Tensor]
+"""(q_BKGQE, k_BKSE, v_BKSE, mask_BQS of visible keys, scale, softcap) -> out_BKGQE.
+
+Without a mask one query sees every key; several queries, as many as keys, see those up to their own.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,43 +55,43 @@ def paged_attention(
     softcap: float | None,
     *,
     attend: Attend,
+    way: Way,
     limit_bytes: int,
-    pair_bytes: int | None,
 ) -> Tensor:
-    """Meet `contract.Attention`; `pair_bytes` is what `attend` takes per (query, key) pair."""
+    """Meet `contract.Attention` by `attend`, whose needs `way` tells."""
     page_tokens, n_kv_heads, head_dim = k_cache_NPKE.shape[1:]
     n_heads = q_THE.shape[1]
-    group_tokens = limit_bytes // token_bytes(n_kv_heads, head_dim, k_cache_NPKE.element_size())
-    block_pairs = limit_bytes // (score_pair_bytes(n_heads) if pair_bytes is None else pair_bytes)
+    pair_bytes = way.pair_bytes(n_heads)
+    token_bytes = way.token_bytes(n_kv_heads, head_dim, k_cache_NPKE.element_size())
+    group_tokens = limit_bytes // (token_bytes + pair_bytes)
     q_TKGE = q_THE.view(len(q_THE), n_kv_heads, -1, head_dim)
     out_TKGE = torch.empty_like(q_TKGE)
     for group, slot_BS, mask_BQS in _gathers(span, page_tokens, window, group_tokens, limit_bytes):
-        k_BKSE, v_BKSE = (
-            cache.flatten(0, 1)
-            .index_select(0, slot_BS.flatten())
-            .view(*slot_BS.shape, n_kv_heads, head_dim)
-            .transpose(1, 2)
-            for cache in (k_cache_NPKE, v_cache_NPKE)
-        )
-        start, end = group.query, group.query + group.n_queries * (group.last - group.first)
+        tokens = slice(group.query, group.query + group.n_queries * (group.last - group.first))
+        k_BKSE, v_BKSE = _gather(k_cache_NPKE, slot_BS), _gather(v_cache_NPKE, slot_BS)
         if group.n_queries == 1:
-            q_BKGQE = q_TKGE[start:end].unsqueeze(3)
-            out_TKGE[start:end] = attend(q_BKGQE, k_BKSE, v_BKSE, mask_BQS, False, scale, softcap).squeeze(3)
-            continue
-        q_1KGQE = q_TKGE[start:end].permute(1, 2, 0, 3).unsqueeze(0)
-        out_QKGE = out_TKGE[start:end]
-        for rows, keys, is_causal, mask_1QS in _query_blocks(group, window, block_pairs, q_THE.device):
-            out_1KGQE = attend(
-                q_1KGQE[..., rows, :],
-                k_BKSE[..., keys, :],
-                v_BKSE[..., keys, :],
-                mask_1QS,
-                is_causal,
-                scale,
-                softcap,
-            )
-            out_QKGE[rows] = out_1KGQE[0].permute(2, 0, 1, 3)
+            q_BKGQE = q_TKGE[tokens].unsqueeze(3)
+            out_TKGE[tokens] = attend(q_BKGQE, k_BKSE, v_BKSE, mask_BQS, scale, softcap).squeeze(3)
+        else:
+            q_1KGQE = q_TKGE[tokens].permute(1, 2, 0, 3).unsqueeze(0)
+            out_QKGE = out_TKGE[tokens]
+            for rows, keys, mask_1QS in _query_blocks(group, window, limit_bytes // pair_bytes, way, q_THE):
+                out_1KGQE = attend(
+                    q_1KGQE[..., rows, :],
+                    k_BKSE[..., keys, :],
+                    v_BKSE[..., keys, :],
+                    mask_1QS,
+                    scale,
+                    softcap,
+                )
+                out_QKGE[rows] = out_1KGQE[0].permute(2, 0, 1, 3)
+        del k_BKSE, v_BKSE  # before the next group is gathered, else two lie in memory at once
     return out_TKGE.flatten(1, 2)
+
+
+def _gather(cache_NPKE: Tensor, slot_BS: Tensor) -> Tensor:
+    rows = cache_NPKE.flatten(0, 1).index_select(0, slot_BS.flatten())
+    return rows.view(*slot_BS.shape, *cache_NPKE.shape[2:]).transpose(1, 2)
 
 
 def _gathers(
@@ -100,7 +105,7 @@ def _gathers(
     groups = _groups(span, window, group_tokens)
     gathers = ((group, *_slots(span, group, page_tokens)) for group in groups)
     n_indices = sum((group.last - group.first) * group.n_keys for group in groups)
-    if n_indices * 24 > limit_bytes:
+    if n_indices * INDEX_BYTES > limit_bytes * MEMO_FRACTION:
         yield from gathers
     else:
         span.memo[key] = list(gathers)
@@ -152,15 +157,15 @@ def _slots(span: AttentionSpan, group: _Group, page_tokens: int) -> tuple[Tensor
 
 
 def _query_blocks(
-    group: _Group, window: int | None, block_pairs: int, device: torch.device
-) -> Iterator[tuple[slice, slice, bool, Tensor | None]]:
-    """Yield (queries, the gathered keys they may see, whether plain causal, mask) block by block."""
+    group: _Group, window: int | None, block_pairs: int, way: Way, q_THE: Tensor
+) -> Iterator[tuple[slice, slice, Tensor | None]]:
+    """Yield (queries, the gathered keys they may see, mask) block by block."""
     n_queries, n_keys = group.n_queries, group.n_keys
     before = n_keys - n_queries
-    if before == 0 and (window is None or window >= n_keys):
-        yield slice(0, n_queries), slice(0, n_keys), True, None
+    if way.has_causal and before == 0 and (window is None or window >= n_keys):
+        yield slice(0, n_queries), slice(0, n_keys), None
         return
-    key_S = torch.arange(n_keys, device=device)
+    key_S = torch.arange(n_keys, device=q_THE.device)
     query_Q1 = key_S[before:, None]
     n_rows = max(1, block_pairs // n_keys)
     for start in range(0, n_queries, n_rows):
@@ -170,7 +175,7 @@ def _query_blocks(
         mask_QS = key_S[keys] <= query
         if window is not None:
             mask_QS &= key_S[keys] > query - window
-        yield slice(start, end), keys, False, mask_QS.unsqueeze(0)
+        yield slice(start, end), keys, mask_QS.unsqueeze(0)
 
 
 def sdpa_attend(
@@ -178,7 +183,6 @@ def sdpa_attend(
     k_BKSE: Tensor,
     v_BKSE: Tensor,
     mask_BQS: Tensor | None,
-    is_causal: bool,
     scale: float,
     softcap: float | None,
 ) -> Tensor:
@@ -192,7 +196,7 @@ def sdpa_attend(
     q_KGQE = q_BKGQE.squeeze(0)
     k_KGSE, v_KGSE = (x.squeeze(0).unsqueeze(1).expand(-1, q_KGQE.shape[1], -1, -1) for x in (k_BKSE, v_BKSE))
     out_KGQE = F.scaled_dot_product_attention(
-        q_KGQE, k_KGSE, v_KGSE, attn_mask=mask_BQS, is_causal=is_causal, scale=scale
+        q_KGQE, k_KGSE, v_KGSE, attn_mask=mask_BQS, is_causal=mask_BQS is None, scale=scale
     )
     return out_KGQE.unsqueeze(0)
 
@@ -202,18 +206,14 @@ def math_attend(
     k_BKSE: Tensor,
     v_BKSE: Tensor,
     mask_BQS: Tensor | None,
-    is_causal: bool,
     scale: float,
     softcap: float | None,
 ) -> Tensor:
     """Attend by two matrix products in float32 around softcap and softmax."""
-    n_queries = q_BKGQE.shape[3]
     score_BKRS = q_BKGQE.flatten(2, 3).float() @ k_BKSE.float().transpose(2, 3)
     score_BKRS *= scale
     if softcap is not None:
         score_BKRS.div_(softcap).tanh_().mul_(softcap)
-    if is_causal:
-        mask_BQS = torch.ones(1, n_queries, n_queries, dtype=torch.bool, device=q_BKGQE.device).tril()
     if mask_BQS is not None:
         score_BKGQS = score_BKRS.view(*q_BKGQE.shape[:4], -1)
         score_BKGQS.masked_fill_(~mask_BQS[:, None, None], float("-inf"))
@@ -221,11 +221,9 @@ def math_attend(
     return out_BKRE.view(q_BKGQE.shape).to(q_BKGQE.dtype)
 
 
-cpu_sdpa = partial(
-    paged_attention, attend=sdpa_attend, limit_bytes=CPU_ATTENTION_BYTES, pair_bytes=MASK_PAIR_BYTES
-)
-cuda_sdpa = partial(
-    paged_attention, attend=sdpa_attend, limit_bytes=CUDA_ATTENTION_BYTES, pair_bytes=MASK_PAIR_BYTES
-)
-cpu_math = partial(paged_attention, attend=math_attend, limit_bytes=CPU_ATTENTION_BYTES, pair_bytes=None)
-cuda_math = partial(paged_attention, attend=math_attend, limit_bytes=CUDA_ATTENTION_BYTES, pair_bytes=None)
+_sdpa = partial(paged_attention, attend=sdpa_attend, way=SDPA)
+_math = partial(paged_attention, attend=math_attend, way=MATH)
+cpu_sdpa = partial(_sdpa, limit_bytes=CPU_ATTENTION_BYTES)
+cuda_sdpa = partial(_sdpa, limit_bytes=CUDA_ATTENTION_BYTES)
+cpu_math = partial(_math, limit_bytes=CPU_ATTENTION_BYTES)
+cuda_math = partial(_math, limit_bytes=CUDA_ATTENTION_BYTES)
