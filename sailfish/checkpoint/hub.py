@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from sailfish.base.errors import CheckpointError, UserError
+from sailfish.base.errors import CheckpointError
 from sailfish.checkpoint.files import read_json
 from sailfish.checkpoint.hf_config import CONFIG_FILE
 from sailfish.checkpoint.safetensors_reader import INDEX_FILE, MAX_HEADER_BYTES, SINGLE_FILE
@@ -57,11 +57,9 @@ def resolve(
     `name` is a directory, or a Hub id `org/name`, looked up at `revision` (default: main) in the local
     cache. Only with `download`, and never when `offline` or `env.offline`, is it fetched.
     """
-    if "\0" in name:
-        raise UserError("the model's name holds a NUL character")
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path
+    directory = _directory(name)
+    if directory is not None:
+        return directory
     if not _HUB_ID.fullmatch(name) or ".." in name or "--" in name:
         raise CheckpointError(
             f"{name[:200]!r} is neither a directory nor a Hub id", hint="give a path, or org/name"
@@ -86,6 +84,14 @@ def resolve(
         f"{name}{at} is not, or not wholly, in the cache {env.cache}, and {why}",
         hint="download it, e.g. with --download",
     )
+
+
+def _directory(name: str) -> Path | None:
+    try:
+        path = Path(name).expanduser()
+        return path if path.is_dir() else None
+    except (OSError, ValueError, RuntimeError):  # too long, a NUL, the home of nobody
+        return None
 
 
 def _cached(name: str, env: HubEnv, revision: str) -> Path | None:

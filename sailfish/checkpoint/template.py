@@ -77,8 +77,10 @@ class ChatTemplate:
         }
         try:
             request = json.dumps(variables, allow_nan=False).encode()
-        except (ValueError, RecursionError):
-            raise RequestError("messages hold NaN, Infinity or too deep nesting", param="messages") from None
+        except (ValueError, TypeError, RecursionError) as error:
+            raise RequestError(
+                f"the messages are not plain JSON: {shown(str(error))}", param="messages"
+            ) from None
         if len(request) > MAX_MESSAGES_BYTES:
             raise RequestError(
                 f"the messages have {len(request)} bytes as JSON, at most {MAX_MESSAGES_BYTES} are taken",
@@ -97,20 +99,18 @@ class ChatTemplate:
 
     def _ask(self, request: bytes) -> dict[str, Any]:
         """Ask the subprocess, starting it if need be; one that did not answer in time is gone."""
-        if self._worker is None:
+        if self._worker is None or not self._worker.is_alive:
             self._worker = _Worker()
             setup = {
                 "template": self.source,
                 "memory_bytes": WORKER_MEMORY_BYTES,
                 "max_bytes": MAX_RENDERED_BYTES,
-                "suicide_s": 2 * self._render_s,
+                "alarm_s": 2 * self._render_s,
             }
             if self._worker.ask(json.dumps(setup).encode(), START_S) is None:
-                self._worker = None
                 raise CheckpointError("the chat template's process did not start")
         reply = self._worker.ask(request, self._render_s)
         if reply is None:
-            self._worker = None
             raise RequestError(
                 f"the chat template did not finish within {self._render_s:g} s on these messages",
                 param="messages",
@@ -132,27 +132,36 @@ class _Worker:
         )
         self.stop = weakref.finalize(self, _stop, self._process)
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether it may be asked again."""
+        return self.stop.alive and self._process.poll() is None
+
     def ask(self, request: bytes, limit_s: float) -> dict[str, Any] | None:
-        """Return the answer, or None when there was none in time: then the process has been ended."""
-        assert self._process.stdin is not None and self._process.stdout is not None
+        """Return the answer, or None when none came in time: then the process has been ended."""
         timer = threading.Timer(limit_s, self._process.kill)
         timer.daemon = True
         timer.start()
+        reply = None
         try:
-            self._process.stdin.write(len(request).to_bytes(4, "big") + request)
-            self._process.stdin.flush()
-            prefix = self._process.stdout.read(4)
-            size = int.from_bytes(prefix, "big")
-            data = self._process.stdout.read(size) if size <= _MAX_REPLY_BYTES else b""
-        except OSError:  # the pipe broke: the process is gone
-            data, size = b"", 1
+            reply = self._exchange(request)
+        except (OSError, ValueError):  # the pipe broke, or what came was no JSON: the process is gone
+            return None
         finally:
             timer.cancel()
-        if not data or len(data) < size:
-            self.stop()
-            return None
-        reply: dict[str, Any] = json.loads(data)
+            if reply is None:  # also on Ctrl-C: an answer left unread would go to the next request
+                self.stop()
         return reply
+
+    def _exchange(self, request: bytes) -> dict[str, Any] | None:
+        stdin, stdout = self._process.stdin, self._process.stdout
+        assert stdin is not None and stdout is not None
+        stdin.write(len(request).to_bytes(4, "big") + request)
+        stdin.flush()
+        size = int.from_bytes(stdout.read(4), "big")
+        data = stdout.read(size) if size <= _MAX_REPLY_BYTES else b""
+        reply = json.loads(data) if data and len(data) == size else None
+        return reply if isinstance(reply, dict) else None
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

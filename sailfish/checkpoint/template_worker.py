@@ -83,7 +83,7 @@ def main() -> None:
     template: jinja2.Template | None = None
     while (variables := read_frame(stdin)) is not None:
         # Should the parent die meanwhile, nobody else would end an endless template.
-        signal.setitimer(signal.ITIMER_REAL, setup["suicide_s"])
+        signal.setitimer(signal.ITIMER_REAL, setup["alarm_s"])
         try:
             if template is None:
                 template = environment().from_string(setup["template"])
