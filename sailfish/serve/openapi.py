@@ -100,7 +100,8 @@ def _operation(site: Site, operation: Described) -> Json:
     else:
         content = {"application/json": {"schema": _ref(operation.gives)}}
     if operation.streams is not None:
-        content["text/event-stream"] = {"schema": {"type": "string"}, "x-event": _ref(operation.streams)}
+        event = {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}}
+        content["text/event-stream"] = {"schema": event, "x-data": _ref(operation.streams)}
     about["responses"]["200"] = {"description": "Done.", "headers": _HEADERS, "content": content}
     if operation.takes:
         forms = [_ref(kind) for kind in operation.takes]
@@ -143,6 +144,11 @@ def _narrow(schemas: dict[str, Json], site: Site) -> None:
             fields["model"] = {"enum": [site.model, None]}
     schemas["DetokenizeRequest"]["properties"]["tokens"]["items"] = token
     schemas["ChatRequest"]["allOf"].append(_needs("top_logprobs", "integer", "logprobs"))
+    # best_of may be any n, which no schema can say; this says it for the one value that clients send unasked
+    schemas["CompletionRequest"]["properties"]["best_of"] = {"enum": [1, None]}
+    schemas["CompletionRequest"]["allOf"].append(
+        {"if": _given("best_of", "integer"), "then": {"properties": {"n": {"enum": [1, None]}}}}
+    )
     most = site.limits.prompts
     schemas["CompletionRequest"]["properties"]["prompt"] = {
         "anyOf": [
@@ -155,8 +161,12 @@ def _narrow(schemas: dict[str, Json], site: Site) -> None:
 
 
 def _needs(field: str, kind: str, switch: str) -> Json:
-    given = {"required": [field], "properties": {field: {"type": kind}}}
-    return {"if": given, "then": {"required": [switch], "properties": {switch: {"const": True}}}}
+    then = {"required": [switch], "properties": {switch: {"const": True}}}
+    return {"if": _given(field, kind), "then": then}
+
+
+def _given(field: str, kind: str) -> Json:
+    return {"required": [field], "properties": {field: {"type": kind}}}
 
 
 def pattern_up_to(last: int) -> str:

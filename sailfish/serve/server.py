@@ -48,13 +48,13 @@ def bind(config: ServeConfig) -> socket.socket:
         raise ConfigError(
             f"host {config.host!r} port {config.port} is no address to listen on", hint="use 127.0.0.1"
         ) from error
-    family, _, _, _, address = found[0]
+    family, _, protocol, _, address = found[0]
     if not is_loopback(str(address[0])) and not len(load_keys(config)):
         raise ConfigError(
             f"refusing to listen on {config.host}: others can reach it, and no API key is set",
             hint="set SAILFISH_API_KEYS or --api-keys-file, or listen on 127.0.0.1",
         )
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener = socket.socket(family, socket.SOCK_STREAM, protocol)  # asyncio sets NODELAY by the protocol
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)

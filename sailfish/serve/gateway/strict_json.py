@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from http import HTTPStatus
 from typing import Any, NoReturn
@@ -15,6 +16,7 @@ from sailfish.serve.gateway.limits import Limits
 _ESCAPE = re.compile(rb"\\.", re.DOTALL)
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _ONE_KIND = bytes.maketrans(b"{}", b"[]")
+_EXACT_BELOW = 2.0**53
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -48,9 +50,7 @@ def parse_object(body: bytes, limits: Limits) -> dict[str, Any]:
     if _is_deeper(body, limits.json_depth):
         _refuse(f"the body nests deeper than {limits.json_depth} levels, or its brackets do not match")
     try:
-        value = json.loads(
-            text, object_pairs_hook=_object, parse_constant=_not_finite, parse_float=_finite_float
-        )
+        value = json.loads(text, object_pairs_hook=_object, parse_constant=_not_finite, parse_float=_number)
     except json.JSONDecodeError as error:
         _refuse(f"the body is not valid JSON: {error.msg} at character {error.pos}")
     except ValueError:  # an integer of more digits than Python converts
@@ -87,11 +87,12 @@ def _not_finite(_: str) -> NoReturn:
     _refuse("NaN and Infinity are not JSON")
 
 
-def _finite_float(text: str) -> float:
+def _number(text: str) -> float | int:
+    """Read a number with a point or an exponent; JSON makes no difference between 2.0 and 2."""
     value = float(text)
-    if value in (float("inf"), float("-inf")):
+    if math.isinf(value):
         _refuse("the body holds a number that is too large")
-    return value
+    return int(value) if value.is_integer() and abs(value) < _EXACT_BELOW else value
 
 
 def _refuse(message: str) -> NoReturn:

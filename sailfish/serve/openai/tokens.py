@@ -5,6 +5,7 @@ from __future__ import annotations
 from starlette.requests import Request
 from starlette.responses import Response
 
+from sailfish.base.errors import RequestError
 from sailfish.serve.gateway.strict_json import read_object
 from sailfish.serve.openai.chat import encode_messages
 from sailfish.serve.openai.endpoint import check_model, json_reply
