@@ -11,7 +11,8 @@ import mmap
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType, FrameType
@@ -26,11 +27,20 @@ _NOT_FUNCTIONS = ("<module>",)
 class Entered:
     """A function that some process entered: its lines are first .. last, both counted."""
 
+    at_ns: int
+    """When it was first entered, on the clock that all processes share."""
     file: str
     """Path relative to the package."""
     first_line: int
     last_line: int
     function: str
+
+    def holds(self, other: Entered) -> bool:
+        """Return whether the other function's lines are among this one's."""
+        return (
+            self.file == other.file
+            and self.first_line <= other.first_line <= other.last_line <= self.last_line
+        )
 
 
 class Switch:
@@ -63,12 +73,8 @@ def start(trace_dir: Path) -> None:
             return
         seen.add(code)
         if code.co_name not in _NOT_FUNCTIONS:
-            row = [
-                code.co_filename[len(PACKAGE_DIR) :],
-                code.co_firstlineno,
-                _last_line(code),
-                code.co_qualname,
-            ]
+            file = code.co_filename[len(PACKAGE_DIR) :]
+            row = [time.monotonic_ns(), file, code.co_firstlineno, _last_line(code), code.co_qualname]
             out.write(json.dumps(row) + "\n")
 
     if sys.version_info >= (3, 12):
@@ -108,14 +114,17 @@ def _last_line(code: CodeType) -> int:
     return max([code.co_firstlineno, *lines, *nested])
 
 
-def read(trace_dir: Path) -> Iterator[Entered]:
-    """Yield what every process of a walk recorded, without repeats, in file and line order."""
-    rows = {
-        Entered(file=row[0], first_line=row[1], last_line=row[2], function=row[3])
+def read(trace_dir: Path) -> list[Entered]:
+    """Return what every process of a walk entered, in order, each function once."""
+    rows = [
+        Entered(at_ns=row[0], file=row[1], first_line=row[2], last_line=row[3], function=row[4])
         for path in trace_dir.glob("*.jsonl")
         for row in map(json.loads, path.read_text(encoding="utf-8").splitlines())
-    }
-    yield from sorted(rows)
+    ]
+    first: dict[tuple[str, int, str], Entered] = {}
+    for row in sorted(rows):
+        first.setdefault((row.file, row.first_line, row.function), row)
+    return list(first.values())
 
 
 def line_count(entered: list[Entered]) -> int:

@@ -13,6 +13,7 @@ from sailfish.base.errors import EngineError
 from sailfish.bench.server import ServerProcess
 
 MAX_LINES = 3000
+_SEALED = "checkpoint/template_worker.py"
 _WARM_UP, _MEASURED = "Once upon a time", "It was a dark and stormy night"
 
 
@@ -27,7 +28,18 @@ def walk(model: str, *, chat: bool = True) -> list[trace.Entered]:
             switch.turn(True)
             _ask(server.url, name, _MEASURED, chat)
             switch.turn(False)
-        return list(trace.read(trace_dir))
+        entered = trace.read(trace_dir)
+        return _with_sealed(entered) if chat else entered
+
+
+def _with_sealed(entered: list[trace.Entered]) -> list[trace.Entered]:
+    """Add the process that renders chat templates: sealed off from tracing, so its whole file counts."""
+    n_lines = len((Path(trace.PACKAGE_DIR) / _SEALED).read_text(encoding="utf-8").splitlines())
+    asks = [row.at_ns for row in entered if row.file == "checkpoint/template.py"]
+    whole = trace.Entered(
+        at_ns=max(asks), file=_SEALED, first_line=1, last_line=n_lines, function="(sealed process: all of it)"
+    )
+    return sorted([*entered, whole])
 
 
 def _ask(url: str, model: str, text: str, chat: bool) -> None:

@@ -42,7 +42,16 @@ def test_the_recorded_lines_are_those_of_the_source(tmp_path: Path) -> None:
 
 
 def test_a_line_that_two_functions_share_counts_once() -> None:
-    outer = Entered(file="a.py", first_line=1, last_line=10, function="outer")
-    inner = Entered(file="a.py", first_line=4, last_line=6, function="outer.<locals>.inner")
-    other = Entered(file="b.py", first_line=4, last_line=6, function="other")
+    outer = Entered(at_ns=1, file="a.py", first_line=1, last_line=10, function="outer")
+    inner = Entered(at_ns=2, file="a.py", first_line=4, last_line=6, function="outer.<locals>.inner")
+    other = Entered(at_ns=3, file="b.py", first_line=4, last_line=6, function="other")
     assert trace.line_count([outer, inner, other]) == 13
+    assert outer.holds(inner)
+    assert not outer.holds(other)
+
+
+def test_functions_come_in_the_order_of_their_first_entry(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-c", _PROGRAM, str(tmp_path)], check=True)
+    names = [row.function for row in trace.read(tmp_path)]
+    assert names.index("format_bytes") < names.index("parse_bytes") < names.index("_scaled")
+    assert len(names) == len(set(names))
