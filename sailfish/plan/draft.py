@@ -17,7 +17,7 @@ from sailfish.plan.memory import (
     table_bytes,
     weights_bytes,
 )
-from sailfish.plan.ops import workspaces
+from sailfish.plan.ops import kept_index_bytes, workspaces
 from sailfish.plan.overlay import DeviceOverlay
 from sailfish.plan.settings import Answers, Settings, settle
 from sailfish.plan.types import CacheSpec, Decision, Dtype, MemoryLine, Plan
@@ -181,6 +181,7 @@ def _fixed_lines(
         max_sequences=settings.max_sequences,
         attention_workspace_bytes=inside["attention"],
         moe_workspace_bytes=inside["moe"],
+        index_bytes=kept_index_bytes(hardware.target, settings),
     )
     tables = rope_bytes(model, settings.context_tokens) + table_bytes(
         max_sequences=settings.max_sequences,

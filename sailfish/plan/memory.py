@@ -20,8 +20,12 @@ SAMPLER_CHUNK_ELEMENTS = 1 << 25
 """The sampler draws for so many logits at a time."""
 _DRAW_BYTES = 40
 """Of each logit drawn from: scaled logits, their sorted copy and probabilities, 64-bit random state."""
-_STEP_INPUT_BYTES = 6 * 8
-"""Of each token: row, position, id, slot and block, and the span's indices."""
+SCORED_ROWS = 64
+"""Prompt positions whose log-probabilities are made at a time."""
+_SCORE_BYTES = 256
+"""Of each scored prompt token: itself and 20 alternatives, kept until they are on the host."""
+_STEP_INPUT_BYTES = 12 * 8
+"""Of each token: row, position, id, slot and block, on the way to the device and there."""
 ROW_SAMPLING_BYTES = 13_000
 """Sampling parameters of one row: 1,024 bias entries of 12 bytes, 80 stop tokens of 8, and a few numbers."""
 
@@ -58,9 +62,11 @@ def step_peak_bytes(
     max_sequences: int,
     attention_workspace_bytes: int,
     moe_workspace_bytes: int,
+    index_bytes: int,
 ) -> tuple[int, str]:
     """Return the most bytes a step holds at one moment, workspaces inside ops included, and that phase.
 
+    `index_bytes` is what attention derives from the block table once and keeps for all layers.
     Temporaries of the plain ops count: norms and rotary embeddings widen bfloat16 to float32.
     """
     n_rows = min(max_sequences, step_tokens)
@@ -72,9 +78,11 @@ def step_peak_bytes(
         + moe_workspace_bytes,
         "logits": _logits_bytes(model, dtype, step_tokens, n_rows),
         "sampling": _sampling_bytes(model, dtype, step_tokens, n_rows),
+        "prompt scores": _scoring_bytes(model, dtype, step_tokens),
     }
     phase = max(phases, key=lambda name: phases[name])
-    return _aligned(phases[phase] + step_tokens * _STEP_INPUT_BYTES), phase
+    inputs = step_tokens * _STEP_INPUT_BYTES + index_bytes
+    return _aligned(phases[phase] + inputs), phase
 
 
 def rope_bytes(model: ModelConfig, context_tokens: int) -> int:
@@ -97,7 +105,7 @@ def _norm_bytes(model: ModelConfig, dtype: Dtype, step_tokens: int) -> int:
 
 
 def _rope_step_bytes(model: ModelConfig, dtype: Dtype, step_tokens: int) -> int:
-    """The stream, q, k and v, and one rotation: of q, or of k beside the rotated q."""
+    """The stream, q, k and v (and q and k normed), and a rotation: of q, or of k beside the new q."""
     item, widened = ITEM_BYTES[dtype], 0 if dtype == "float32" else 4 + ITEM_BYTES[dtype]
     rotary_dim = max(layer.rope.rotary_dim for layer in model.layers)
     turning = 8 + widened
@@ -106,16 +114,16 @@ def _rope_step_bytes(model: ModelConfig, dtype: Dtype, step_tokens: int) -> int:
         model.n_kv_heads * (rotary_dim * turning + model.head_dim * item)
         + model.n_heads * model.head_dim * item
     )
-    return step_tokens * (
-        3 * model.d_model * item + _qkv_width(model) * item + rotary_dim * 4 + max(of_q, of_k)
-    )
+    normed = (model.n_heads + model.n_kv_heads) * model.head_dim * item if model.qk_norm else 0
+    before = (3 * model.d_model + _qkv_width(model)) * item + normed
+    return step_tokens * (before + rotary_dim * 4 + max(of_q, of_k))
 
 
 def _attention_bytes(model: ModelConfig, dtype: Dtype, step_tokens: int) -> int:
-    """The stream, q, k and v before and after rotation, the output and the part of it just computed."""
+    """The stream, q, k and v before and after rotation, and the output."""
     heads = model.n_heads * model.head_dim
     rotated = heads + model.n_kv_heads * model.head_dim
-    return step_tokens * ITEM_BYTES[dtype] * (3 * model.d_model + _qkv_width(model) + rotated + 2 * heads)
+    return step_tokens * ITEM_BYTES[dtype] * (3 * model.d_model + _qkv_width(model) + rotated + heads)
 
 
 def _mlp_bytes(model: ModelConfig, layer: LayerConfig, dtype: Dtype, step_tokens: int) -> int:
@@ -139,6 +147,13 @@ def _sampling_bytes(model: ModelConfig, dtype: Dtype, step_tokens: int, n_rows: 
     hidden = (step_tokens + n_rows) * model.d_model * ITEM_BYTES[dtype]
     rows_drawn = min(n_rows, max(1, SAMPLER_CHUNK_ELEMENTS // model.vocab_size))
     return hidden + n_rows * model.vocab_size * 8 + rows_drawn * model.vocab_size * _DRAW_BYTES
+
+
+def _scoring_bytes(model: ModelConfig, dtype: Dtype, step_tokens: int) -> int:
+    """The hidden states, and the logits of some prompt positions with their log-probabilities or soft-cap."""
+    copies = 12 if model.logit_softcap is not None else 8
+    scored = min(SCORED_ROWS, step_tokens) * model.vocab_size * copies
+    return step_tokens * (model.d_model * ITEM_BYTES[dtype] + _SCORE_BYTES) + scored
 
 
 def _qkv_width(model: ModelConfig) -> int:

@@ -6,6 +6,12 @@ from sailfish.base.errors import ConfigError
 from sailfish.checkpoint.model_config import ModelConfig
 from sailfish.kernels.choose import choose, workspace_bytes
 from sailfish.kernels.contract import TARGETS, Case, StepBounds
+from sailfish.kernels.plain.limits import (
+    CPU_ATTENTION_BYTES,
+    CUDA_ATTENTION_BYTES,
+    INDEX_BYTES,
+    MEMO_FRACTION,
+)
 from sailfish.kernels.table import OPS
 from sailfish.plan.settings import Settings
 from sailfish.plan.types import OpChoice, Plan
@@ -32,6 +38,13 @@ def workspaces(model: ModelConfig, target: str, settings: Settings) -> dict[str,
     return {
         case.op: 0 if case.op in unused else workspace_bytes(case, choose(case), bounds) for case in cases
     }
+
+
+def kept_index_bytes(target: str, settings: Settings) -> int:
+    """Return the most bytes of slots and masks that attention keeps from its first layer to its last."""
+    limit = CPU_ATTENTION_BYTES if target == "cpu" else CUDA_ATTENTION_BYTES
+    n_tokens = min(settings.max_sequences, settings.step_tokens) * settings.context_tokens
+    return min(n_tokens * INDEX_BYTES, int(limit * MEMO_FRACTION))
 
 
 def op_cases(model: ModelConfig, *, target: str, dtype: str, page_tokens: int) -> tuple[Case, ...]:

@@ -1,0 +1,104 @@
+"""The plan's activation peak against the live tensors of real steps, counted storage by storage."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from sailfish.base.config import EngineConfig
+from sailfish.checkpoint.model_config import LayerConfig, ModelConfig, MoeConfig, RopeConfig
+from sailfish.checkpoint.names import tensor_specs
+from sailfish.engine.runner import Runner
+from sailfish.engine.table import DeviceTable
+from sailfish.engine.warm import warm_up
+from sailfish.hardware.profile import profile
+from sailfish.kernels.choose import bind
+from sailfish.kernels.plain.limits import CPU_ATTENTION_BYTES
+from sailfish.models.decoder import Decoder, KvCache
+from sailfish.plan import make_plan
+from sailfish.plan.ops import choose_ops
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_ROPE = RopeConfig(theta=10_000.0, rotary_dim=64)
+_DENSE = ModelConfig(
+    family="llama",
+    d_model=512,
+    n_heads=8,
+    n_kv_heads=2,
+    head_dim=64,
+    d_mlp=1024,
+    vocab_size=4096,
+    context_tokens=512,
+    norm_eps=1e-5,
+    layers=(LayerConfig(rope=_ROPE),) * 2,
+    dtype="float32",
+)
+_ATTENTION_GROUP_BYTES = 3 * CPU_ATTENTION_BYTES
+"""What attention may gather however small the model is."""
+_MOE = LayerConfig(rope=_ROPE, moe=MoeConfig(n_experts=8, n_active=2, d_mlp=512, normalise_topk=True))
+_MODELS = {
+    "dense": _DENSE,
+    "wide mlp": replace(_DENSE, d_mlp=4096),
+    "large vocabulary": replace(_DENSE, vocab_size=32768, d_mlp=512),
+    "many heads": replace(_DENSE, n_heads=32, n_kv_heads=8, d_mlp=256),
+    "qk-norm": replace(_DENSE, qk_norm=True, n_heads=32, n_kv_heads=32, d_mlp=256),
+    "soft-capped scores": replace(_DENSE, attention_softcap=30.0, sandwich_norms=True),
+    "soft-capped logits": replace(_DENSE, logit_softcap=30.0, sandwich_norms=True, vocab_size=32768),
+    "experts": replace(_DENSE, layers=(_MOE,) * 2),
+}
+
+
+class _LivePeak(TorchDispatchMode):
+    """Sums the storages that ops have made and that are still referenced, after each op."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak_bytes = 0
+        self._live: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        before = {
+            t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)
+        }
+        out = func(*args, **(kwargs or {}))
+        self._live = {key: kept for key, kept in self._live.items() if not kept[0].expired()}
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in before:
+                storage = tensor.untyped_storage()
+                self._live[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self.peak_bytes = max(self.peak_bytes, sum(n_bytes for _, n_bytes in self._live.values()))
+        return out
+
+
+@pytest.mark.parametrize("name", _MODELS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_planned_peak_bounds_what_the_largest_steps_hold_and_not_by_much(name: str, dtype: str) -> None:
+    model = _MODELS[name]
+    config = EngineConfig(dtype=dtype, max_sequences=8, step_tokens=1024, page_tokens=16)
+    plan = make_plan(config, model, profile("cpu"))
+    weights = {
+        spec.name: torch.randn(spec.shape, dtype=_DTYPES[dtype]) * 0.05 for spec in tensor_specs(model)
+    }
+    decoder = Decoder(model, weights, bind(choose_ops(model, plan)), max_positions=plan.context_tokens)
+    shape = (model.n_layers, 2, plan.n_blocks, plan.page_tokens, model.n_kv_heads, model.head_dim)
+    table = DeviceTable(
+        plan.max_sequences,
+        plan.context_tokens,
+        plan.blocks_per_sequence,
+        plan.page_tokens,
+        torch.device("cpu"),
+    )
+    runner = Runner(decoder, KvCache(torch.zeros(shape, dtype=_DTYPES[dtype])), table)
+    with _LivePeak() as live:
+        warm_up(runner, plan, model.vocab_size)
+    planned = plan.memory_bytes("activations")
+    assert live.peak_bytes <= planned
+    assert planned <= 1.25 * live.peak_bytes + _ATTENTION_GROUP_BYTES
