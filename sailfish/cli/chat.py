@@ -12,10 +12,11 @@ from sailfish.cli import opening
 from sailfish.cli.options import ENGINE, SAMPLING, Download, Model, Offline, Settings, with_settings
 from sailfish.engine.sync import Engine
 
+_SAMPLING = tuple(setting for setting in SAMPLING if setting.field != "n")
 _HELP = "/reset forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops an answer."
 
 
-@with_settings(SAMPLING, ENGINE)
+@with_settings(_SAMPLING, ENGINE)
 def chat(
     model: Model,
     system: str = typer.Option("", "--system", help="What the conversation begins with."),
