@@ -7,10 +7,9 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import tokenizers
-from tokenizers.processors import TemplateProcessing
 
 from sailfish.base.errors import CheckpointError, ContextTooLong, RequestError
 from sailfish.checkpoint.files import read_bytes, read_json, shown
@@ -63,7 +62,11 @@ class Tokenizer:
 
     @classmethod
     def load(cls, directory: Path | str) -> Tokenizer:
-        """Read a directory's tokenizer.json and tokenizer_config.json."""
+        """Read a directory's tokenizer.json, and the names of its control tokens.
+
+        Like transformers, take what surrounds a text (begin, end) from tokenizer.json alone, whatever
+        add_bos_token says beside it.
+        """
         directory = Path(directory)
         path = directory / TOKENIZER_FILE
         if not path.exists() and (directory / "tokenizer.model").exists():
@@ -73,15 +76,12 @@ class Tokenizer:
             )
         data = read_bytes(path, MAX_TOKENIZER_BYTES)
         special = special_token_texts(directory)
-        config_path = directory / TOKENIZER_CONFIG_FILE
-        config = read_json(config_path) if config_path.exists() else {}
         try:
             backend = tokenizers.Tokenizer.from_buffer(data)
             backend.no_truncation()
             backend.no_padding()
             known = [text for text in special.values() if backend.token_to_id(text) is not None]
             backend.add_special_tokens(known)
-            _set_begin_and_end(backend, config, special)
             return cls(backend, special)
         except Exception as error:  # noqa: BLE001 - the library raises bare Exception for a bad file
             raise CheckpointError(f"{path} is not a tokenizer: {shown(str(error))}") from None
@@ -217,19 +217,6 @@ def special_token_texts(directory: Path) -> dict[str, str]:
             if key.endswith("_token") and isinstance(text, str):
                 texts[key] = text
     return texts
-
-
-def _set_begin_and_end(
-    backend: tokenizers.Tokenizer, config: Mapping[str, Any], special: Mapping[str, str]
-) -> None:
-    """Obey add_bos_token and add_eos_token where tokenizer_config.json states them, as transformers does."""
-    if config.get("add_bos_token") is None and config.get("add_eos_token") is None:
-        return
-    bos = special.get("bos_token") if config.get("add_bos_token") else None
-    eos = special.get("eos_token") if config.get("add_eos_token") else None
-    around = [text for text in (bos, "$A", eos) if text is not None]
-    ids = [(text, backend.token_to_id(text)) for text in dict.fromkeys((bos, eos)) if text is not None]
-    backend.post_processor = TemplateProcessing(single=around, pair=[*around, "$B:1"], special_tokens=ids)
 
 
 def _too_long(n_chars: int, max_tokens: int) -> ContextTooLong:

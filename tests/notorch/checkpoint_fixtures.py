@@ -9,7 +9,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
 SHARED = Path(__file__).parents[2].parent / "shared"
 BYTES = {"F32": 4, "BF16": 2, "F16": 2, "I32": 4, "U8": 1, "I64": 8, "F8_E4M3": 1}
@@ -83,8 +92,8 @@ def base_config(model_type: str, **extra: Any) -> dict[str, Any]:
     return {k: v for k, v in (config | extra).items() if v is not ...}
 
 
-def byte_level_tokenizer() -> Tokenizer:
-    """A byte-level BPE tokenizer trained on a few sentences, with control tokens in front."""
+def byte_level_tokenizer(begin: str = "", end: str = "") -> Tokenizer:
+    """A byte-level BPE tokenizer trained on a few sentences; `begin` and `end` surround each text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -97,11 +106,19 @@ def byte_level_tokenizer() -> Tokenizer:
     tokenizer.train_from_iterator(
         ["the quick brown fox jumps over the lazy dog " * 4, "naïve café 日本語 🎉"], trainer
     )
+    return surrounding(tokenizer, begin, end)
+
+
+def surrounding(tokenizer: Tokenizer, begin: str, end: str) -> Tokenizer:
+    """Make the tokenizer put these control tokens around a text."""
+    around = [text for text in (begin, "$A", end) if text]
+    ids = [(text, tokenizer.token_to_id(text)) for text in {begin, end} if text]
+    tokenizer.post_processor = processors.TemplateProcessing(single=around, special_tokens=ids)
     return tokenizer
 
 
 def sentencepiece_like_tokenizer() -> Tokenizer:
-    """Llama 2's kind: spaces become U+2581, unknown characters fall back to byte tokens."""
+    """Llama 2's kind: a begin token, U+2581 for spaces, byte tokens for unknown characters."""
     words = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     words += [*"\u2581abcdefghijklmnopqrstuvwxyz", "\u2581a", "th", "\u2581th", "he", "\u2581the"]
     merges = [("\u2581", "a"), ("t", "h"), ("\u2581", "th"), ("h", "e"), ("\u2581th", "e")]
@@ -116,7 +133,7 @@ def sentencepiece_like_tokenizer() -> Tokenizer:
     tokenizer.add_special_tokens(
         [AddedToken(t, special=True, normalized=False) for t in ("<unk>", "<s>", "</s>")]
     )
-    return tokenizer
+    return surrounding(tokenizer, "<s>", "")
 
 
 def write_tokenizer(directory: Path, tokenizer: Tokenizer, **config: Any) -> Path:

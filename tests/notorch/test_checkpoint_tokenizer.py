@@ -22,15 +22,15 @@ from hypothesis import strategies as st
 from sailfish.base.errors import CheckpointError, ContextTooLong, RequestError
 from sailfish.checkpoint.tokenizer import Tokenizer
 
-NAMES = {"bos_token": "<|endoftext|>", "eos_token": {"content": "<|im_end|>"}}
+NAMES: dict[str, Any] = {"bos_token": "<|endoftext|>", "eos_token": {"content": "<|im_end|>"}}
 BYTE_LEVEL = Tokenizer(byte_level_tokenizer(), {"bos_token": "<|endoftext|>"})
 SENTENCEPIECE = Tokenizer(sentencepiece_like_tokenizer(), {"bos_token": "<s>"})
 BOTH = pytest.mark.parametrize("tokenizer", [BYTE_LEVEL, SENTENCEPIECE], ids=["byte_level", "sentencepiece"])
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 
 
-def load(tmp_path: Path, **config: Any) -> Tokenizer:
-    return Tokenizer.load(write_tokenizer(tmp_path, byte_level_tokenizer(), **(NAMES | config)))
+def load(tmp_path: Path) -> Tokenizer:
+    return Tokenizer.load(write_tokenizer(tmp_path, byte_level_tokenizer(), **NAMES))
 
 
 def streamed(tokenizer: Tokenizer, ids: list[int], *, skip_special: bool = True) -> str:
@@ -47,8 +47,9 @@ def test_facts_come_from_the_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("begin", "end"), [(True, False), (False, True), (True, True), (False, False)])
-def test_begin_and_end_tokens_are_added_as_the_config_says(tmp_path: Path, begin: bool, end: bool) -> None:
-    tokenizer = load(tmp_path, add_bos_token=begin, add_eos_token=end)
+def test_begin_and_end_tokens_are_added_as_the_file_says(tmp_path: Path, begin: bool, end: bool) -> None:
+    backend = byte_level_tokenizer("<|endoftext|>" * begin, "<|im_end|>" * end)
+    tokenizer = Tokenizer.load(write_tokenizer(tmp_path, backend, add_bos_token=not begin, **NAMES))
     plain = tokenizer.encode("fox", add_special=False)
     assert tokenizer.encode("fox") == [0] * begin + plain + [2] * end
     assert tokenizer.adds_bos is begin
