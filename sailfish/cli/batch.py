@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -25,7 +24,7 @@ async def answer_file(engine_dir: Path, source: Path, target: Path, settings: Se
     A line is `{"prompt": ...}` or `{"messages": [...]}`, with an optional `id` and sampling parameters
     that replace those of the command line. A line that fails becomes `{"id", "error"}`.
     """
-    requests = list(_read(source))
+    requests = read(source)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with _open(target) as out, Progress(*columns, console=_stderr()) as progress:
         bar = progress.add_task(source.name, total=len(requests))
@@ -46,7 +45,7 @@ async def _answer(
 ) -> list[dict[str, Any]]:
     name = request.get("id", number)
     try:
-        params = _params(request, defaults)
+        params = params_of(request, defaults)
         if "messages" in request:
             completions = await engine.chat(request["messages"], params)
         else:
@@ -66,7 +65,8 @@ def _row(name: Any, completion: Completion) -> dict[str, Any]:
     }
 
 
-def _params(request: dict[str, Any], defaults: SamplingParams) -> SamplingParams:
+def params_of(request: dict[str, Any], defaults: SamplingParams) -> SamplingParams:
+    """Return a line's sampling parameters over the command line's; raises RequestError on a wrong type."""
     given = {name: value for name, value in request.items() if name in _SAMPLING}
     try:
         return msgspec.convert(msgspec.to_builtins(defaults) | given, SamplingParams)
@@ -74,11 +74,13 @@ def _params(request: dict[str, Any], defaults: SamplingParams) -> SamplingParams
         raise RequestError(f"sampling parameters: {error}") from error
 
 
-def _read(source: Path) -> Iterator[dict[str, Any]]:
+def read(source: Path) -> list[dict[str, Any]]:
+    """Return the requests of a file; raises ConfigError naming the first line that is none."""
     try:
         lines = source.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{source}: {error}") from error
+        raise ConfigError(f"requests {source}: {error}") from error
+    requests = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -86,11 +88,26 @@ def _read(source: Path) -> Iterator[dict[str, Any]]:
             request = msgspec.json.decode(line, type=dict[str, Any])
         except msgspec.DecodeError as error:
             raise ConfigError(f"{source}, line {number}: {error}") from error
-        unknown = sorted(set(request) - _KNOWN)
-        if unknown or ("prompt" in request) == ("messages" in request):
-            what = f"unknown field {unknown[0]!r}" if unknown else "it needs either prompt or messages"
-            raise ConfigError(f"{source}, line {number}: {what}")
-        yield request
+        reason = _rejects(request)
+        if reason is not None:
+            raise ConfigError(f"{source}, line {number}: {reason}")
+        requests.append(request)
+    return requests
+
+
+def _rejects(request: dict[str, Any]) -> str | None:
+    """Return why a line is no request, or None."""
+    unknown = sorted(set(request) - _KNOWN)
+    if unknown:
+        return f"unknown field {unknown[0]!r}"
+    if ("prompt" in request) == ("messages" in request):
+        return "it needs either prompt or messages"
+    try:
+        msgspec.convert(request.get("prompt", ""), str | list[int])
+        msgspec.convert(request.get("messages", []), list[dict[str, Any]])
+    except msgspec.ValidationError as error:
+        return f"prompt is text or token ids, messages are objects: {error}"
+    return None
 
 
 def _open(target: Path) -> TextIO:

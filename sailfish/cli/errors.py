@@ -13,11 +13,11 @@ from sailfish.base.errors import SailfishError
 
 @contextlib.contextmanager
 def shown(*, debug: bool) -> Iterator[None]:
-    """Turn our errors into `error: what happened (what to do)` and their exit code."""
+    """Turn our errors into `error: what happened (what to do)` and their exit code; files' errors too."""
     try:
         yield
-    except SailfishError as error:
+    except (SailfishError, OSError) as error:
         if debug:
             raise
         typer.echo(f"error: {error}", err=True)
-        sys.exit(error.exit_code)
+        sys.exit(error.exit_code if isinstance(error, SailfishError) else SailfishError.exit_code)

@@ -37,7 +37,12 @@ def test_a_spelling_without_a_meaning_here_is_refused_with_what_to_do(spelling: 
 
 @pytest.mark.parametrize(
     ("error", "status"),
-    [(UserError("wrong"), 2), (PlanError("too big", hint="use less"), 2), (EngineError("broke"), 4)],
+    [
+        (UserError("wrong"), 2),
+        (PlanError("too big", hint="use less"), 2),
+        (EngineError("broke"), 4),
+        (OSError(28, "No space left on device"), 1),
+    ],
 )
 def test_an_error_is_one_line_and_its_exit_code(
     error: Exception, status: int, capsys: pytest.CaptureFixture[str]
