@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from sailfish.serve.errors import ErrorReply
 from sailfish.serve.gateway.gate import PUBLIC_PATHS
-from sailfish.serve.openai.requests import REFUSED
+from sailfish.serve.openai.requests import REFUSED, ChatRequest, TokenizeChat
 from sailfish.serve.site import Site
 from sailfish.version import __version__
 
@@ -68,11 +68,13 @@ class Described(Protocol):
 def describe(site: Site, operations: Sequence[Described]) -> Json:
     """Return the document of a server with these routes."""
     kinds: list[type[Struct]] = [ErrorReply]
+    if site.engine.template is None:
+        operations = [operation for operation in operations if ChatRequest not in operation.takes]
     for operation in operations:
         kinds += [kind for kind in (*operation.takes, operation.gives, operation.streams) if kind is not None]
     _, schemas = msgspec.json.schema_components(kinds, ref_template=_REFS)
     for kind, fields in REFUSED.items():
-        for name, neutral in fields.items():
+        for name, neutral in fields.items() if kind.__name__ in schemas else ():
             schemas[kind.__name__]["properties"][name] = {"enum": list(neutral)}
     _narrow(schemas, site)
     document: Json = {
@@ -104,7 +106,8 @@ def _operation(site: Site, operation: Described) -> Json:
         content["text/event-stream"] = {"schema": event, "x-data": _ref(operation.streams)}
     about["responses"]["200"] = {"description": "Done.", "headers": _HEADERS, "content": content}
     if operation.takes:
-        forms = [_ref(kind) for kind in operation.takes]
+        has_chat = site.engine.template is not None
+        forms = [_ref(kind) for kind in operation.takes if has_chat or kind is not TokenizeChat]
         schema = forms[0] if len(forms) == 1 else {"anyOf": forms}
         about["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
     if "{model}" in operation.path:
@@ -129,21 +132,25 @@ def _ref(kind: type[Struct]) -> Json:
 
 def _narrow(schemas: dict[str, Json], site: Site) -> None:
     """Add what only the engine knows, and the rules between two fields, which types cannot say."""
-    last_id = site.engine.info.vocab_size - 1
+    info = site.engine.info
+    last_id = info.vocab_size - 1
     token = {"type": "integer", "minimum": 0, "maximum": last_id}
-    ids = {"type": "array", "items": token, "minItems": 1}
+    ids = {"type": "array", "items": token, "minItems": 1, "maxItems": info.context_tokens - 1}
     text = {"type": "string", "minLength": 1}
     for name, schema in schemas.items():
         fields = schema.get("properties", {})
         if name in ("ChatRequest", "CompletionRequest"):
             fields["model"] = {"enum": [site.model]}
+            for field in {"max_tokens", "max_completion_tokens"} & fields.keys():
+                fields[field]["anyOf"][0]["maximum"] = info.context_tokens - 1
             fields["stop_token_ids"]["anyOf"][0]["items"] = token
             fields["logit_bias"]["anyOf"][0]["propertyNames"] = {"pattern": pattern_up_to(last_id)}
             schema["allOf"] = [_needs("stream_options", "object", "stream")]
         elif "model" in fields and "required" in schema and name.endswith(("Prompt", "Chat", "Request")):
             fields["model"] = {"enum": [site.model, None]}
     schemas["DetokenizeRequest"]["properties"]["tokens"]["items"] = token
-    schemas["ChatRequest"]["allOf"].append(_needs("top_logprobs", "integer", "logprobs"))
+    if "ChatRequest" in schemas:
+        schemas["ChatRequest"]["allOf"].append(_needs("top_logprobs", "integer", "logprobs"))
     # best_of may be any n, which no schema can say; this says it for the one value that clients send unasked
     schemas["CompletionRequest"]["properties"]["best_of"] = {"enum": [1, None]}
     schemas["CompletionRequest"]["allOf"].append(

@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -18,9 +19,9 @@ from sailfish.serve.gateway.limits import LIMITS, Limits
 from sailfish.serve.server import ApiServer, bind
 
 
-@pytest.fixture
-def start() -> Iterator[Callable[..., Running]]:
-    """Return a function that starts a server; all are stopped at the end of the test."""
+@contextmanager
+def starting() -> Iterator[Callable[..., Running]]:
+    """Yield a function that starts a server; all are stopped at the end."""
     running: list[Running] = []
 
     def run(
@@ -53,3 +54,17 @@ def start() -> Iterator[Callable[..., Running]]:
             each.call(each.server.stop_now)
         each.thread.join(WAIT_S)
         assert not each.thread.is_alive()
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., Running]]:
+    """Start servers that live as long as the test."""
+    with starting() as run:
+        yield run
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[Running]:
+    """Return a server with every default, shared by the tests of a file."""
+    with starting() as run:
+        yield run()
