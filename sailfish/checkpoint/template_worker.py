@@ -6,6 +6,7 @@ big-endian length and a JSON object. The first frame in holds the template and t
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import sys
@@ -111,9 +112,10 @@ def _limit_resources(memory_bytes: int) -> None:
         import resource
     except ImportError:  # not on Windows; the wall clock and the output cap still hold
         return
-    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    limits = {resource.RLIMIT_AS: memory_bytes, resource.RLIMIT_FSIZE: 0, resource.RLIMIT_CORE: 0}
+    for kind, limit in limits.items():
+        with contextlib.suppress(ValueError, OSError):  # macOS knows RLIMIT_AS but may refuse to set it
+            resource.setrlimit(kind, (limit, limit))
 
 
 def _raise(message: object) -> NoReturn:

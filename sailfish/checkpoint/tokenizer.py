@@ -22,6 +22,7 @@ _SCAN_CHARS = 1 << 16
 _SCAN_SLACK_TOKENS = 64
 _LIKELY_BYTES_PER_TOKEN = 8
 _MAX_PENDING_TOKENS = 32
+_TRIAL = "a \u00e9\u65e5\U0001f389"
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 
@@ -80,10 +81,14 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_buffer(data)
             backend.no_truncation()
             backend.no_padding()
-            known = [text for text in special.values() if backend.token_to_id(text) is not None]
-            backend.add_special_tokens(known)
+            marked = {token.content for token in backend.get_added_tokens_decoder().values()}
+            named = set(special.values()) - marked
+            backend.add_special_tokens([text for text in named if backend.token_to_id(text) is not None])
+            backend.decode(backend.encode(_TRIAL, add_special_tokens=True).ids)
             return cls(backend, special)
-        except Exception as error:  # noqa: BLE001 - the library raises bare Exception for a bad file
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # noqa: BLE001 - on a bad file the library raises bare Exception, or panics
             raise CheckpointError(f"{path} is not a tokenizer: {shown(str(error))}") from None
 
     def encode(

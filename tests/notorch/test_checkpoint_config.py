@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 from checkpoint_fixtures import base_config, write_checkpoint, write_json
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from sailfish.base.errors import CheckpointError, UnsupportedModelError
 from sailfish.checkpoint.families import FAMILIES
 from sailfish.checkpoint.hf_config import load_generation_defaults, load_model_config
 from sailfish.checkpoint.model_config import GenerationDefaults, ModelConfig, MoeConfig, RopeConfig
+from sailfish.checkpoint.names import tensor_specs
 
 PLAIN = RopeConfig(theta=10_000.0, rotary_dim=8)
 LLAMA3 = {
@@ -291,6 +294,32 @@ def test_a_config_that_is_no_plain_object_is_refused(tmp_path: Path, text: str, 
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(CheckpointError, match=words):
         load_model_config(tmp_path)
+
+
+ODD = st.sampled_from(
+    [None, 0, -1, 1, 2, 10**30, 1e308, -0.5, "", "x", [], [1], {}, {"rope_type": "yarn"}, True]
+)
+KEYS = [
+    "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size", "rope_theta",
+    "rope_scaling", "rope_parameters", "sliding_window", "layer_types", "max_window_layers", "dtype",
+    "use_sliding_window", "sliding_window_pattern", "query_pre_attn_scalar", "final_logit_softcapping",
+    "num_experts", "num_experts_per_tok", "mlp_only_layers", "decoder_sparse_step", "eos_token_id",
+    "architectures", "quantization_config", "partial_rotary_factor", "num_hidden_layers", "bos_token_id",
+]  # fmt: skip
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    model_type=st.sampled_from(sorted(FAMILIES)),
+    extra=st.dictionaries(st.sampled_from(KEYS), ODD, min_size=1, max_size=4),
+)
+def test_any_values_make_a_config_or_one_line(tmp_path: Path, model_type: str, extra: dict[str, Any]) -> None:
+    try:
+        config = load(tmp_path, model_type, **extra)
+    except CheckpointError as error:
+        assert "\n" not in str(error) and len(str(error)) < 1000
+    else:
+        assert len(tensor_specs(config)) > 2 * config.n_layers
 
 
 def test_a_missing_config_is_named(tmp_path: Path) -> None:

@@ -199,7 +199,7 @@ def damage(draw: st.DrawFn, data: bytes) -> bytes:
 WHOLE = safetensors_bytes(header_of(TENSORS))
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=damage(WHOLE))
 def test_a_damaged_file_opens_consistently_or_is_refused(tmp_path: Path, data: bytes) -> None:
     """Whatever opens is also sound to the reference library, and every tensor lies inside the file."""
@@ -221,7 +221,7 @@ def test_a_damaged_file_opens_consistently_or_is_refused(tmp_path: Path, data: b
         assert data[ref.offset : ref.offset + ref.n_bytes] == bytes(reference[name]["data"])
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_damaged_index_opens_the_same_tensors_or_is_refused(tmp_path: Path, data: st.DataObject) -> None:
     write_checkpoint(tmp_path, TENSORS, shards=2)

@@ -16,7 +16,7 @@ from checkpoint_fixtures import (
     write_json,
     write_tokenizer,
 )
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sailfish.base.errors import CheckpointError, ContextTooLong, RequestError
@@ -158,7 +158,7 @@ def test_a_long_text_without_spaces_stays_linear(unit: str) -> None:
     assert time.perf_counter() - start < 10
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(words=st.lists(st.sampled_from(["the ", "fox", "  ", "日本", "<|im_end|>"]), min_size=1, max_size=30))
 def test_a_text_that_fits_is_never_refused(words: list[str]) -> None:
     text = "".join(words) * 2000
@@ -172,6 +172,27 @@ def test_a_file_that_is_no_tokenizer_is_refused_in_one_line(tmp_path: Path, data
     with pytest.raises(CheckpointError, match="is not a tokenizer") as caught:
         Tokenizer.load(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+JUNK = st.sampled_from([None, 0, -1, 2**33, "", "x", [], {}, True, 1.5, ["x"], {"type": "BPE"}])
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_mangled_tokenizer_works_or_is_refused(tmp_path: Path, data: st.DataObject) -> None:
+    state = json.loads(byte_level_tokenizer("<|endoftext|>").to_str())
+    places = [(state, key) for key in state]
+    for part in (state["model"], state["post_processor"], state["added_tokens"][1], state["decoder"]):
+        places += [(part, key) for key in part]
+    for holder, key in data.draw(st.lists(st.sampled_from(places), min_size=1, max_size=2)):
+        holder[key] = data.draw(JUNK)
+    write_json(tmp_path / "tokenizer.json", state)
+    try:
+        tokenizer = Tokenizer.load(tmp_path)
+    except CheckpointError as error:
+        assert "\n" not in str(error)
+    else:
+        streamed(tokenizer, tokenizer.encode("the fox", special=True))
 
 
 def test_a_missing_tokenizer_is_named_with_the_way_out(tmp_path: Path) -> None:
