@@ -58,6 +58,8 @@ class Limits:
     """A kept-alive connection without a request."""
     linger_s: float = 1.0
     """How long a refused client's remaining bytes are read and dropped before the connection closes."""
+    linger_bytes: int = 16 * 2**20
+    """How many of them are read at most."""
     write_buffer_bytes: int = 262_144
     """Unsent reply bytes of a connection before its stream is held back."""
     write_stall_s: float = 30.0

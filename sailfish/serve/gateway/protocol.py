@@ -28,6 +28,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._body_chunks = 0
         self._fault: Refusal | None = None
         self._lingering = False
+        self._dropped_bytes = 0
         self._active: RequestResponseCycle | None = None
         self._read_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
@@ -57,6 +58,9 @@ class GuardedProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         """Feed the parser, counting the bytes that have not become a request yet."""
         if self._lingering:
+            self._dropped_bytes += len(data)
+            if self._dropped_bytes > self.limits.linger_bytes:
+                self.transport.abort()
             return
         if self._in_headers:
             self._header_bytes += len(data)
