@@ -115,7 +115,7 @@ def decode(data: bytes, where: str) -> Manifest:
         if version != FORMAT:
             raise _wrong_version(version, where)
         manifest = msgspec.json.decode(data, type=Manifest)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ArtifactError(f"{where} is damaged: {error}", hint="build the engine again") from None
     try:
         same = encode(manifest) == data

@@ -43,7 +43,7 @@ def read_overlay(artifact: Artifact, device_key: str) -> DeviceOverlay | None:
         return None
     try:
         found = msgspec.json.decode(data, type=_OverlayFile)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ArtifactError(
             f"{path} is damaged: {error}", hint="delete it; the next start measures again"
         ) from None
@@ -99,7 +99,7 @@ def read_evidence(artifact: Artifact) -> list[Evidence]:
     for number, line in enumerate((_read_side(path) or b"").splitlines(), start=1):
         try:
             found.append(msgspec.json.decode(line, type=Evidence))
-        except (msgspec.DecodeError, RecursionError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ArtifactError(
                 f"{path}, line {number} is damaged: {error}", hint="delete that line"
             ) from None
