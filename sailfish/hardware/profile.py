@@ -106,9 +106,15 @@ def profile(name: str) -> HardwareProfile:
         if wanted == row.target:
             return row
     for row in PROFILES:
-        if wanted in row.name.lower().split():
+        if wanted in _models(row):
             return row
     cards = ", ".join(row.name.removeprefix("NVIDIA ") for row in PROFILES if row.device == "cuda")
     raise ConfigError(
         f"no hardware profile is called {name!r}", hint=f"use {', '.join(TARGETS)}, or one of: {cards}"
     )
+
+
+def _models(row: HardwareProfile) -> list[str]:
+    """Return the words of a card's name that single it out, such as "a100" or "4090"."""
+    words = row.name.lower().split() if row.device == "cuda" else []
+    return [word for word in words if any(map(str.isdigit, word)) and not word.endswith("gb")]
