@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import InitVar, dataclass, field
 
 import msgspec
@@ -75,7 +76,6 @@ class Sequence:
     prompt_scores: list[TokenLogprob] | None = field(init=False, default=None)
     """Prompt logprobs so far; None once delivered, or if not asked for."""
     n_cached: int = field(init=False, default=0)
-    n_preemptions: int = field(init=False, default=0)
     scheduled_s: float | None = field(init=False, default=None)
     first_token_s: float | None = field(init=False, default=None)
     last_token_s: float | None = field(init=False, default=None)
@@ -108,20 +108,23 @@ class Sequence:
         room = context_tokens - self.n_prompt
         self.limit_tokens = self.n_prompt + (room if self.max_tokens is None else self.max_tokens)
 
-    def hash_blocks(self, root: bytes, n_blocks: int, page_tokens: int) -> list[bytes]:
-        """Return the hash chain of the first `n_blocks` blocks, all of them full and known."""
+    def hashes(self, root: bytes, start: int, end: int, page_tokens: int) -> Iterator[bytes]:
+        """Yield the hashes of blocks start .. end, all of them full and known.
+
+        Each is computed once and only when it is asked for: a look-up stops at the first block missed.
+        """
         chain = self.block_hashes
-        parent = chain[-1] if chain else root
-        for i in range(len(chain), n_blocks):
-            parent = child_hash(parent, self.token_ids[i * page_tokens : (i + 1) * page_tokens])
-            chain.append(parent)
-        return chain[:n_blocks]
+        for i in range(start, end):
+            if i == len(chain):
+                parent = chain[-1] if chain else root
+                chain.append(child_hash(parent, self.token_ids[i * page_tokens : (i + 1) * page_tokens]))
+            yield chain[i]
 
     def forget_work(self) -> None:
         """Void every result still to come and everything computed; known tokens stay."""
         self.epoch += 1
         self.row = None
-        self.n_computed = self.n_indexed = 0
+        self.n_computed = 0
         self.n_wanted = len(self.token_ids)
         if self.prompt_scores is not None:
             self.prompt_scores = []

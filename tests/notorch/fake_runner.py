@@ -233,7 +233,6 @@ class Rig:
 
     def step(self, *, fault: str = "") -> None:
         """Plan, run and commit once; `fault` is "launch", "result", "nan" or nothing."""
-        self.now_s += self._step_s
         for answer in self.answers.values():
             answer.n_steps += answer.reason is None
         plan, events = self.scheduler.schedule(self.now_s)
@@ -243,6 +242,7 @@ class Rig:
         else:
             self._launch(plan, fault)
         self.check()
+        self.now_s += self._step_s
         if self._in_flight and (plan is None or len(self._in_flight) > self.scheduler.limits.lag):
             step_id, data = self._in_flight.popleft()
             if data is None:
@@ -294,6 +294,7 @@ class Rig:
         for sequence in running:
             assert sequence.n_wanted <= sequence.limit_tokens <= scheduler.limits.context_tokens
             assert sequence.n_computed < sequence.n_wanted
+            assert sequence.n_pending <= (1 if sequence.needs_host else 1 + scheduler.limits.lag)
 
     def check_answer(self, answer: Answer) -> None:
         """Assert that a sequence got what it would have got alone, or the beginning of it."""

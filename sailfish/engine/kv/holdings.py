@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from sailfish.engine.kv.blocks import BlockPool
 from sailfish.engine.kv.prefix import root_hash
 from sailfish.engine.sequence import Sequence
@@ -23,7 +25,7 @@ class Holdings:
         if not self._prefix_cache or sequence.prompt_scores is not None:
             return []
         n_blocks = (len(sequence.token_ids) - 1) // self.pool.page_tokens
-        return self.pool.index.match(self._hashes(sequence, n_blocks))
+        return self.pool.index.match(self._hashes(sequence, 0, n_blocks))
 
     def take(self, sequence: Sequence, matched: list[int], reserve_blocks: int) -> bool:
         """Give a sequence `matched` and fresh blocks for all its known tokens.
@@ -55,9 +57,10 @@ class Holdings:
     def index(self, sequence: Sequence, n_blocks: int) -> None:
         """Let others find the first `n_blocks` blocks, now that they are full of known tokens."""
         if self._prefix_cache:
-            hashes = self._hashes(sequence, n_blocks)
-            for i in range(sequence.n_indexed, n_blocks):
-                self.pool.index.insert(hashes[i], sequence.block_ids[i])
+            block_ids = sequence.block_ids[sequence.n_indexed : n_blocks]
+            hashes = self._hashes(sequence, sequence.n_indexed, n_blocks)
+            for block_hash, block_id in zip(hashes, block_ids, strict=True):
+                self.pool.index.insert(block_hash, block_id)
         sequence.n_indexed = n_blocks
 
     def distrust(self, sequence: Sequence) -> None:
@@ -74,7 +77,7 @@ class Holdings:
         for block_id in reversed(block_ids):  # so that a prefix's tail is evicted first
             self.pool.release(block_id)
 
-    def _hashes(self, sequence: Sequence, n_blocks: int) -> list[bytes]:
+    def _hashes(self, sequence: Sequence, start: int, end: int) -> Iterator[bytes]:
         if sequence.cache_root is None:
             sequence.cache_root = root_hash(*self._identity, sequence.tenant, sequence.adapter)
-        return sequence.hash_blocks(sequence.cache_root, n_blocks, self.pool.page_tokens)
+        return sequence.hashes(sequence.cache_root, start, end, self.pool.page_tokens)
