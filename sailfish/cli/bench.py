@@ -9,45 +9,62 @@ from typing import Annotated
 
 import typer
 
+from sailfish.base.errors import ConfigError
 from sailfish.bench import engine as measured
+from sailfish.bench.calibrate import calibrate
+from sailfish.bench.results import Recorder, store
+from sailfish.bench.shapes import SHAPES
 from sailfish.cli import opening
 from sailfish.cli.options import ENGINE, Download, Model, Offline, Settings, with_settings
+from sailfish.engine.api import EngineInfo
 from sailfish.engine.client import AsyncEngine
+
+_OUT = Path("benchmarks/results/engine.jsonl")
+_RANDOM_HELP = f"Take MODEL as a shape and give it random weights: {', '.join(SHAPES)}."
 
 
 @with_settings(ENGINE)
 def bench(
     model: Model,
+    random_weights: Annotated[bool, typer.Option("--random-weights", help=_RANDOM_HELP)] = False,
     batches: Annotated[str, typer.Option("--batches", help="Batch sizes of the decode cases.")] = "1,4,16",
-    repeats: Annotated[int, typer.Option("--repeats", help="Measured runs of each case.")] = 3,
-    out: Annotated[Path, typer.Option("--out", help="File of JSON lines to append to.")] = Path(
-        "benchmarks/results/engine.jsonl"
-    ),
+    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Measured runs of each case.")] = 3,
+    out: Annotated[Path, typer.Option("--out", help="File of JSON lines to append to.")] = _OUT,
     offline: Offline = False,
     download: Download = False,
     *,
     settings: Settings,
 ) -> None:
-    """Measure prefill and decode through the Python API; append a row a case to a file."""
-    engine_dir = opening.find(model, settings, offline=offline, download=download)
-    sizes = [int(size) for size in batches.split(",")]
-    command = "sailfish " + " ".join(sys.argv[1:])
+    """Measure prefill and decode through the Python API; append a row for each figure to a file."""
+    sizes = _numbers(batches)
+    source = str(opening.random_checkpoint(model)) if random_weights else model
+    engine_dir = opening.find(source, settings, offline=offline, download=download)
 
-    async def run() -> list[measured.Row]:
-        rows = []
+    async def run() -> tuple[EngineInfo, list[measured.Measured]]:
+        found = []
         async with await AsyncEngine.start(engine_dir, config=settings.engine) as engine:
             cases = measured.cases_for(engine.info.context_tokens, engine.info.max_sequences, sizes)
-            name = opening.device_name(engine.info.device)
-            async for row in measured.measure(
-                engine, cases, repeats=repeats, device_name=name, command=command
-            ):
-                rows.append(row)
-                decode = "" if row.decode_tok_s is None else f"decode {row.decode_tok_s:10.1f} tokens/s  "
-                typer.echo(
-                    f"{row.case:8s} batch {row.batch:4d}  prefill {row.prefill_tok_s:10.1f} tokens/s  "
-                    f"{decode}first token {row.ttft_ms:.1f} ms"
-                )
-        return rows
+            async for case in measured.measure(engine, cases, repeats=repeats):
+                typer.echo(case.summary())
+                found.append(case)
+            return engine.info, found
 
-    measured.store(asyncio.run(run()), out)
+    info, found = asyncio.run(run())
+    recorder = Recorder(
+        suite="engine",
+        device=opening.device_name(info.device),
+        command="sailfish " + " ".join(sys.argv[1:]),
+        calibration=calibrate(info.device),
+    )
+    name = f"{info.name} {info.dtype}"
+    store([row for case in found for row in case.results(recorder, name)], out)
     opening.say(f"appended to {out}")
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError:
+        raise ConfigError(
+            f"--batches {text!r} is no list of numbers", hint="write --batches 1,4,16"
+        ) from None

@@ -10,16 +10,26 @@ from pathlib import Path
 
 import pytest
 
-from sailfish.base.config import EngineConfig
-from sailfish.build.cache import find_or_build
+from sailfish.build.cache import locate_engine
 from sailfish.cli.main import COMMANDS
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
 TYPED = sorted(
-    {line.split("  #")[0].strip() for kind, text in BLOCKS if kind == "sh" for line in text.splitlines() if line}
-    | {span for row in README.splitlines() if row.startswith("|") for span in re.findall(r"`(sailfish [^`]*)`", row)}
+    {
+        line.split("  #")[0].strip()
+        for kind, text in BLOCKS
+        if kind == "sh"
+        for line in text.splitlines()
+        if line
+    }
+    | {
+        span
+        for row in README.splitlines()
+        if row.startswith("|")
+        for span in re.findall(r"`(sailfish [^`]*)`", row)
+    }
 )
 ENDLESS = ("sailfish serve", "sailfish chat", "make ")
 """Run by tests of their own; here only checked for existing flags."""
@@ -48,7 +58,9 @@ def test_every_make_target_of_the_readme_exists(line: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("line", [x for x in TYPED if x.startswith("sailfish ") and not x.startswith(ENDLESS)])
+@pytest.mark.parametrize(
+    "line", [x for x in TYPED if x.startswith("sailfish ") and not x.startswith(ENDLESS)]
+)
 def test_every_command_of_the_readme_runs(line: str, folder: Path) -> None:
     """In an empty folder, as a user would type it."""
     done = subprocess.run(_words(line), cwd=folder, capture_output=True, text=True, check=False, timeout=300)
@@ -82,9 +94,8 @@ def test_the_pictures_of_the_readme_exist() -> None:
         assert (ROOT / target).exists(), target
 
 
-@pytest.mark.slow
-def test_the_packaged_model_is_found_once_it_was_built() -> None:
+def test_the_packaged_model_is_found_once_it_was_built(folder: Path) -> None:
     """The second look costs no build."""
-    find_or_build("books-4m", EngineConfig())
-    _, is_built = find_or_build("books-4m", EngineConfig())
-    assert not is_built
+    environ = {"XDG_CACHE_HOME": str(folder)}
+    assert locate_engine("books-4m", environ=environ).is_built
+    assert not locate_engine("books-4m", environ=environ).is_built

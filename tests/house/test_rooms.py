@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tree
 
-TORCH_FREE_ROOMS = {"base", "checkpoint", "plan", "artifact", "build", "serve", "bench", "deploy", "cli", ""}
+TORCH_FREE_ROOMS = {"base", "checkpoint", "plan", "artifact", "build", "serve", "deploy", "cli", ""}
 TORCH_FREE_ENGINE_FILES = {
     "api.py", "client.py", "step.py", "sequence.py", "scheduler.py", "admission.py", "loop.py", "wire.py",
     "launch.py", "kv/blocks.py", "kv/prefix.py",

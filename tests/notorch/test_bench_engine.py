@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncIterator
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import cast
 
 import pytest
 
 from sailfish.bench import engine as bench
+from sailfish.bench.results import Recorder
 from sailfish.engine.api import Chunk, SamplingParams
 from sailfish.engine.client import AsyncEngine
 
 FIRST_S, STEP_S = 2.0, 0.5
+_RECORDER = Recorder(suite="engine", device="a machine", command="bench", calibration={})
 
 
 class _Clock:
@@ -34,9 +34,7 @@ class _FakeEngine:
     def __init__(self, clock: _Clock) -> None:
         self.clock = clock
         self.prompts: list[list[int]] = []
-        self.info = SimpleNamespace(
-            vocab_size=50, name="fake", digest="d", device="cpu", dtype="float32", max_sequences=4
-        )
+        self.info = SimpleNamespace(vocab_size=50)
 
     async def submit(self, prompt_ids: list[int], params: SamplingParams) -> AsyncIterator[Chunk]:
         assert params.ignore_eos
@@ -55,40 +53,43 @@ class _FakeEngine:
 
 def _measured(
     monkeypatch: pytest.MonkeyPatch, cases: list[bench.Case]
-) -> tuple[list[bench.Row], _FakeEngine]:
+) -> tuple[list[bench.Measured], _FakeEngine]:
     clock = _Clock()
     monkeypatch.setattr(bench, "time", clock)
     engine = _FakeEngine(clock)
 
-    async def run() -> list[bench.Row]:
-        rows = bench.measure(
-            cast(AsyncEngine, engine), cases, repeats=3, device_name="a machine", command="bench"
-        )
-        return [row async for row in rows]
+    async def run() -> list[bench.Measured]:
+        return [row async for row in bench.measure(cast(AsyncEngine, engine), cases, repeats=3)]
 
     return asyncio.run(run()), engine
 
 
 def test_rates_follow_from_the_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = bench.Case(name="decode", batch=3, n_in=10, n_out=5)
-    [row], engine = _measured(monkeypatch, [case])
-    assert row.s == pytest.approx(FIRST_S + 4 * STEP_S)
-    assert row.ttft_ms == pytest.approx(FIRST_S * 1e3)
-    assert row.prefill_tok_s == pytest.approx(3 * 10 / FIRST_S)
-    assert row.decode_tok_s == pytest.approx(3 * 4 / (4 * STEP_S))
-    assert row.ms_per_step == pytest.approx(STEP_S * 1e3)
-    assert len(row.all_s) == 3
+    [measured], engine = _measured(monkeypatch, [bench.Case(batch=3, n_in=10, n_out=5)])
+    assert [run.total_s for run in measured.runs] == pytest.approx([FIRST_S + 4 * STEP_S] * 3)
+    assert measured.prefill_per_s == pytest.approx([3 * 10 / FIRST_S] * 3)
+    assert measured.decode_per_s == pytest.approx([3 * 4 / (4 * STEP_S)] * 3)
     assert len(engine.prompts) == (1 + 3) * 3
 
 
-def test_a_case_of_one_token_has_no_decode_rate(monkeypatch: pytest.MonkeyPatch) -> None:
-    [row], _ = _measured(monkeypatch, [bench.Case(name="prefill", batch=1, n_in=20, n_out=1)])
-    assert row.decode_tok_s is None
-    assert row.prefill_tok_s == pytest.approx(20 / FIRST_S)
+def test_a_case_of_one_token_measures_prefill_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    [measured], _ = _measured(monkeypatch, [bench.Case(batch=1, n_in=20, n_out=1)])
+    assert measured.decode_per_s == []
+    first, rate = measured.results(_RECORDER, "fake")
+    assert (first.value, first.unit) == (FIRST_S * 1e3, "ms")
+    assert (rate.value, rate.unit) == (20 / FIRST_S, "tokens/s")
+    assert rate.row == "fake, batch 1, 20 in, 1 out: prefill"
+
+
+def test_rows_are_named_after_their_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    [measured], _ = _measured(monkeypatch, [bench.Case(batch=2, n_in=4, n_out=3)])
+    names = [row.row for row in measured.results(_RECORDER, "fake")]
+    assert names == ["fake, batch 2, 4 in, 3 out: time to first token", "fake, batch 2, 4 in, 3 out: decode"]
+    assert "decode        4.0 tokens/s" in measured.summary()
 
 
 def test_no_two_prompts_are_equal_so_that_no_prefix_is_reused(monkeypatch: pytest.MonkeyPatch) -> None:
-    _, engine = _measured(monkeypatch, [bench.Case(name="decode", batch=4, n_in=16, n_out=2)])
+    _, engine = _measured(monkeypatch, [bench.Case(batch=4, n_in=16, n_out=2)])
     assert len({tuple(prompt) for prompt in engine.prompts}) == len(engine.prompts)
 
 
@@ -96,14 +97,3 @@ def test_cases_fit_the_engine() -> None:
     cases = bench.cases_for(context_tokens=256, max_sequences=4, batches=[1, 4, 16])
     assert [case.batch for case in cases] == [1, 1, 4]
     assert all(case.n_in + case.n_out <= 256 for case in cases)
-
-
-def test_rows_are_appended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    rows, _ = _measured(monkeypatch, [bench.Case(name="decode", batch=1, n_in=4, n_out=2)])
-    path = tmp_path / "results" / "engine.jsonl"
-    bench.store(rows, path)
-    bench.store(rows, path)
-    stored: list[dict[str, Any]] = [json.loads(line) for line in path.read_text().splitlines()]
-    assert len(stored) == 2
-    assert stored[0]["device_name"] == "a machine"
-    assert stored[0]["command"] == "bench"
