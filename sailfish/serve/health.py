@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from http import HTTPStatus
 
 from starlette.requests import Request
@@ -36,12 +35,7 @@ async def version(_: Site, __: Request) -> Response:
 
 async def metrics(site: Site, _: Request) -> Response:
     """Return every metric in Prometheus' text format."""
-    site.engine.report(process_name(), site.counters.flat())
+    site.engine.report(site.counters.flat())
     stats = await site.engine.stats()
     text = prometheus.render(site.engine.info, stats, model=site.model, vllm=site.vllm_metrics)
     return Response(text, media_type=prometheus.CONTENT_TYPE)
-
-
-def process_name() -> str:
-    """Return the name by which the engine tells this API process from others."""
-    return f"api-{os.getpid()}"

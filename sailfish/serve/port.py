@@ -36,7 +36,7 @@ class AnswerStream(Protocol):
     def __aiter__(self) -> AsyncIterator[Chunk]:
         """Iterate until the last answer ended; raise SailfishError when the request failed."""
 
-    def abort(self) -> None:
+    async def abort(self) -> None:
         """End the request now; harmless after its end."""
 
 
@@ -86,5 +86,5 @@ class EnginePort(Protocol):
     async def stats(self) -> EngineStats:
         """Return live figures."""
 
-    def report(self, name: str, counters: dict[str, float]) -> None:
-        """Publish a process's own cumulative counters to `EngineStats.clients`."""
+    def report(self, counters: dict[str, float]) -> None:
+        """Publish this process's own cumulative counters to `EngineStats.clients`."""

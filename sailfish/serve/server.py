@@ -18,7 +18,6 @@ from sailfish.serve.gateway.auth import load_keys
 from sailfish.serve.gateway.gate import is_loopback
 from sailfish.serve.gateway.limits import LIMITS, Limits
 from sailfish.serve.gateway.protocol import guarded
-from sailfish.serve.health import process_name
 from sailfish.serve.port import EnginePort
 from sailfish.serve.routes import create_app
 from sailfish.serve.site import Site
@@ -35,9 +34,13 @@ async def run(
     *,
     limits: Limits = LIMITS,
     on_ready: Callable[[], None] | None = None,
+    on_drain: Callable[[], None] | None = None,
 ) -> None:
-    """Serve until a signal came and what was running has ended. The caller closes the engine."""
-    await ApiServer(engine, config, limits=limits).run_on(sockets, on_ready)
+    """Serve until a signal came and what was running has ended. The caller closes the engine.
+
+    `on_drain` is called when the first signal came.
+    """
+    await ApiServer(engine, config, limits=limits, on_drain=on_drain).run_on(sockets, on_ready)
 
 
 def bind(config: ServeConfig) -> socket.socket:
@@ -73,7 +76,14 @@ def bind(config: ServeConfig) -> socket.socket:
 class ApiServer(uvicorn.Server):
     """uvicorn's server with a drain during which it still listens, to say that it is not ready."""
 
-    def __init__(self, engine: EnginePort, config: ServeConfig, *, limits: Limits = LIMITS) -> None:
+    def __init__(
+        self,
+        engine: EnginePort,
+        config: ServeConfig,
+        *,
+        limits: Limits = LIMITS,
+        on_drain: Callable[[], None] | None = None,
+    ) -> None:
         self.site = Site(
             engine=engine,
             model=config.served_model_name or engine.info.name,
@@ -89,6 +99,7 @@ class ApiServer(uvicorn.Server):
                 ws="none",
                 lifespan="off",
                 log_config=None,
+                log_level="error",
                 access_log=False,
                 proxy_headers=False,
                 server_header=False,
@@ -98,6 +109,7 @@ class ApiServer(uvicorn.Server):
         )
         self._drain_s = config.drain_s
         self._drain_ends_at_s: float | None = None
+        self._on_drain = on_drain
         self._on_ready: Callable[[], None] | None = None
 
     async def run_on(
@@ -123,6 +135,8 @@ class ApiServer(uvicorn.Server):
         self.site.draining = True
         if self._drain_ends_at_s is None:
             self._drain_ends_at_s = asyncio.get_running_loop().time() + self._drain_s
+            if self._on_drain is not None:
+                self._on_drain()
 
     def stop_now(self) -> None:
         """End the requests at work with an error, then stop."""
@@ -164,5 +178,5 @@ class ApiServer(uvicorn.Server):
 
     async def _report_for_ever(self) -> None:
         while True:
-            self.site.engine.report(process_name(), self.site.counters.flat())
+            self.site.engine.report(self.site.counters.flat())
             await asyncio.sleep(_REPORT_S)

@@ -64,7 +64,7 @@ class FakeStream:
     def __aiter__(self) -> AsyncIterator[Chunk]:
         return self._chunks
 
-    def abort(self) -> None:
+    async def abort(self) -> None:
         """End the request."""
         if not self._submission.ended:
             self._submission.aborted = True
@@ -198,6 +198,6 @@ class FakeEngine:
         stats.clients = self.reports
         return stats
 
-    def report(self, name: str, counters: dict[str, float]) -> None:
-        """Keep a process's counters."""
-        self.reports[name] = counters
+    def report(self, counters: dict[str, float]) -> None:
+        """Keep this process's counters."""
+        self.reports["this"] = counters

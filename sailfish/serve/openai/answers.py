@@ -100,7 +100,7 @@ class Answers:
                 )
                 answers._streams.append(stream)
         except BaseException:
-            answers.close()
+            await answers.close()
             raise
         return answers
 
@@ -137,10 +137,10 @@ class Answers:
             parts.setdefault((prompt, chunk.index), []).append(chunk)
         return [(prompt, _join(chunks)) for (prompt, _), chunks in sorted(parts.items())]
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Abort what has not ended."""
         for stream in self._streams:
-            stream.abort()
+            await stream.abort()
 
 
 def _join(chunks: list[Chunk]) -> Completion:

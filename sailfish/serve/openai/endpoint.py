@@ -48,4 +48,4 @@ async def whole_reply(site: Site, answers: Answers, receive: Receive) -> list[tu
         return await tether.run(answers.whole(), receive)
     finally:
         site.live.discard(tether)
-        answers.close()
+        await answers.close()

@@ -58,7 +58,7 @@ class EventStream(Response):
             await send({"type": "http.response.body", "body": last})
         finally:
             self._site.live.discard(tether)
-            self._answers.close()
+            await self._answers.close()
 
     async def _pump(self, send: Send) -> None:
         loop = asyncio.get_running_loop()
