@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import mmap
-import os
 import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -232,5 +231,5 @@ def _changed(path: Path, how: str) -> ArtifactError:
 def _drop_pages(mapped: mmap.mmap, piece: Piece) -> None:
     page_bytes = mmap.PAGESIZE
     start = piece.offset // page_bytes * page_bytes
-    if hasattr(mmap, "MADV_DONTNEED") and os.name == "posix":
+    if hasattr(mmap, "MADV_DONTNEED"):
         mapped.madvise(mmap.MADV_DONTNEED, start, piece.offset + piece.n_bytes - start)

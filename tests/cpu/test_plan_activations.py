@@ -14,14 +14,17 @@ from torch.utils._pytree import tree_leaves
 from sailfish.base.config import EngineConfig
 from sailfish.checkpoint.model_config import LayerConfig, ModelConfig, MoeConfig, RopeConfig
 from sailfish.checkpoint.names import tensor_specs
+from sailfish.engine import runner, sampler
 from sailfish.engine.runner import Runner
 from sailfish.engine.table import DeviceTable
 from sailfish.engine.warm import warm_up
 from sailfish.hardware.profile import profile
 from sailfish.kernels.choose import bind
 from sailfish.kernels.plain.limits import CPU_ATTENTION_BYTES
+from sailfish.models import arena
 from sailfish.models.decoder import Decoder, KvCache
-from sailfish.plan import make_plan
+from sailfish.models.layers.rope import rope_table
+from sailfish.plan import make_plan, memory
 from sailfish.plan.ops import choose_ops
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -96,9 +99,37 @@ def test_the_planned_peak_bounds_what_the_largest_steps_hold_and_not_by_much(nam
         plan.page_tokens,
         torch.device("cpu"),
     )
-    runner = Runner(decoder, KvCache(torch.zeros(shape, dtype=_DTYPES[dtype])), table)
+    engine = Runner(decoder, KvCache(torch.zeros(shape, dtype=_DTYPES[dtype])), table)
     with _LivePeak() as live:
-        warm_up(runner, plan, model.vocab_size)
+        warm_up(engine, plan, model.vocab_size)
     planned = plan.memory_bytes("activations")
     assert live.peak_bytes <= planned
     assert planned <= 1.25 * live.peak_bytes + _ATTENTION_GROUP_BYTES
+
+
+def test_the_plan_and_the_engine_agree_on_what_is_done_at_a_time() -> None:
+    assert memory.SAMPLER_CHUNK_ELEMENTS == sampler._ROW_CHUNK_ELEMENTS
+    assert memory.SCORED_ROWS == runner._LOGPROB_ROWS
+    assert memory.ARENA_ALIGN_BYTES == arena.ALIGN_BYTES
+
+
+def test_the_planned_tables_are_the_ones_the_engine_makes() -> None:
+    plan = make_plan(EngineConfig(max_sequences=8, page_tokens=16), _DENSE, profile("cpu"))
+    table = DeviceTable(
+        plan.max_sequences,
+        plan.context_tokens,
+        plan.blocks_per_sequence,
+        plan.page_tokens,
+        torch.device("cpu"),
+    )
+    rope = rope_table(_ROPE, plan.context_tokens, torch.device("cpu"))
+    assert plan.memory_bytes("workspaces") == pytest.approx(table.n_bytes + rope.nbytes, rel=0.01)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["dense", "experts", "soft-capped scores"])
+def test_the_planned_weights_are_the_arena_that_the_engine_allocates(name: str, dtype: str) -> None:
+    model = _MODELS[name]
+    plan = make_plan(EngineConfig(dtype=dtype), model, profile("cpu"))
+    _, n_bytes = arena.arena_layout([(spec.name, spec.shape) for spec in tensor_specs(model)], dtype)
+    assert plan.memory_bytes("weights") == n_bytes

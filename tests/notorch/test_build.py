@@ -217,7 +217,7 @@ def test_a_cache_that_cannot_be_written_is_told_with_the_variable_to_set(
 
 def test_the_cache_follows_xdg_and_else_lies_in_the_home() -> None:
     assert cache_root({"XDG_CACHE_HOME": "/x"}) == Path("/x/sailfish/engines")
-    assert cache_root({"HOME": "/home/me"}) == Path("/home/me/.cache/sailfish/engines")
+    assert cache_root({"HOME": "/users/me"}) == Path("/users/me/.cache/sailfish/engines")
     assert cache_root({"XDG_CACHE_HOME": "relative", "HOME": "/h"}) == Path("/h/.cache/sailfish/engines")
 
 
