@@ -24,6 +24,7 @@ from sailfish.serve import server
 from sailfish.serve.gateway.auth import load_keys
 from sailfish.serve.gateway.gate import is_loopback
 from sailfish.serve.gateway.limits import LIMITS
+from sailfish.serve.processes import ApiProcesses
 
 log = logging.getLogger("sailfish.serve")
 
@@ -37,7 +38,6 @@ def serve_engine(
     trace_to: Path | None = None,
 ) -> None:
     """Start the engine process, serve on the listening socket until a signal came, and end cleanly."""
-    template = None if chat_template is None else ChatTemplate.load(engine_dir, override=chat_template)
     process = EngineProcess(
         engine_dir,
         settings.engine,
@@ -48,22 +48,28 @@ def serve_engine(
     )
     with _stoppable():
         process.start()
-        asyncio.run(_serve(process, settings.serve, listener, template))
+        asyncio.run(_serve(process, settings.serve, listener, chat_template))
 
 
 async def _serve(
-    process: EngineProcess, config: ServeConfig, listener: socket.socket, template: ChatTemplate | None
+    process: EngineProcess, config: ServeConfig, listener: socket.socket, chat_template: Path | None
 ) -> None:
-    async with await AsyncEngine.attach(process.socket_path, process=process) as engine:
-        if template is not None:
-            engine.template = template
-        host, port = listener.getsockname()[:2]
-        shown = f"[{host}]" if ":" in host else host
+    host, port = listener.getsockname()[:2]
+    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    others = ApiProcesses(config, listener, process.socket_path, chat_template=chat_template)
+    async with await AsyncEngine.attach(process.socket_path, process=process) as engine, others:
+        if chat_template is not None:
+            engine.template = ChatTemplate.load(Path(engine.info.engine_dir), override=chat_template)
         _log_memory(engine.info)
         _log_security(config, host)
         await server.run(
-            engine, config, [listener], on_ready=lambda: typer.echo(f"{READY}http://{shown}:{port}")
+            engine,
+            config,
+            [listener],
+            on_ready=lambda: typer.echo(f"{READY}{url}"),
+            on_drain=others.drain,
         )
+    log.info("ended")
 
 
 @contextmanager
@@ -101,11 +107,7 @@ def _log_security(config: ServeConfig, host: str) -> None:
     n_keys = len(load_keys(config))
     reach = "this machine only" if is_loopback(host) else "whoever reaches this address"
     if n_keys:
-        log.info(
-            "security: open to %s with one of %d API keys, on every route but /livez and /readyz",
-            reach,
-            n_keys,
-        )
+        log.info("security: open to %s, with a key (%d known) but for /livez and /readyz", reach, n_keys)
     else:
         log.info("security: open to %s, without API keys", reach)
     log.info("security: browsers of other origins: %s", config.cors_origins or "none")
