@@ -18,8 +18,8 @@ ARENA_ALIGN_BYTES = 256
 """Every tensor of the weight arena begins at a multiple of this."""
 SAMPLER_CHUNK_ELEMENTS = 1 << 25
 """The sampler draws for so many logits at a time."""
-_DRAW_BYTES = 40
-"""Of each logit drawn from: scaled logits, their sorted copy and probabilities, 64-bit random state."""
+_DRAW_BYTES = 32
+"""Of each logit drawn from: the scaled logit and three 64-bit states of its random number, or sorted copies."""
 SCORED_ROWS = 64
 """Prompt positions whose log-probabilities are made at a time."""
 _SCORE_BYTES = 256
