@@ -19,7 +19,7 @@ ARENA_ALIGN_BYTES = 256
 SAMPLER_CHUNK_ELEMENTS = 1 << 25
 """The sampler draws for so many logits at a time."""
 _DRAW_BYTES = 32
-"""Of each logit drawn from: the scaled logit and three 64-bit states of its random number, or sorted copies."""
+"""Of each logit drawn from: it, scaled, and three 64-bit states of its random number; or sorted copies."""
 SCORED_ROWS = 64
 """Prompt positions whose log-probabilities are made at a time."""
 _SCORE_BYTES = 256
