@@ -146,12 +146,9 @@ class Scheduler:
         events = self._expire(now_s) if now_s >= self._next_deadline_s else []
         plan = StepPlan(step_id=self._n_planned, starts=[], appended=[], runs=[])
         step = _Step(plan=plan, sequences=[], epochs=[], planned_s=now_s)
-        n_preemptions = self.stats.preemptions
         budget, prefills = self._plan_decodes(step)
         if budget > 0:
-            # After a preemption there is no memory for anybody else.
-            may_admit = self.stats.preemptions == n_preemptions
-            self._plan_prefills(step, prefills, budget, now_s, may_admit)
+            self._plan_prefills(step, prefills, budget, now_s)
         if not plan.runs:
             return None, events
         step.n_tokens = plan.n_tokens
@@ -230,9 +227,7 @@ class Scheduler:
             budget -= 1
         return budget, prefills
 
-    def _plan_prefills(
-        self, step: _Step, prefills: list[Sequence], budget: int, now_s: float, may_admit: bool
-    ) -> None:
+    def _plan_prefills(self, step: _Step, prefills: list[Sequence], budget: int, now_s: float) -> None:
         """Share what the decodes left: half to the first in order, the rest to the shortest.
 
         The half lets the first one advance whatever arrives after it; the rest lets short prompts pass long
@@ -240,7 +235,7 @@ class Scheduler:
         when it computes something at once, so that it finds the prefixes which others finish before it.
         """
         half = (budget + 1) // 2
-        candidates = list(islice(self._waiting, _LOOKAHEAD)) if may_admit and self._free_rows else []
+        candidates = list(islice(self._waiting, _LOOKAHEAD)) if self._free_rows else []
         first = min(prefills[:1] + candidates[:1], key=_order, default=None)
         counts = dict.fromkeys(prefills, 0)
         if first in counts:

@@ -178,6 +178,19 @@ def test_a_short_prompt_does_not_wait_for_a_long_one() -> None:
     check_all(rig)
 
 
+def test_a_short_prompt_passes_a_long_one_that_waits_too() -> None:
+    """The queue's first cannot be helped in this step; that is no reason to leave the second waiting."""
+    rig = Rig(limits(context_tokens=1024, n_blocks=512, step_tokens=16))
+    rig.submit(prompt_of(300), max_tokens=1)
+    rig.step()
+    longer = rig.submit(prompt_of(400, 2), max_tokens=1)
+    short = rig.submit(prompt_of(6, 3), max_tokens=1)
+    rig.step()
+    assert rig.answers[short].reason == "length" and rig.answers[longer].sequence.row is None
+    rig.run()
+    check_all(rig)
+
+
 def test_a_middling_prompt_passes_a_long_one() -> None:
     """The half of the budget that is not the first one's goes to the shortest."""
     rig = Rig(limits(context_tokens=1024, n_blocks=512, step_tokens=16))

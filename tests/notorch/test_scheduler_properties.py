@@ -56,7 +56,7 @@ def some_request(random: Random) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("lag", [0, 1])
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(random=st.randoms(use_true_random=True))
 def test_every_sequence_gets_the_tokens_it_would_get_alone(lag: int, random: Random) -> None:
     """Chunks, prefix hits, preemption, aborts, deadlines and failing steps change nothing."""
