@@ -25,12 +25,14 @@ PAGE_TOKENS = 8
 N_BLOCKS = 128
 
 
-def load_twin_weights(path: Path, config: ModelConfig, dtype: str = "float32") -> dict[str, Tensor]:
+def load_twin_weights(
+    path: Path, config: ModelConfig, dtype: str = "float32", device: str = "cpu"
+) -> dict[str, Tensor]:
     """Read a checkpoint's weights into one arena."""
     specs = tensor_specs(config)
     checkpoint = Checkpoint.open(path)
     offsets, n_bytes = arena_layout([(spec.name, spec.shape) for spec in specs], dtype)
-    arena = torch.empty(n_bytes, dtype=torch.uint8)
+    arena = torch.empty(n_bytes, dtype=torch.uint8, device=device)
     tensors = (
         (
             spec.name,
@@ -56,6 +58,7 @@ class PagedDriver:
         *,
         seed: int,
         target: str = "cpu",
+        device: str = "cpu",
         dtype: str = "float32",
         config: ModelConfig | None = None,
         wrap_ops: Callable[[Ops], Ops] = lambda ops: ops,
@@ -63,12 +66,13 @@ class PagedDriver:
         config = load_model_config(path) if config is None else config
         self.decoder = Decoder(
             config,
-            load_twin_weights(path, config, dtype),
+            load_twin_weights(path, config, dtype, device),
             wrap_ops(chosen_ops(config, target, dtype)),
             max_positions=config.context_tokens,
         )
         shape = (config.n_layers, 2, N_BLOCKS, PAGE_TOKENS, config.n_kv_heads, config.head_dim)
-        self._kv = KvCache(torch.full(shape, float("nan"), dtype=ARENA_DTYPES[dtype]))
+        self._kv = KvCache(torch.full(shape, float("nan"), dtype=ARENA_DTYPES[dtype], device=device))
+        self._device = device
         self._random = random.Random(seed)
         self._free = self._random.sample(range(N_BLOCKS), N_BLOCKS)
         self._blocks: dict[int, list[int]] = {}
@@ -91,10 +95,10 @@ class PagedDriver:
         width = max(len(self._blocks[sequence]) for sequence, _ in runs)
         table = [self._blocks[s] + [0] * (width - len(self._blocks[s])) for s, _ in runs]
         inputs = StepInputs(
-            token_T=torch.tensor([token for _, tokens in runs for token in tokens]),
-            position_T=torch.tensor(positions),
-            slot_T=torch.tensor(slots),
-            span=make_span(table, query_start, kv_len),
+            token_T=torch.tensor([token for _, tokens in runs for token in tokens], device=self._device),
+            position_T=torch.tensor(positions, device=self._device),
+            slot_T=torch.tensor(slots, device=self._device),
+            span=make_span(table, query_start, kv_len, self._device),
         )
         logits_TV = self.decoder.logits(self.decoder.forward(inputs, self._kv))
         return [logits_TV[a:b] for a, b in zip(query_start, query_start[1:], strict=False)]

@@ -91,7 +91,7 @@ def test_what_is_chosen_for_a_gpu_gives_the_same_logits(family: str, twins_path:
         torch.testing.assert_close(logits[sequence], _true_logits(path, prompt), atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "qwen3_moe_normalised"])
 def test_the_routers_of_the_twins_come_near_to_a_tie(family: str, twins_path: Path) -> None:
     path = make_twin(family, twins_path)
     gaps: list[Tensor] = []
@@ -105,7 +105,7 @@ def test_the_routers_of_the_twins_come_near_to_a_tie(family: str, twins_path: Pa
         return replace(ops, moe=watch)
 
     PagedDriver(path, seed=0, wrap_ops=watching).prefill(_prompts(1), largest_chunk=200)
-    assert torch.cat(gaps).min() < 1e-3
+    assert 1e-5 < torch.cat(gaps).min() < 5e-3, "near, yet further apart than float32's rounding"
 
 
 @pytest.mark.parametrize("family", TWINS)

@@ -29,7 +29,7 @@ _SHAPE: dict[str, Any] = {
     "num_key_value_heads": 2,
     "head_dim": 16,
     "max_position_embeddings": CONTEXT_TOKENS,
-    "initializer_range": 0.25,
+    "initializer_range": 0.15,
     "bos_token_id": None,
     "pad_token_id": None,
     "eos_token_id": 256,
@@ -99,7 +99,7 @@ def make_twin(family: str, directory: Path, *, dtype: torch.dtype = torch.float3
     if not path.exists():
         config_class, settings = TWINS[family]
         config = getattr(transformers, config_class)(**{**_SHAPE, **settings})
-        torch.manual_seed(sum(family.encode()))
+        torch.manual_seed(7 + sum(family.encode()))
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
         _stir(model)
         model.generation_config.eos_token_id = config.eos_token_id
@@ -142,7 +142,7 @@ def _stir(model: torch.nn.Module) -> None:
             if "gemma" in model.config.model_type and "post_" in name:
                 parameter.add_(50.0)  # else the scaled, tied embedding only ever predicts itself
             if name.endswith(("gate.weight", "router.weight")):
-                parameter[1] = parameter[0] + 1e-4 * torch.randn_like(parameter[0])
+                parameter[1] = parameter[0] + 0.03 * torch.randn_like(parameter[0])  # near ties
 
 
 def _byte_tokenizer() -> Tokenizer:

@@ -188,15 +188,15 @@ def sdpa_attend(
 ) -> Tensor:
     """Attend by torch's SDPA: heads of a group are rows when there is one query, else views of one head."""
     assert softcap is None
+    mask_B1QS = None if mask_BQS is None else mask_BQS.unsqueeze(1)
     if q_BKGQE.shape[3] == 1:
-        mask_B11S = None if mask_BQS is None else mask_BQS.unsqueeze(1)
         q_BKGE = q_BKGQE.squeeze(3)
-        out_BKGE = F.scaled_dot_product_attention(q_BKGE, k_BKSE, v_BKSE, attn_mask=mask_B11S, scale=scale)
+        out_BKGE = F.scaled_dot_product_attention(q_BKGE, k_BKSE, v_BKSE, attn_mask=mask_B1QS, scale=scale)
         return out_BKGE.unsqueeze(3)
     q_KGQE = q_BKGQE.squeeze(0)
     k_KGSE, v_KGSE = (x.squeeze(0).unsqueeze(1).expand(-1, q_KGQE.shape[1], -1, -1) for x in (k_BKSE, v_BKSE))
     out_KGQE = F.scaled_dot_product_attention(
-        q_KGQE, k_KGSE, v_KGSE, attn_mask=mask_BQS, is_causal=mask_BQS is None, scale=scale
+        q_KGQE, k_KGSE, v_KGSE, attn_mask=mask_B1QS, is_causal=mask_B1QS is None, scale=scale
     )
     return out_KGQE.unsqueeze(0)
 
