@@ -42,5 +42,5 @@ $(VENV)/.ready-%: pyproject.toml $(CONSTRAINTS)
 	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip >/dev/null
 	@echo "installing sailfish[$*] into $(VENV) with $(CONSTRAINTS)"
-	@$(BIN)/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) -e ".[$*]"
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS) -e ".[$*]"
 	@touch $@

@@ -10,10 +10,13 @@ from typing import Annotated
 import typer
 
 from sailfish.base.errors import ConfigError
+from sailfish.base.sources import environment
 from sailfish.bench import engine as measured
 from sailfish.bench.calibrate import calibrate
 from sailfish.bench.results import Recorder, store
-from sailfish.bench.shapes import SHAPES
+from sailfish.bench.shapes import SHAPES, write_checkpoint
+from sailfish.build.cache import cache_root
+from sailfish.checkpoint.safetensors_reader import INDEX_FILE
 from sailfish.cli import opening
 from sailfish.cli.options import ENGINE, Download, Model, Offline, Settings, with_settings
 from sailfish.engine.api import EngineInfo
@@ -37,7 +40,7 @@ def bench(
 ) -> None:
     """Measure prefill and decode through the Python API; append a row for each figure to a file."""
     sizes = _numbers(batches)
-    source = str(opening.random_checkpoint(model)) if random_weights else model
+    source = str(_random_checkpoint(model)) if random_weights else model
     engine_dir = opening.find(source, settings, offline=offline, download=download)
 
     async def run() -> tuple[EngineInfo, list[measured.Measured]]:
@@ -68,3 +71,12 @@ def _numbers(text: str) -> list[int]:
         raise ConfigError(
             f"--batches {text!r} is no list of numbers", hint="write --batches 1,4,16"
         ) from None
+
+
+def _random_checkpoint(shape: str) -> Path:
+    """Return a checkpoint of a known shape with random weights, written beside the engine cache once."""
+    directory = cache_root(environment()).parent / "shapes" / shape
+    if not (directory / INDEX_FILE).exists():
+        opening.say(f"writing random weights of shape {shape} to {directory}")
+        write_checkpoint(shape, directory)
+    return directory

@@ -13,10 +13,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from sailfish.artifact.reader import Artifact
 from sailfish.base.sources import environment
-from sailfish.bench.shapes import write_checkpoint
-from sailfish.build.cache import FoundEngine, cache_root, locate_engine
+from sailfish.build.cache import FoundEngine, locate_engine
 from sailfish.checkpoint.hub import HubEnv, resolve
-from sailfish.checkpoint.safetensors_reader import INDEX_FILE
 from sailfish.cli.options import Settings
 from sailfish.data import DEMO_MODEL_NAME, demo_model
 from sailfish.hardware.probe import probe
@@ -42,15 +40,6 @@ def find(model: str, settings: Settings, *, offline: bool = False, download: boo
         found: FoundEngine = locate_engine(source, settings.engine, progress=tell)
     say(f"engine {found.why}: {found.path}")
     return found.path
-
-
-def random_checkpoint(shape: str) -> Path:
-    """Return a checkpoint of a known shape with random weights, written beside the engine cache once."""
-    directory = cache_root(environment()).parent / "shapes" / shape
-    if not (directory / INDEX_FILE).exists():
-        say(f"writing random weights of shape {shape} to {directory}")
-        write_checkpoint(shape, directory)
-    return directory
 
 
 def plan_of(engine_dir: Path) -> Plan:
