@@ -73,14 +73,27 @@ def test_attention_takes_no_more_memory_than_planned(name: str, shape: str) -> N
     assert 0 < taken <= impl.workspace_bytes(case, bounds)
 
 
+def test_a_new_length_costs_no_new_plan() -> None:
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    cuda_sdpa = load("sailfish.kernels.plain.attention:cuda_sdpa")
+    steps = [
+        attention([(1, 500 + n), (1, 700), (90, 400 + n)], heads=(32, 8, 128))(draw("bfloat16", "cuda"))
+        for n in range(20)
+    ]
+    with torch.profiler.profile() as profile:
+        for args in steps:
+            cuda_sdpa(*args)
+        torch.cuda.synchronize()
+    assert not [event.key for event in profile.key_averages() if "cudnn" in event.key]
+
+
 @pytest.mark.parametrize("family", TWINS)
-def test_a_twin_errs_no_more_than_transformers_does_on_the_gpu(family: str, tmp_path: Path) -> None:
+def test_a_twin_gives_the_logits_of_transformers_on_the_cpu(family: str, tmp_path: Path) -> None:
     path = make_twin(family, tmp_path)
     tokens = torch.randint(256, (1, 150), generator=torch.Generator().manual_seed(1))
     driver = PagedDriver(path, seed=2, target="sm_90", device="cuda")
-    ours_QV = driver.prefill({0: tokens[0].tolist()}, largest_chunk=70)[0]
+    logits_QV = driver.prefill({0: tokens[0].tolist()}, largest_chunk=70)[0]
     with torch.inference_mode():
         truth_QV = load_truth(path)(tokens).logits[0]
-        theirs_QV = load_truth(path).cuda()(tokens.cuda()).logits[0]
-    error, their_error = ((x.cpu() - truth_QV).abs().max().item() for x in (ours_QV, theirs_QV))
-    assert error < 2 * their_error + 1e-5, (error, their_error)
+    # Twice the CPU's tolerance: two devices round differently, transformers' own runs on both as well.
+    torch.testing.assert_close(logits_QV.cpu(), truth_QV, atol=2e-4, rtol=0)
