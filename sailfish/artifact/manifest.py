@@ -16,7 +16,8 @@ from sailfish.base.config import EngineConfig
 from sailfish.base.errors import ArtifactError
 from sailfish.checkpoint.model_config import GenerationDefaults, ModelConfig
 from sailfish.checkpoint.names import tensor_specs
-from sailfish.plan.types import OpChoice, Plan
+from sailfish.kernels.contract import Choice
+from sailfish.plan.types import Plan
 
 FORMAT = 1
 """Version of the directory's format. A reader takes its own version only."""
@@ -87,7 +88,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     requested: EngineConfig
     """What the build was asked for; the plan answers its autos."""
     plan: Plan
-    ops: tuple[OpChoice, ...]
+    ops: tuple[Choice, ...]
     """Implementations chosen for the target."""
     tensors: tuple[TensorEntry, ...]
     weights: tuple[WeightFile, ...]

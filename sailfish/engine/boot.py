@@ -20,12 +20,12 @@ from sailfish.engine.runner import Runner
 from sailfish.engine.table import DeviceTable
 from sailfish.engine.warm import warm_up
 from sailfish.hardware.probe import probe
-from sailfish.kernels.choose import bind, choose
+from sailfish.kernels.choose import bind
 from sailfish.models.arena import arena_layout
-from sailfish.models.cases import op_cases
 from sailfish.models.decoder import Decoder, KvCache
 from sailfish.models.load import ARENA_DTYPES, load_weights
 from sailfish.plan.make import make_plan
+from sailfish.plan.ops import choose_ops
 from sailfish.plan.overlay import DeviceOverlay
 from sailfish.plan.types import Plan
 
@@ -82,8 +82,7 @@ def boot(
     # Filled, not merely reserved: a page that the system had only promised would count later.
     kv = KvCache(torch.empty(shape, dtype=dtype, device=device).fill_(0.0))
     meter.mark("kv_blocks")
-    cases = op_cases(model, target=plan.target, dtype=plan.dtype, page_tokens=plan.page_tokens)
-    decoder = Decoder(model, weights, bind(map(choose, cases)), max_positions=plan.context_tokens)
+    decoder = Decoder(model, weights, bind(choose_ops(model, plan)), max_positions=plan.context_tokens)
     table = DeviceTable(
         plan.max_sequences, plan.context_tokens, plan.blocks_per_sequence, plan.page_tokens, device
     )

@@ -13,15 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from sailfish.base.config import EngineConfig
-from sailfish.base.errors import RequestError, SailfishError, WorkerDied, error_from_code
+from sailfish.base.errors import RequestError, WorkerDied, error_from_code
 from sailfish.checkpoint.template import ChatTemplate, encode_chat
 from sailfish.checkpoint.tokenizer import Tokenizer
 from sailfish.engine import wire
-from sailfish.engine.answer import Answer
 from sailfish.engine.api import Chunk, Completion, EngineInfo, EngineStats, SamplingParams
 from sailfish.engine.launch import EngineProcess, Progress
 from sailfish.engine.step import RowSampling
-from sailfish.engine.wire import Event
+from sailfish.engine.stream import AnswerStream, collect
 
 log = logging.getLogger(__name__)
 
@@ -35,63 +34,6 @@ _GREEDY_BELOW = 1e-5
 """Dividing logits by less overflows float32; the draw is the likeliest token anyway."""
 _ENCODE_INLINE_CHARS = 8192
 """Longer texts are tokenised in a thread, so that other requests of this process go on."""
-
-
-class AnswerStream:
-    """The answers to one submitted prompt: iterate over it for chunks of all `n` answers interleaved."""
-
-    def __init__(
-        self, engine: AsyncEngine, prompt_ids: list[int], params: SamplingParams, keys: list[int]
-    ) -> None:
-        self.prompt_ids = prompt_ids
-        self._engine = engine
-        self._events: asyncio.Queue[tuple[int, Event | SailfishError]] = asyncio.Queue()
-        self._answers = {
-            key: Answer(i, len(prompt_ids), params, engine.tokenizer) for i, key in enumerate(keys)
-        }
-
-    def __aiter__(self) -> AnswerStream:
-        return self
-
-    async def __anext__(self) -> Chunk:
-        """Return the next chunk; raises what ended the request before its answers were complete."""
-        while self._answers:
-            key, event = await self._events.get()
-            answer = self._answers.get(key)
-            if answer is None:
-                continue
-            if isinstance(event, SailfishError):
-                self._abort()
-                raise event
-            try:
-                chunk = answer.take(event)
-            except SailfishError:
-                self._close(key)
-                self._abort()
-                raise
-            if chunk.finish_reason is not None:
-                if event.finish is None:
-                    self._engine._send(wire.Abort(key))
-                self._close(key)
-            return chunk
-        raise StopAsyncIteration
-
-    async def abort(self) -> None:
-        """End every answer that is still growing. Idempotent; the engine frees its blocks at once."""
-        self._abort()
-
-    def _abort(self) -> None:
-        for key in list(self._answers):
-            self._engine._send(wire.Abort(key))
-            self._close(key)
-
-    def put(self, key: int, event: Event | SailfishError) -> None:
-        """Hand over news of one answer (called by the connection)."""
-        self._events.put_nowait((key, event))
-
-    def _close(self, key: int) -> None:
-        self._answers.pop(key, None)
-        self._engine._streams.pop(key, None)
 
 
 class AsyncEngine:
@@ -173,13 +115,13 @@ class AsyncEngine:
 
     async def generate(self, prompt: Prompt, params: SamplingParams | None = None) -> list[Completion]:
         """Return the `n` whole answers to one prompt."""
-        return await _collect(self.stream(prompt, params))
+        return await collect(self.stream(prompt, params))
 
     async def chat(
         self, messages: Sequence[Message], params: SamplingParams | None = None
     ) -> list[Completion]:
         """Return the `n` whole answers to a conversation."""
-        return await _collect(self.stream_chat(messages, params))
+        return await collect(self.stream_chat(messages, params))
 
     async def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> AsyncIterator[Chunk]:
         """Yield chunks of the answers as they are generated; leaving the loop ends the request."""
@@ -189,7 +131,7 @@ class AsyncEngine:
             async for chunk in answers:
                 yield chunk
         finally:
-            answers._abort()
+            answers.end()
 
     async def stream_chat(
         self, messages: Sequence[Message], params: SamplingParams | None = None
@@ -257,7 +199,7 @@ class AsyncEngine:
         if self._writer is None:
             raise WorkerDied("the engine process is gone", retry_after_s=1.0)
         keys = [next(self._keys) for _ in range(params.n)]
-        answers = AnswerStream(self, prompt_ids, params, keys)
+        answers = AnswerStream(prompt_ids, params, keys, self.tokenizer, self._send, self._forget)
         loop = asyncio.get_running_loop()
         admissions = [loop.create_future() for _ in keys]
         seed = secrets.randbits(63) if params.seed is None else params.seed
@@ -271,7 +213,7 @@ class AsyncEngine:
         try:
             await asyncio.gather(*admissions)
         except BaseException:
-            answers._abort()
+            answers.end()
             raise
         finally:
             for key in keys:
@@ -319,6 +261,9 @@ class AsyncEngine:
             logprobs=params.logprobs,
             prompt_logprobs=params.prompt_logprobs if wants_prompt else None,
         )
+
+    def _forget(self, key: int) -> None:
+        self._streams.pop(key, None)
 
     def _send(self, message: wire.ToEngine) -> None:
         if self._writer is not None:
@@ -390,26 +335,3 @@ class AsyncEngine:
                 future.set_exception(WorkerDied("the engine process is gone", retry_after_s=1.0))
         for key, stream in list(self._streams.items()):
             stream.put(key, WorkerDied("the engine process died before the answer was complete"))
-
-
-async def _collect(chunks: AsyncIterator[Chunk]) -> list[Completion]:
-    parts: dict[int, list[Chunk]] = {}
-    async for chunk in chunks:
-        parts.setdefault(chunk.index, []).append(chunk)
-    return [_join(parts[index]) for index in sorted(parts)]
-
-
-def _join(chunks: list[Chunk]) -> Completion:
-    last = chunks[-1]
-    assert last.finish_reason is not None and last.usage is not None
-    has_logprobs = any(chunk.logprobs is not None for chunk in chunks)
-    return Completion(
-        index=last.index,
-        text="".join(chunk.text for chunk in chunks),
-        token_ids=[token for chunk in chunks for token in chunk.token_ids],
-        finish_reason=last.finish_reason,
-        stop_reason=last.stop_reason,
-        logprobs=[p for chunk in chunks for p in chunk.logprobs or []] if has_logprobs else None,
-        prompt_logprobs=next((c.prompt_logprobs for c in chunks if c.prompt_logprobs is not None), None),
-        usage=last.usage,
-    )

@@ -111,7 +111,7 @@ class Endpoint:
         try:
             while (message := await wire.read_to_engine(reader)) is not None:
                 self._engine.inbox.put((client, message))
-        except (msgspec.DecodeError, EngineError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, EngineError) as error:
             log.warning("client %d sent a malformed frame: %s", client, error)
         finally:
             del self._writers[client]

@@ -119,8 +119,9 @@ class EngineLoop:
         match message:
             case wire.Submit():
                 self._submit(client, message, now_s)
-            case wire.Abort(key=key):
-                self._emit([e for e in [self.scheduler.abort((client, key), now_s)] if e is not None])
+            case wire.Abort(key=key, is_complete=is_complete):
+                event = self.scheduler.abort((client, key), now_s, is_complete=is_complete)
+                self._emit([] if event is None else [event])
             case Disconnect():
                 self.scheduler.abort_client(client, now_s)
             case wire.Drain(deadline_s=deadline_s):

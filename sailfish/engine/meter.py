@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from sailfish.engine.api import MemoryReading
-from sailfish.hardware.memory import anonymous_bytes, cuda_memory, trim_heap
+from sailfish.hardware.memory import anonymous_bytes, begin_cuda_peak, cuda_memory, trim_heap
 from sailfish.plan.types import Plan
 
 
@@ -21,6 +21,7 @@ class Meter:
         self._idle_free_bytes = idle_free_bytes
         if self._is_cuda:
             torch.zeros(1, device=device)  # makes the context, which is not the weights' doing
+            begin_cuda_peak()
         self._parts: dict[str, int] = {}
         self._last_bytes = self._first_bytes = self._held_bytes()
 
@@ -31,7 +32,7 @@ class Meter:
             if name == "activations":
                 self._parts[name] = memory.peak_allocated_bytes - self._last_bytes
                 return
-            torch.cuda.reset_peak_memory_stats()
+            begin_cuda_peak()
         held_bytes = self._held_bytes()
         self._parts[name] = max(held_bytes - self._last_bytes, 0)
         self._last_bytes = held_bytes
@@ -51,6 +52,6 @@ class Meter:
 
     def _held_bytes(self) -> int:
         if self._is_cuda:
-            return torch.cuda.memory_allocated()
+            return cuda_memory().allocated_bytes
         trim_heap()
         return anonymous_bytes()

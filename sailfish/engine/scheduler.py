@@ -126,10 +126,10 @@ class Scheduler:
         if sequence.deadline_s is not None:
             self._next_deadline_s = min(self._next_deadline_s, sequence.deadline_s)
 
-    def abort(self, key: SequenceKey, now_s: float) -> SequenceEvent | None:
-        """End a sequence because nobody wants it any more; None if it has ended already."""
+    def abort(self, key: SequenceKey, now_s: float, *, is_complete: bool = False) -> SequenceEvent | None:
+        """End a sequence because its answer is complete or unwanted; None if it has ended already."""
         sequence = self._live.get(key)
-        return None if sequence is None else self._end(sequence, _ABORTED, now_s)
+        return None if sequence is None else self._end(sequence, _STOPPED if is_complete else _ABORTED, now_s)
 
     def abort_client(self, client: int, now_s: float) -> list[SequenceEvent]:
         """End all sequences of a client that is gone."""
@@ -370,6 +370,7 @@ class Scheduler:
 
 
 _LENGTH = Finish("length")
+_STOPPED = Finish("stop")
 _ABORTED = Finish("abort", code=RequestAborted.code, message="the client ended the request")
 _STOPPING = Finish("abort", code=RequestAborted.code, message="the engine is stopping; send it again")
 _EXPIRED = Finish("deadline", code=DeadlineExceeded.code, message="the request's deadline passed")

@@ -37,6 +37,8 @@ class Abort(msgspec.Struct, frozen=True, tag="abort"):
     """Client: end the sequence now."""
 
     key: int
+    is_complete: bool = False
+    """True: a stop string ended it, which only the client can see; False: nobody wants it any more."""
 
 
 class StatsQuery(msgspec.Struct, frozen=True, tag="stats_query"):

@@ -65,3 +65,10 @@ def cuda_memory(index: int = 0) -> CudaMemory:
         free_bytes=free_bytes,
         total_bytes=total_bytes,
     )
+
+
+def begin_cuda_peak(index: int = 0) -> None:
+    """Forget the peak so far: `peak_allocated_bytes` counts from here."""
+    import torch
+
+    torch.cuda.reset_peak_memory_stats(index)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from sailfish.base.errors import ConfigError
 from sailfish.checkpoint.model_config import ModelConfig
 from sailfish.kernels.choose import choose, workspace_bytes
-from sailfish.kernels.contract import TARGETS, Case, StepBounds
+from sailfish.kernels.contract import TARGETS, Case, Choice, StepBounds
 from sailfish.kernels.plain.limits import (
     CPU_ATTENTION_BYTES,
     CUDA_ATTENTION_BYTES,
@@ -14,16 +14,13 @@ from sailfish.kernels.plain.limits import (
 )
 from sailfish.kernels.table import OPS
 from sailfish.plan.settings import Settings
-from sailfish.plan.types import OpChoice, Plan
+from sailfish.plan.types import Plan
 
 
-def choose_ops(model: ModelConfig, plan: Plan) -> tuple[OpChoice, ...]:
+def choose_ops(model: ModelConfig, plan: Plan) -> tuple[Choice, ...]:
     """Return the implementation of each op for the plan's target, with the reasons of those before it."""
     cases = op_cases(model, target=plan.target, dtype=plan.dtype, page_tokens=plan.page_tokens)
-    return tuple(
-        OpChoice(op=choice.op, implementation=choice.implementation, why=choice.why, declined=choice.declined)
-        for choice in map(choose, cases)
-    )
+    return tuple(map(choose, cases))
 
 
 def workspaces(model: ModelConfig, target: str, settings: Settings) -> dict[str, int]:

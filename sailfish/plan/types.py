@@ -40,16 +40,6 @@ class CacheSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class OpChoice:
-    """The implementation bound to one op, and why each other one was not."""
-
-    op: str
-    implementation: str
-    why: str
-    declined: tuple[tuple[str, str], ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """Everything the engine allocates and obeys. Nothing edits it afterwards."""
 

@@ -17,9 +17,9 @@ from sailfish.checkpoint.safetensors_reader import Checkpoint
 from sailfish.kernels.choose import bind, choose
 from sailfish.kernels.contract import AttentionSpan, Ops
 from sailfish.models.arena import arena_layout
-from sailfish.models.cases import op_cases
 from sailfish.models.decoder import Decoder, KvCache, StepInputs
 from sailfish.models.load import ARENA_DTYPES, load_weights
+from sailfish.plan.ops import op_cases
 
 PAGE_TOKENS = 8
 N_BLOCKS = 128

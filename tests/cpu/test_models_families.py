@@ -16,7 +16,7 @@ from twins import TWINS, load_truth, make_twin, write_classic_config
 from sailfish.checkpoint.hf_config import load_model_config
 from sailfish.kernels.choose import choose
 from sailfish.kernels.contract import Ops
-from sailfish.models.cases import op_cases
+from sailfish.plan.ops import op_cases
 
 PROMPT_TOKENS = {0: 150, 1: 83}
 NEW_TOKENS = 128

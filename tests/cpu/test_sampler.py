@@ -1,4 +1,4 @@
-"""The sampler against transformers' logits processors, against counted draws, and against itself in other batches."""
+"""The sampler against transformers, against counted draws, and against itself in other batches."""
 
 from __future__ import annotations
 

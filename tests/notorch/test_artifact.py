@@ -23,8 +23,9 @@ from sailfish.artifact.manifest import MANIFEST_FILE, Manifest, digest, encode
 from sailfish.artifact.side import Evidence, append_evidence, read_evidence, read_overlay, write_overlay
 from sailfish.artifact.writer import EngineWriter
 from sailfish.base.errors import ArtifactError, BuildError
+from sailfish.kernels.contract import Choice
 from sailfish.plan import DeviceOverlay
-from sailfish.plan.types import CacheSpec, Decision, MemoryLine, OpChoice, Plan
+from sailfish.plan.types import CacheSpec, Decision, MemoryLine, Plan
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +117,7 @@ PLAN = Plan(
 def test_the_manifest_has_the_golden_bytes(sound: Artifact) -> None:
     """Format 1 is frozen: a change of these bytes needs a new format number."""
     weights = msgspec.structs.replace(sound.manifest.weights[0], path="../tiny/model.safetensors")
-    choice = OpChoice(op="attention", implementation="x", why="best", declined=(("y", "too old"),))
+    choice = Choice(op="attention", implementation="x", why="best", declined=(("y", "too old"),))
     fixed = msgspec.structs.replace(
         sound.manifest, producer="sailfish", target="cpu", plan=PLAN, ops=(choice,), weights=(weights,)
     )

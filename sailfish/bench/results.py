@@ -1,0 +1,114 @@
+"""The one form of every stored measurement: `benchmarks/results/*.jsonl`, one object a row."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+import statistics
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+_NAMED = ("sailfish", "torch", "triton", "numpy", "tokenizers")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """One figure: what was measured, where, by which command, and what it is compared with."""
+
+    suite: str
+    row: str
+    value: float
+    """Median of the runs."""
+    unit: str
+    spread: float
+    """Largest minus smallest run, in the same unit."""
+    target: float | None = None
+    peer: str | None = None
+    peer_value: float | None = None
+    device: str
+    calibration: Mapping[str, float] = field(default_factory=dict)
+    """What the machine itself gave in the same session, such as its read bandwidth."""
+    versions: Mapping[str, str]
+    command: str
+    commit: str
+    date: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recorder:
+    """Makes results that share their circumstances."""
+
+    suite: str
+    device: str
+    command: str
+    calibration: Mapping[str, float]
+
+    def result(
+        self,
+        row: str,
+        runs: Sequence[float],
+        unit: str,
+        *,
+        target: float | None = None,
+        peer: str | None = None,
+        peer_value: float | None = None,
+    ) -> Result:
+        """Return the median of `runs` as a row of this suite."""
+        return Result(
+            suite=self.suite,
+            row=row,
+            value=_rounded(statistics.median(runs)),
+            unit=unit,
+            spread=_rounded(max(runs) - min(runs)),
+            target=target,
+            peer=peer,
+            peer_value=peer_value,
+            device=self.device,
+            calibration=self.calibration,
+            versions=_versions(),
+            command=self.command,
+            commit=_commit(),
+            date=datetime.datetime.now(datetime.UTC).date().isoformat(),
+        )
+
+
+def store(results: Sequence[Result], path: Path) -> None:
+    """Append rows to a file of JSON lines, making its folder when it is not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(asdict(result)) + "\n" for result in results)
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in _NAMED:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _commit() -> str:
+    """Return the commit of the checkout this package lies in, or "" outside of one."""
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=False,
+        )
+    except OSError:
+        return ""
+    return done.stdout.strip()
+
+
+def _rounded(value: float) -> float:
+    """Keep five significant digits: more would claim a precision that no run has."""
+    return float(f"{value:.5g}")

@@ -1,0 +1,100 @@
+"""The answers to one submitted prompt as a stream of chunks, and their collection into whole answers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+
+from sailfish.base.errors import SailfishError
+from sailfish.checkpoint.tokenizer import Tokenizer
+from sailfish.engine import wire
+from sailfish.engine.answer import Answer
+from sailfish.engine.api import Chunk, Completion, SamplingParams
+
+
+class AnswerStream:
+    """Iterate over it for the chunks of all `n` answers interleaved; each ends with a finish_reason."""
+
+    def __init__(
+        self,
+        prompt_ids: list[int],
+        params: SamplingParams,
+        keys: list[int],
+        tokenizer: Tokenizer,
+        send: Callable[[wire.Abort], None],
+        forget: Callable[[int], None],
+    ) -> None:
+        """Wait for news of `keys`, one per answer; `forget` is told each that needs no more news."""
+        self.prompt_ids = prompt_ids
+        self._send = send
+        self._forget = forget
+        self._events: asyncio.Queue[tuple[int, wire.Event | SailfishError]] = asyncio.Queue()
+        self._answers = {key: Answer(i, len(prompt_ids), params, tokenizer) for i, key in enumerate(keys)}
+
+    def __aiter__(self) -> AsyncIterator[Chunk]:
+        return self
+
+    async def __anext__(self) -> Chunk:
+        """Return the next chunk; raises what ended the request before its answers were complete."""
+        while self._answers:
+            key, event = await self._events.get()
+            answer = self._answers.get(key)
+            if answer is None:
+                continue
+            if isinstance(event, SailfishError):
+                self.end()
+                raise event
+            try:
+                chunk = answer.take(event)
+            except SailfishError:
+                self._close(key)
+                self.end()
+                raise
+            if chunk.finish_reason is not None:
+                if event.finish is None:
+                    self._send(wire.Abort(key, is_complete=True))
+                self._close(key)
+            return chunk
+        raise StopAsyncIteration
+
+    async def abort(self) -> None:
+        """End every answer that is still growing. Idempotent; the engine frees its blocks at once."""
+        self.end()
+
+    def end(self) -> None:
+        """Like `abort`, where nothing can be awaited."""
+        for key in list(self._answers):
+            self._send(wire.Abort(key))
+            self._close(key)
+
+    def put(self, key: int, event: wire.Event | SailfishError) -> None:
+        """Hand over news of one answer."""
+        self._events.put_nowait((key, event))
+
+    def _close(self, key: int) -> None:
+        self._answers.pop(key, None)
+        self._forget(key)
+
+
+async def collect(chunks: AsyncIterator[Chunk]) -> list[Completion]:
+    """Return the whole answers that a stream's chunks join to, in order."""
+    parts: dict[int, list[Chunk]] = {}
+    async for chunk in chunks:
+        parts.setdefault(chunk.index, []).append(chunk)
+    return [_join(parts[index]) for index in sorted(parts)]
+
+
+def _join(chunks: list[Chunk]) -> Completion:
+    last = chunks[-1]
+    assert last.finish_reason is not None and last.usage is not None
+    has_logprobs = any(chunk.logprobs is not None for chunk in chunks)
+    return Completion(
+        index=last.index,
+        text="".join(chunk.text for chunk in chunks),
+        token_ids=[token for chunk in chunks for token in chunk.token_ids],
+        finish_reason=last.finish_reason,
+        stop_reason=last.stop_reason,
+        logprobs=[p for chunk in chunks for p in chunk.logprobs or []] if has_logprobs else None,
+        prompt_logprobs=next((c.prompt_logprobs for c in chunks if c.prompt_logprobs is not None), None),
+        usage=last.usage,
+    )
