@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from http import HTTPStatus
 
@@ -9,11 +10,14 @@ import msgspec
 
 from sailfish.base.errors import (
     DeadlineExceeded,
+    EngineError,
     Overloaded,
     RequestAborted,
     RequestError,
     SailfishError,
 )
+
+log = logging.getLogger(__name__)
 
 MAX_MESSAGE_CHARS = 500
 
@@ -34,6 +38,12 @@ class Refusal(RequestError):
         super().__init__(message, param=param, code=code, retry_after_s=retry_after_s)
         self.http_status = int(status)
         self.headers = headers or {}
+
+
+def unexpected(error: Exception) -> EngineError:
+    """Log a bug's traceback and return what its client is told."""
+    log.error("a request failed unexpectedly", exc_info=error)
+    return EngineError("unexpected failure", code="internal_error")
 
 
 class ClientGone(Exception):
@@ -67,6 +77,7 @@ def error_object(error: SailfishError) -> ErrorObject:
     status = status_of(error)
     message = " ".join(str(error).split())
     if not isinstance(error, RequestError | Overloaded | DeadlineExceeded | RequestAborted):
+        log.error("%s, which its client is not told: %s", error.code, error)
         message = "the engine could not do this request; the server's log says why"
     if len(message) > MAX_MESSAGE_CHARS:
         message = message[: MAX_MESSAGE_CHARS - 3] + "..."

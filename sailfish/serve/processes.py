@@ -80,7 +80,11 @@ class ApiProcesses:
     async def _start(self) -> asyncio.subprocess.Process:
         pipe = asyncio.subprocess.PIPE
         process = await asyncio.create_subprocess_exec(
-            *self._command, stdin=pipe, stdout=pipe, pass_fds=[self._listener.fileno()]
+            *self._command,
+            stdin=pipe,
+            stdout=pipe,
+            pass_fds=[self._listener.fileno()],
+            start_new_session=True,  # a terminal's Ctrl-C reaches this process alone, which tells them once
         )
         assert process.stdin is not None and process.stdout is not None
         process.stdin.write(msgspec.json.encode(self._config) + b"\n")

@@ -38,6 +38,8 @@ def check_error(reply: Any, status: int, code: str, param: str | None = None) ->
         pytest.param(b"[" * 100_000, id="deep array"),
         pytest.param(b'{"a":' * 100_000 + b"1" + b"}" * 100_000, id="deep object"),
         pytest.param(b'{"a":' * 33 + b"1" + b"}" * 33, id="one level too deep"),
+        pytest.param(b'{"a": [' + b"[]," * 100_000 + b"[]]}", id="a hundred thousand arrays"),
+        pytest.param(b'{"a": [' + b"1," * 2_000_000 + b"1]}", id="two million numbers"),
         pytest.param(b'{"model": "fake", "model": "fake", "prompt": "a"}', id="a key twice"),
         pytest.param(b'{"model": "fake", "prompt": "a", "temperature": NaN}', id="NaN"),
         pytest.param(b'{"model": "fake", "prompt": "a", "temperature": -Infinity}', id="Infinity"),
@@ -64,6 +66,13 @@ def test_32_levels_and_brackets_inside_strings_are_allowed(shared: Running) -> N
         reply = client.post("/v1/completions", json={**TEXT, "prompt": nested})
         check_error(reply, 400, "invalid_type", "prompt")
         assert client.post("/v1/completions", json={**TEXT, "prompt": '[{"\\' * 500}).status_code == 200
+
+
+def test_50_megabytes_of_text_are_413_before_any_tokenizer(shared: Running) -> None:
+    with shared.client() as client:
+        reply = client.post("/v1/completions", json={**TEXT, "prompt": "x" * 50_000_000})
+    check_error(reply, 413, "request_too_large")
+    assert shared.is_fine()
 
 
 @pytest.mark.parametrize(

@@ -150,10 +150,16 @@ def test_errors_arrive_as_the_clients_own_classes(
         assert caught.value.response.headers["retry-after-ms"] == "2500"
 
 
-def test_a_fault_in_the_middle_of_a_stream_reaches_the_client(start: Start) -> None:
-    engine = FakeEngine(fail_after=3, failure=EngineError("step failed"))
+@pytest.mark.parametrize(
+    ("failure", "code"),
+    [(EngineError("step 3"), "engine_error"), (RuntimeError("bug"), "internal_error")],
+)
+def test_a_fault_in_the_middle_of_a_stream_reaches_the_client(
+    start: Start, failure: EngineError, code: str
+) -> None:
+    engine = FakeEngine(fail_after=3, failure=failure)
     with client_of(start(engine)) as client:
         stream = client.chat.completions.create(model="fake", messages=HELLO, stream=True)
         with pytest.raises(openai.APIError) as caught:
             list(stream)
-    assert caught.value.code == "engine_error"
+    assert caught.value.code == code

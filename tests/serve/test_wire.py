@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from serving import Running, read_all
@@ -176,3 +180,64 @@ def test_one_connection_too_many_is_told_to_come_back(start: Start) -> None:
 def test_an_upgrade_is_answered_as_plain_http(shared: Running) -> None:
     reply = shared.raw(GET + b"Connection: Upgrade, close\r\nUpgrade: websocket\r\n\r\n")
     assert reply.startswith(b"HTTP/1.1 200")
+
+
+SCRIPT = """
+import asyncio
+from fake_engine import FakeEngine
+from sailfish.base.config import ServeConfig
+from sailfish.serve.server import bind, run
+
+config = ServeConfig(port=0)
+listener = bind(config)
+
+async def main():
+    await run(FakeEngine(), config, [listener], on_ready=lambda: print(listener.getsockname()[1], flush=True))
+
+asyncio.run(main())
+"""
+
+
+def peak_bytes(pid: int) -> int:
+    """Return the largest resident set of a process so far."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc to read a process's memory")
+def test_no_flood_makes_the_server_grow_by_64_mebibytes() -> None:
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    small = b'"ab",' * 500_000 + b'"a"]}'
+    worst = [
+        b"[" * 8_000_000,
+        b'{"a":[' + b"[]," * 2_600_000,
+        b'{"a":[' + b'"ab",' * 1_000_000 + small,
+        b'{"a":[' + small,
+    ]
+    worst += [b'{"a":[' + b"1.5," * 1_000_000 + b"1]}", b'{"prompt":"' + b"\\n" * 4_000_000 + b'"}']
+    with subprocess.Popen(
+        [sys.executable, "-c", SCRIPT], stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        assert process.stdout is not None
+        running = Stranger(port=int(process.stdout.readline()))
+        warm = HEAD + b'Content-Length: 17\r\nConnection: close\r\n\r\n{"model": "fake"}'
+        assert running.raw(warm).startswith(b"HTTP/1.1 400")
+        before = peak_bytes(process.pid)
+        flood(running, GET + b"X-Long: ", b"a" * 65_536, 1024)
+        piece = b"10000\r\n" + b" " * 65_536 + b"\r\n"
+        flood(running, HEAD + b"Transfer-Encoding: chunked\r\n\r\n", piece, 2000)
+        for body in worst:
+            reply = running.raw(HEAD + b"Content-Length: %d\r\nConnection: close\r\n\r\n" % len(body) + body)
+            assert reply.startswith(b"HTTP/1.1 400"), reply[:200]
+        grown = peak_bytes(process.pid) - before
+        process.terminate()
+        assert process.wait(20) == 0
+    assert grown < 64 * 2**20, grown
+
+
+class Stranger(Running):
+    """A server in another process, of which only the port is known."""
+
+    def __init__(self, *, port: int) -> None:
+        self.port = port

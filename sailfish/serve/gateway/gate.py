@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ipaddress
-import logging
 import re
 import uuid
 from collections import Counter
@@ -14,11 +13,9 @@ from typing import Any
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from sailfish.base.errors import EngineError, SailfishError
-from sailfish.serve.errors import ClientGone, Refusal, error_body, error_headers, status_of
+from sailfish.base.errors import SailfishError
+from sailfish.serve.errors import ClientGone, Refusal, error_body, error_headers, status_of, unexpected
 from sailfish.serve.site import Site
-
-log = logging.getLogger(__name__)
 
 PUBLIC_PATHS = frozenset({"/livez", "/readyz"})
 _REQUEST_ID = re.compile(rb"[!-~]{1,128}")
@@ -47,12 +44,9 @@ class Gate:
         except HTTPException as error:
             await reply.refuse(_routing_refusal(error))
         except SailfishError as error:
-            if status_of(error) >= 500 and not isinstance(error, EngineError):
-                log.error("request %s failed: %s", reply.request_id, error)
             await reply.refuse(error)
-        except Exception as error:
-            log.error("request %s failed", reply.request_id, exc_info=error)
-            await reply.refuse(EngineError("unexpected failure", code="internal_error"))
+        except Exception as error:  # noqa: BLE001 - the process edge: a bug must cost one request only
+            await reply.refuse(unexpected(error))
         self._site.counters.reply(_route_name(scope), reply.status)
 
     async def _serve(self, scope: Scope, receive: Receive, reply: _Reply) -> None:

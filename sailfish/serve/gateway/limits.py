@@ -28,6 +28,10 @@ class Limits:
     """Frames of a chunked body."""
     json_depth: int = 32
     """Nesting of arrays and objects."""
+    json_containers: int = 65_536
+    """Arrays and objects of one body: each costs memory twenty times its two bytes."""
+    json_commas: int = 2**19
+    """Commas between the values of one body."""
     messages: int = 4096
     """Messages of one conversation."""
     prompts: int = 128

@@ -13,8 +13,8 @@ from starlette.requests import ClientDisconnect, Request
 from sailfish.serve.errors import ClientGone, Refusal
 from sailfish.serve.gateway.limits import Limits
 
-_ESCAPE = re.compile(rb"\\.", re.DOTALL)
-_NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+_NOT_MARKS = bytes(set(range(256)) - set(b'[]{},"'))
+_PIECE_BYTES = 65_536
 _ONE_KIND = bytes.maketrans(b"{}", b"[]")
 _EXACT_BELOW = 2.0**53
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
@@ -38,17 +38,16 @@ async def read_object(request: Request, limits: Limits) -> dict[str, Any]:
             body += part
     except ClientDisconnect as error:
         raise ClientGone from error
-    return parse_object(bytes(body), limits)
+    return parse_object(body, limits)
 
 
-def parse_object(body: bytes, limits: Limits) -> dict[str, Any]:
+def parse_object(body: bytearray, limits: Limits) -> dict[str, Any]:
     """Parse bytes as one JSON object; raise a 400 otherwise."""
     try:
         text = body.decode("utf-8")
     except UnicodeDecodeError:
         _refuse("the body is not valid UTF-8")
-    if _is_deeper(body, limits.json_depth):
-        _refuse(f"the body nests deeper than {limits.json_depth} levels, or its brackets do not match")
+    _check_shape(body, limits)
     try:
         value = json.loads(text, object_pairs_hook=_object, parse_constant=_not_finite, parse_float=_number)
     except json.JSONDecodeError as error:
@@ -65,15 +64,32 @@ def parse_object(body: bytes, limits: Limits) -> dict[str, Any]:
     return value
 
 
-def _is_deeper(body: bytes, max_depth: int) -> bool:
-    """Tell whether brackets nest deeper than `max_depth`; linear, and before any parser recurses."""
-    if body.count(b"[") + body.count(b"{") <= max_depth:
-        return False
-    outside_strings = b"".join(_ESCAPE.sub(b"", body).split(b'"')[::2])
-    brackets = outside_strings.translate(_ONE_KIND, _NOT_BRACKETS)
-    for _ in range(max_depth):
+def _check_shape(body: bytearray, limits: Limits) -> None:
+    """Refuse what would cost a parser too much stack or memory; linear, and before any parser runs."""
+    n_open = body.count(b"[") + body.count(b"{")
+    if n_open <= limits.json_depth and body.count(b",") <= limits.json_commas:
+        return
+    marks = _marks_outside_strings(body)
+    brackets = marks.translate(_ONE_KIND, b",")
+    if len(brackets) > 2 * limits.json_containers or len(marks) - len(brackets) > limits.json_commas:
+        most = f"{limits.json_containers} arrays and objects or {limits.json_commas} values"
+        _refuse(f"the body holds more than {most}")
+    for _ in range(limits.json_depth):
         brackets = brackets.replace(b"[]", b"")  # takes the innermost level away
-    return bool(brackets)
+    if brackets:
+        _refuse(f"the body nests deeper than {limits.json_depth} levels, or its brackets do not match")
+
+
+def _marks_outside_strings(body: bytearray) -> bytearray:
+    """Return the brackets and commas that structure the body, in pieces: a split makes an object a string."""
+    plain = body.replace(b"\\\\", b"").replace(b'\\"', b"").translate(None, _NOT_MARKS)
+    marks = bytearray()
+    n_quotes = 0
+    for start in range(0, len(plain), _PIECE_BYTES):
+        parts = plain[start : start + _PIECE_BYTES].split(b'"')
+        marks += b"".join(parts[n_quotes % 2 :: 2])
+        n_quotes += len(parts) - 1
+    return marks
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from sailfish.base.errors import SailfishError
 from sailfish.engine.api import Chunk
-from sailfish.serve.errors import ErrorReply, error_object
+from sailfish.serve.errors import ClientGone, ErrorReply, error_object, unexpected
 from sailfish.serve.openai.answers import Answers
 from sailfish.serve.openai.replies import ChatChunk, TextReply, UsageReply
 from sailfish.serve.openai.requests import StreamOptions
@@ -55,6 +55,10 @@ class EventStream(Response):
                 last = b"data: [DONE]\n\n"
             except SailfishError as error:
                 last = event(ErrorReply(error=error_object(error)))
+            except ClientGone:
+                raise
+            except Exception as error:  # noqa: BLE001 - the process edge: the status is sent already
+                last = event(ErrorReply(error=error_object(unexpected(error))))
             await send({"type": "http.response.body", "body": last})
         finally:
             self._site.live.discard(tether)
