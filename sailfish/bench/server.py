@@ -36,8 +36,9 @@ class ServerProcess:
                 self.url = line.removeprefix(READY).strip()
                 return self
             self.output.append(line.rstrip("\n"))
-        self._process.wait()
-        raise EngineError(f"`sailfish serve` ended with status {self._process.returncode}: {self._said()}")
+        status, said = self._process.wait(), self._said()
+        self.stop()
+        raise EngineError(f"`sailfish serve` ended with status {status}: {said}")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
