@@ -1,8 +1,8 @@
 """Sailfish turns a Hugging Face checkpoint into a proven engine and serves it.
 
-    import sailfish
-    with sailfish.Engine(sailfish.find_or_build("books-4m")) as engine:
-        print(engine.generate("It was", sailfish.SamplingParams(max_tokens=20))[0].text)
+>>> import sailfish
+>>> with sailfish.Engine(sailfish.find_or_build("books-4m")) as engine:
+...     print(engine.generate("It was", sailfish.SamplingParams(max_tokens=20))[0].text)
 """
 
 from __future__ import annotations
