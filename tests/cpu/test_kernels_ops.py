@@ -78,11 +78,15 @@ def test_a_token_of_nan_poisons_no_other(name: str) -> None:
     torch.testing.assert_close(found[others], clean[others], atol=1e-5, rtol=1e-5)
 
 
-def test_layers_of_one_step_share_what_was_derived_from_the_span() -> None:
-    q, k, v, span, *rest = attention([(1, 9), (1, 30), (6, 12)])(draw("float32", "cpu"))
-    cpu_sdpa = load("sailfish.kernels.plain.attention:cpu_sdpa")
-    first = cpu_sdpa(q, k, v, span, *rest)
-    derived = list(span.memo.values())
-    again = cpu_sdpa(q, k, v, span, *rest)
-    assert [id(value) for value in span.memo.values()] == [id(value) for value in derived]
+def test_layers_of_one_step_share_the_indices_within_a_bound() -> None:
+    q, k, v, span, scale, *_ = attention([(1, 9), (1, 30), (6, 12)])(draw("float32", "cpu"))
+    first = cpu_sdpa(q, k, v, span, scale, None, None)
+    shared = span.memo["plain"].copy()
+    again = cpu_sdpa(q, k, v, span, scale, None, None)
+    assert len(shared) == 1
+    assert all(span.memo["plain"][key] is entry for key, entry in shared.items())
     assert torch.equal(first, again)
+    cpu_sdpa(q, k, v, span, scale, 4, None)
+    assert len(span.memo["plain"]) == 2
+    cpu_sdpa(q, k, v, span, scale, 5, None, limit_bytes=4000)
+    assert len(span.memo["plain"]) == 2, "4000 / 8 bytes are too few for more"

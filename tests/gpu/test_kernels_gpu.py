@@ -80,7 +80,7 @@ def test_a_new_length_costs_no_new_plan() -> None:
         attention([(1, 500 + n), (1, 700), (90, 400 + n)], heads=(32, 8, 128))(draw("bfloat16", "cuda"))
         for n in range(20)
     ]
-    with torch.profiler.profile() as profile:
+    with torch.profiler.profile(acc_events=True) as profile:
         for args in steps:
             cuda_sdpa(*args)
         torch.cuda.synchronize()

@@ -45,6 +45,10 @@ class _Group:
     is_ragged: bool
 
 
+_Gathered = tuple[_Group, Tensor, Tensor | None]
+"""A group, its slots, and where its sequences differ in length the mask of those that exist."""
+
+
 def paged_attention(
     q_THE: Tensor,
     k_cache_NPKE: Tensor,
@@ -96,20 +100,20 @@ def _gather(cache_NPKE: Tensor, slot_BS: Tensor) -> Tensor:
 
 def _gathers(
     span: AttentionSpan, page_tokens: int, window: int | None, group_tokens: int, limit_bytes: int
-) -> Iterator[tuple[_Group, Tensor, Tensor | None]]:
+) -> Iterator[_Gathered]:
     """Yield each group with the slots to gather and, where rows differ in length, the mask of real keys."""
-    key = ("plain", window, group_tokens)
-    if key in span.memo:
-        yield from span.memo[key]
-        return
-    groups = _groups(span, window, group_tokens)
-    gathers = ((group, *_slots(span, group, page_tokens)) for group in groups)
-    n_indices = sum((group.last - group.first) * group.n_keys for group in groups)
-    if n_indices * INDEX_BYTES > limit_bytes * MEMO_FRACTION:
-        yield from gathers
-    else:
-        span.memo[key] = list(gathers)
-        yield from span.memo[key]
+    kept: dict[tuple[int | None, int], list[_Gathered]] = span.memo.setdefault("plain", {})
+    key = (window, group_tokens)
+    if key not in kept:
+        groups = _groups(span, window, group_tokens)
+        gathered = ((group, *_slots(span, group, page_tokens)) for group in groups)
+        n_new = sum((group.last - group.first) * group.n_keys for group in groups)
+        n_kept = sum(slot_BS.numel() for entry in kept.values() for _, slot_BS, _ in entry)
+        if (n_kept + n_new) * INDEX_BYTES > limit_bytes * MEMO_FRACTION:
+            yield from gathered
+            return
+        kept[key] = list(gathered)
+    yield from kept[key]
 
 
 def _groups(span: AttentionSpan, window: int | None, group_tokens: int) -> list[_Group]:
