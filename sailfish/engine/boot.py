@@ -10,10 +10,11 @@ from pathlib import Path
 
 import torch
 
-from sailfish.artifact.reader import Artifact, StoredTensor
+from sailfish.artifact.reader import Artifact
 from sailfish.artifact.side import read_overlay, write_overlay
 from sailfish.base.config import EngineConfig
 from sailfish.base.errors import ArtifactError
+from sailfish.base.units import format_bytes
 from sailfish.engine.api import MemoryReading
 from sailfish.engine.meter import Meter
 from sailfish.engine.runner import Runner
@@ -63,7 +64,7 @@ def boot(
     config = _merge(manifest.requested, config)
     overlay = read_overlay(artifact, hardware.key)
     plan = make_plan(config, manifest.model, hardware, overlay)
-    on_progress("plan", f"{plan.total_bytes} bytes on {hardware.name}")
+    on_progress("plan", f"{format_bytes(plan.total_bytes)} on {hardware.name}")
 
     device = torch.device(plan.device)
     if plan.device == "cpu":
@@ -73,9 +74,9 @@ def boot(
     entries = [(tensor.name, tensor.shape) for tensor in manifest.tensors]
     offsets, arena_bytes = arena_layout(entries, plan.dtype)
     arena = torch.zeros(arena_bytes, dtype=torch.uint8, device=device)
-    weights = load_weights(map(_pieces, artifact.tensors()), arena, offsets, plan.dtype)
+    weights = load_weights(artifact.tensors(), arena, offsets, plan.dtype)
     meter.mark("weights")
-    on_progress("weights", f"{arena_bytes} bytes")
+    on_progress("weights", format_bytes(arena_bytes))
 
     model = manifest.model
     shape = (model.n_layers, 2, plan.n_blocks, plan.page_tokens, model.n_kv_heads, model.head_dim)
@@ -108,10 +109,6 @@ def _merge(built: EngineConfig, asked: EngineConfig) -> EngineConfig:
         strict=built.strict or asked.strict,
         **overrides,
     )
-
-
-def _pieces(tensor: StoredTensor) -> tuple[str, tuple[int, ...], list[tuple[memoryview, str]]]:
-    return tensor.name, tensor.shape, [(piece.data, piece.dtype) for piece in tensor.pieces]
 
 
 def _remember(artifact: Artifact, overlay: DeviceOverlay) -> None:

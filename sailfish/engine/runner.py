@@ -11,9 +11,7 @@ from sailfish.engine.step import RowRun, RowSampling, StepPlan, StepResult
 from sailfish.engine.table import DeviceTable
 from sailfish.engine.transfer import download, upload
 from sailfish.models.decoder import Decoder, KvCache
-
-_LOGPROB_ROWS = 64
-"""Positions whose log-probabilities are made at a time, which bounds the workspace."""
+from sailfish.plan.memory import SCORED_ROWS
 
 
 class Step:
@@ -112,11 +110,11 @@ class Runner:
         token_Q = self._table.token_RC[run.row, run.start + 1 : run.start + 1 + n_scored].to(torch.int64)
         return [
             _Logprobs(
-                self._decoder.logits(hidden_QD[i : min(i + _LOGPROB_ROWS, n_scored)]),
-                token_Q[i : i + _LOGPROB_ROWS],
+                self._decoder.logits(hidden_QD[i : min(i + SCORED_ROWS, n_scored)]),
+                token_Q[i : i + SCORED_ROWS],
                 n_top,
             )
-            for i in range(0, n_scored, _LOGPROB_ROWS)
+            for i in range(0, n_scored, SCORED_ROWS)
         ]
 
 

@@ -15,11 +15,10 @@ from torch import Tensor
 from sailfish.engine.api import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS
 from sailfish.engine.step import RowSampling
 from sailfish.engine.transfer import upload
+from sailfish.plan.memory import SAMPLER_CHUNK_ELEMENTS
 
 MAX_BARRED = MAX_STOP_TOKEN_IDS + 16
 """Stop tokens of a request and end-of-text tokens of its model."""
-_ROW_CHUNK_ELEMENTS = 1 << 25
-"""Random draws are made for so many logits at a time, which bounds the sampler's workspace."""
 
 
 @dataclass(slots=True)
@@ -120,7 +119,7 @@ def sample(
     drawing = [i for i, r in enumerate(rows) if r.temperature > 0.0]
     if not drawing:
         return logits_SV.argmax(dim=1), finite_S
-    step = max(1, _ROW_CHUNK_ELEMENTS // logits_SV.shape[1])
+    step = max(1, SAMPLER_CHUNK_ELEMENTS // logits_SV.shape[1])
     token_S = logits_SV.argmax(dim=1)
     for begin in range(0, len(drawing), step):
         part = drawing[begin : begin + step]

@@ -15,13 +15,13 @@ from sailfish.plan.types import CacheSpec, Dtype
 
 ITEM_BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2}
 ARENA_ALIGN_BYTES = 256
-"""Every tensor of the weight arena begins at a multiple of this."""
-SAMPLER_CHUNK_ELEMENTS = 1 << 25
-"""The sampler draws for so many logits at a time."""
+"""Every tensor of the weight arena begins at a multiple of this: what CUDA's allocator aligns to."""
+SAMPLER_CHUNK_ELEMENTS = 1 << 22
+"""The sampler draws for so many logits at a time, which bounds its workspace."""
 _DRAW_BYTES = 32
 """Of each logit drawn from: it, scaled, and three 64-bit states of its random number; or sorted copies."""
 SCORED_ROWS = 64
-"""Prompt positions whose log-probabilities are made at a time."""
+"""Prompt positions whose log-probabilities are made at a time, which bounds the workspace."""
 _SCORE_BYTES = 256
 """Of each scored prompt token: itself and 20 alternatives, kept until they are on the host."""
 _STEP_INPUT_BYTES = 12 * 8

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from sailfish.base.errors import ArtifactError
 from sailfish.models import load
-from sailfish.models.arena import ALIGN_BYTES, arena_layout
+from sailfish.models.arena import arena_layout
 from sailfish.models.load import ARENA_DTYPES, SOURCE_DTYPES, load_weights
+from sailfish.plan.memory import ARENA_ALIGN_BYTES
 
 
 def _bytes(x: torch.Tensor) -> bytes:
@@ -28,8 +29,8 @@ def test_tensors_lie_aligned_and_apart(shapes: list[tuple[int, ...]], dtype: str
     ends = [*list(offsets.values())[1:], n_bytes]
     for (name, offset), end in zip(offsets.items(), ends, strict=True):
         size = torch.Size(shapes[int(name)]).numel() * ARENA_DTYPES[dtype].itemsize
-        assert offset % ALIGN_BYTES == 0
-        assert size <= end - offset < size + ALIGN_BYTES
+        assert offset % ARENA_ALIGN_BYTES == 0
+        assert size <= end - offset < size + ARENA_ALIGN_BYTES
 
 
 @pytest.mark.parametrize("dtype", ARENA_DTYPES)

@@ -14,7 +14,6 @@ from torch.utils._pytree import tree_leaves
 from sailfish.base.config import EngineConfig
 from sailfish.checkpoint.model_config import LayerConfig, ModelConfig, MoeConfig, RopeConfig
 from sailfish.checkpoint.names import tensor_specs
-from sailfish.engine import runner, sampler
 from sailfish.engine.runner import Runner
 from sailfish.engine.table import DeviceTable
 from sailfish.engine.warm import warm_up
@@ -24,7 +23,7 @@ from sailfish.kernels.plain.limits import CPU_ATTENTION_BYTES
 from sailfish.models import arena
 from sailfish.models.decoder import Decoder, KvCache
 from sailfish.models.layers.rope import rope_table
-from sailfish.plan import make_plan, memory
+from sailfish.plan import make_plan
 from sailfish.plan.ops import choose_ops
 from sailfish.plan.types import Plan
 
@@ -114,12 +113,6 @@ def _table(plan: Plan) -> DeviceTable:
     return DeviceTable(
         plan.max_sequences, plan.context_tokens, plan.blocks_per_sequence, plan.page_tokens, device
     )
-
-
-def test_the_plan_and_the_engine_agree_on_what_is_done_at_a_time() -> None:
-    assert memory.SAMPLER_CHUNK_ELEMENTS == sampler._ROW_CHUNK_ELEMENTS
-    assert memory.SCORED_ROWS == runner._LOGPROB_ROWS
-    assert memory.ARENA_ALIGN_BYTES == arena.ALIGN_BYTES
 
 
 def test_the_planned_tables_are_the_ones_the_engine_makes() -> None:
