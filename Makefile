@@ -8,7 +8,7 @@ DEVICE := $(if $(shell command -v nvidia-smi 2>/dev/null),cuda,cpu)
 CONSTRAINTS := constraints/$(DEVICE).txt
 MODEL ?= books-4m
 
-.PHONY: demo test check static serve bench gpu clean
+.PHONY: demo test check quick static serve bench gpu clean
 
 demo: $(VENV)/.ready-client ## build the packaged model, serve it, stream an answer, show the figures
 	@$(BIN)/sailfish demo
@@ -19,8 +19,8 @@ serve: $(VENV)/.ready-client ## serve MODEL (default: the packaged one) on 127.0
 bench: $(VENV)/.ready-client ## measure MODEL and append the figures to benchmarks/results
 	@$(BIN)/sailfish bench $(MODEL)
 
-check: $(VENV)/.ready-check static ## format, lint, types, house rules, tests without torch
-	@$(BIN)/python -m pytest -q tests/house tests/notorch
+check: $(VENV)/.ready-check ## format, lint, types, house rules, tests without torch
+	@$(MAKE) --no-print-directory -j2 static quick
 
 test: $(VENV)/.ready-test static ## everything that needs no GPU
 	@$(BIN)/python -m pytest -q -m "not gpu"
@@ -28,6 +28,9 @@ test: $(VENV)/.ready-test static ## everything that needs no GPU
 gpu: $(VENV)/.ready-test ## the GPU suite, then the measurements
 	@$(BIN)/python -m pytest -q -m gpu tests/gpu
 	@$(BIN)/sailfish bench $(MODEL) --device cuda
+
+quick: $(VENV)/.ready-check
+	@$(BIN)/python -m pytest -q tests/house tests/notorch
 
 static: $(VENV)/.ready-check
 	@$(BIN)/ruff format --check --quiet .
