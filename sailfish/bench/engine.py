@@ -34,6 +34,8 @@ class Run:
     """From the first submit to the last token."""
     first_s: float
     """Until every request had its first token."""
+    n_after: int
+    """Tokens that came after `first_s`: by then no step holds a prompt any more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,8 +53,12 @@ class Measured:
     @property
     def decode_per_s(self) -> list[float]:
         """Tokens per second of the steps after that, of each run; none when one token was asked for."""
-        n_tokens = self.case.batch * (self.case.n_out - 1)
-        return [n_tokens / (run.total_s - run.first_s) for run in self.runs] if n_tokens else []
+        return [run.n_after / (run.total_s - run.first_s) for run in self.runs if run.n_after]
+
+    @property
+    def output_per_s(self) -> list[float]:
+        """Generated tokens per second over everything, of each run."""
+        return [self.case.batch * self.case.n_out / run.total_s for run in self.runs]
 
     def results(self, recorder: Recorder, model: str) -> list[Result]:
         """Return the rows to store."""
@@ -60,6 +66,7 @@ class Measured:
         rows = [recorder.result(f"{name}: time to first token", [r.first_s * 1e3 for r in self.runs], "ms")]
         if self.decode_per_s:
             rows.append(recorder.result(f"{name}: decode", self.decode_per_s, "tokens/s"))
+            rows.append(recorder.result(f"{name}: output", self.output_per_s, "tokens/s"))
         else:
             rows.append(recorder.result(f"{name}: prefill", self.prefill_per_s, "tokens/s"))
         return rows
@@ -75,12 +82,14 @@ class Measured:
 
 
 def cases_for(context_tokens: int, max_sequences: int, batches: Sequence[int]) -> list[Case]:
-    """Return the standard cases that fit: one long prefill, and decodes in batches."""
+    """Return the standard cases that fit: prefills, decodes in batches, and twice the rows of mixed work."""
     n_in = min(128, context_tokens // 4)
     n_out = min(256, context_tokens - n_in)
-    wanted = [Case(batch=1, n_in=min(2048, context_tokens // 2), n_out=1)]
+    n_long = min(2048, context_tokens // 2)
+    wanted = [Case(batch=batch, n_in=n_long, n_out=1) for batch in (1, 64)]
     wanted += [Case(batch=batch, n_in=n_in, n_out=n_out) for batch in batches]
-    return [case for case in wanted if case.batch <= max_sequences]
+    fitting = [case for case in wanted if case.batch <= max_sequences]
+    return [*fitting, Case(batch=2 * max_sequences, n_in=min(512, context_tokens // 2), n_out=n_out)]
 
 
 async def measure(engine: AsyncEngine, cases: Sequence[Case], *, repeats: int) -> AsyncIterator[Measured]:
@@ -96,12 +105,14 @@ async def _run(engine: AsyncEngine, case: Case, draw: random.Random) -> Run:
     prompts = [draw.choices(range(engine.info.vocab_size), k=case.n_in) for _ in range(case.batch)]
     start_s = time.perf_counter()
 
-    async def one(prompt_ids: list[int]) -> float:
-        first_s = 0.0
+    async def one(prompt_ids: list[int]) -> list[tuple[float, int]]:
+        arrivals = []
         async for chunk in await engine.submit(prompt_ids, params):
-            if chunk.token_ids and not first_s:
-                first_s = time.perf_counter() - start_s
-        return first_s
+            arrivals.append((time.perf_counter() - start_s, len(chunk.token_ids)))
+        return arrivals
 
-    firsts_s = await asyncio.gather(*(one(prompt_ids) for prompt_ids in prompts))
-    return Run(total_s=time.perf_counter() - start_s, first_s=max(firsts_s))
+    answers = await asyncio.gather(*(one(prompt_ids) for prompt_ids in prompts))
+    total_s = time.perf_counter() - start_s
+    first_s = max(arrivals[0][0] for arrivals in answers)
+    n_after = sum(n for arrivals in answers for at_s, n in arrivals if at_s > first_s)
+    return Run(total_s=total_s, first_s=first_s, n_after=n_after)

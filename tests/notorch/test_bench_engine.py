@@ -69,6 +69,7 @@ def test_rates_follow_from_the_times(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [run.total_s for run in measured.runs] == pytest.approx([FIRST_S + 4 * STEP_S] * 3)
     assert measured.prefill_per_s == pytest.approx([3 * 10 / FIRST_S] * 3)
     assert measured.decode_per_s == pytest.approx([3 * 4 / (4 * STEP_S)] * 3)
+    assert measured.output_per_s == pytest.approx([3 * 5 / (FIRST_S + 4 * STEP_S)] * 3)
     assert len(engine.prompts) == (1 + 3) * 3
 
 
@@ -84,7 +85,8 @@ def test_a_case_of_one_token_measures_prefill_only(monkeypatch: pytest.MonkeyPat
 def test_rows_are_named_after_their_case(monkeypatch: pytest.MonkeyPatch) -> None:
     [measured], _ = _measured(monkeypatch, [bench.Case(batch=2, n_in=4, n_out=3)])
     names = [row.row for row in measured.results(_RECORDER, "fake")]
-    assert names == ["fake, batch 2, 4 in, 3 out: time to first token", "fake, batch 2, 4 in, 3 out: decode"]
+    case = "fake, batch 2, 4 in, 3 out"
+    assert names == [f"{case}: time to first token", f"{case}: decode", f"{case}: output"]
     assert "decode        4.0 tokens/s" in measured.summary()
 
 
@@ -95,5 +97,5 @@ def test_no_two_prompts_are_equal_so_that_no_prefix_is_reused(monkeypatch: pytes
 
 def test_cases_fit_the_engine() -> None:
     cases = bench.cases_for(context_tokens=256, max_sequences=4, batches=[1, 4, 16])
-    assert [case.batch for case in cases] == [1, 1, 4]
+    assert [case.batch for case in cases] == [1, 1, 4, 8]
     assert all(case.n_in + case.n_out <= 256 for case in cases)
