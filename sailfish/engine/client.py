@@ -67,8 +67,12 @@ class AsyncEngine:
         process = EngineProcess(
             Path(engine_dir), config or EngineConfig(), name=name, on_progress=on_progress
         )
-        await asyncio.to_thread(process.start)
-        return await cls.attach(process.socket_path, process=process)
+        try:
+            await asyncio.to_thread(process.start)
+            return await cls.attach(process.socket_path, process=process)
+        except BaseException:
+            await asyncio.to_thread(process.stop)
+            raise
 
     @classmethod
     async def attach(cls, socket_path: Path, *, process: EngineProcess | None = None) -> AsyncEngine:
@@ -82,12 +86,12 @@ class AsyncEngine:
         return engine
 
     async def close(self) -> None:
-        """Detach, and end the engine process when this object started it."""
+        """Detach, and end the engine process when this object started it. Idempotent."""
         if self._reading is not None:
             self._reading.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._reading
-        self._lose_connection()
+        self._lose_connection("this engine was closed")
         if self.template is not None:
             self.template.close()
         if self._process is not None:
@@ -222,6 +226,8 @@ class AsyncEngine:
 
     async def stats(self) -> EngineStats:
         """Return the engine process's live figures; raises WorkerDied when it does not answer."""
+        if self._writer is None:
+            raise WorkerDied("the engine process is gone", retry_after_s=1.0)
         nonce = next(self._keys)
         reply: asyncio.Future[EngineStats] = asyncio.get_running_loop().create_future()
         self._stats[nonce] = reply
@@ -288,7 +294,7 @@ class AsyncEngine:
         while True:
             while (message := await wire.read_to_client(reader)) is not None:
                 self._handle(message)
-            self._lose_connection()
+            self._lose_connection("the engine process died")
             while True:
                 await asyncio.sleep(_RECONNECT_S)
                 try:
@@ -324,7 +330,7 @@ class AsyncEngine:
                 if reply is not None and not reply.done():
                     reply.set_result(stats)
 
-    def _lose_connection(self) -> None:
+    def _lose_connection(self, why: str) -> None:
         """Give every waiting caller its one final word."""
         if self._writer is not None:
             self._writer.close()
@@ -332,6 +338,6 @@ class AsyncEngine:
         waiting: list[asyncio.Future[Any]] = [*self._admissions.values(), *self._stats.values()]
         for future in waiting:
             if not future.done():
-                future.set_exception(WorkerDied("the engine process is gone", retry_after_s=1.0))
+                future.set_exception(WorkerDied(why, retry_after_s=1.0))
         for key, stream in list(self._streams.items()):
-            stream.put(key, WorkerDied("the engine process died before the answer was complete"))
+            stream.put(key, WorkerDied(f"{why} before the answer was complete"))

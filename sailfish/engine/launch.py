@@ -81,6 +81,8 @@ class EngineProcess:
         self._restart = restart
         self._on_progress = on_progress or (lambda _: None)
         self._stopping = False
+        self._lock = threading.Lock()
+        """Held to start a process or to forbid it."""
         self._deaths: list[float] = []
         self._process: subprocess.Popen[bytes] | None = None
         self._watcher: threading.Thread | None = None
@@ -103,8 +105,9 @@ class EngineProcess:
 
     def stop(self, drain_s: float = 0.0) -> None:
         """Ask the process to drain, wait for it, and remove its socket. May be called twice."""
-        self._stopping = True
-        process = self._process
+        with self._lock:
+            self._stopping = True
+            process = self._process
         if process is not None and process.poll() is None:
             if drain_s <= 0.0 and process.stdin is not None:
                 with contextlib.suppress(OSError):
@@ -122,10 +125,14 @@ class EngineProcess:
         shutil.rmtree(self._dir, ignore_errors=True)
 
     def _spawn(self) -> None:
-        self._close_pipes()
-        self._process = subprocess.Popen(
-            self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
-        )
+        """Start a process and wait until it is READY; does nothing once `stop` was called."""
+        with self._lock:
+            if self._stopping:
+                return
+            self._close_pipes()
+            self._process = subprocess.Popen(
+                self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+            )
         assert self._process.stdout is not None
         for line in self._process.stdout:
             try:
@@ -163,8 +170,9 @@ class EngineProcess:
             log.error("the engine process ended with status %s; starting another", status)
             try:
                 self._spawn()
-            except SailfishError as error:
-                log.error("the engine process did not start again: %s", error)
+            except (SailfishError, OSError) as error:
+                if not self._stopping:
+                    log.error("the engine process did not start again: %s", error)
                 return
 
     def _close_pipes(self) -> None:

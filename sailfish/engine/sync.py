@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import queue
 import threading
 from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
 from sailfish.base.config import EngineConfig
+from sailfish.base.errors import WorkerDied
 from sailfish.checkpoint.tokenizer import Tokenizer
 from sailfish.engine.api import Chunk, Completion, EngineInfo, EngineStats, SamplingParams
 from sailfish.engine.client import AsyncEngine, Message, Prompt
@@ -30,10 +33,13 @@ class Engine:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="sailfish-client", daemon=True)
         self._thread.start()
+        self._lock = threading.Lock()
+        """Held to start work on the loop or to forbid it."""
         self._is_closed = False
         try:
             self._engine = self._call(AsyncEngine.start(engine_dir, name=name, config=config))
         except BaseException:
+            self._is_closed = True
             self._stop_loop()
             raise
 
@@ -80,10 +86,13 @@ class Engine:
         return self._call(self._engine.stats())
 
     def close(self) -> None:
-        """End the engine process. Idempotent."""
-        if not self._is_closed:
-            self._call(self._engine.close())
-            self._stop_loop()
+        """End the engine process, and with it what other threads wait for. Idempotent."""
+        with self._lock:
+            if self._is_closed:
+                return
+            self._is_closed = True
+        asyncio.run_coroutine_threadsafe(self._engine.close(), self._loop).result()
+        self._stop_loop()
 
     def __enter__(self) -> Engine:
         return self
@@ -94,23 +103,42 @@ class Engine:
         self.close()
 
     def _call(self, work: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+        future = self._begin(work)
+        try:
+            return future.result()
+        finally:
+            future.cancel()  # Ctrl-C ends the wait, and so the work
+
+    def _begin(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        with self._lock:
+            if self._is_closed:
+                work.close()
+                raise WorkerDied("this engine is closed", hint="make another one")
+            return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def _iterate(self, chunks: AsyncIterator[Chunk]) -> Iterator[Chunk]:
-        async def advance() -> Chunk | None:
-            return await anext(chunks, None)
+        received: queue.SimpleQueue[Chunk | None] = queue.SimpleQueue()
 
-        async def leave() -> None:
-            await chunks.aclose()  # type: ignore[attr-defined]
+        async def receive() -> None:
+            async for chunk in chunks:
+                received.put(chunk)
 
+        future = self._begin(receive())
+        future.add_done_callback(lambda _: received.put(None))
         try:
-            while (chunk := self._call(advance())) is not None:
+            while (chunk := received.get()) is not None:
                 yield chunk
+            future.result()
         finally:
-            self._call(leave())
+            future.cancel()
 
     def _stop_loop(self) -> None:
-        self._is_closed = True
+        """End the loop once everyone who waited for it has been told."""
+
+        async def finish() -> None:
+            await asyncio.gather(*asyncio.all_tasks() - {asyncio.current_task()}, return_exceptions=True)
+
+        asyncio.run_coroutine_threadsafe(finish(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()

@@ -48,6 +48,8 @@ def main() -> int:
     parser.add_argument("--trace-to", type=Path)
     args = parser.parse_args()
     logs.configure()
+    serving: list[EngineLoop] = []
+    threading.Thread(target=_end_with_parent, args=(serving,), name="parent-watch", daemon=True).start()
     if args.trace_to is not None:
         trace.start(args.trace_to)
     try:
@@ -59,11 +61,11 @@ def main() -> int:
     except torch.OutOfMemoryError as error:
         _say(Failed("does_not_fit", f"the device ran out of memory while loading: {str(error)[:200]}"))
         return 2
-    _serve(booted, args)
+    _serve(booted, args, serving)
     return 0
 
 
-def _serve(booted: Booted, args: argparse.Namespace) -> None:
+def _serve(booted: Booted, args: argparse.Namespace, serving: list[EngineLoop]) -> None:
     plan, artifact = booted.plan, booted.artifact
     scheduler = Scheduler(SchedulerLimits.of(plan), engine_digest=artifact.digest, kv_dtype=plan.dtype)
     started_s = time.monotonic() - _BORN_S
@@ -74,7 +76,7 @@ def _serve(booted: Booted, args: argparse.Namespace) -> None:
         loop.inbox.put((_NO_CLIENT, wire.Drain(args.drain_s)))
 
     signal.signal(signal.SIGTERM, drain)
-    threading.Thread(target=_end_with_parent, args=(loop,), name="parent-watch", daemon=True).start()
+    serving.append(loop)
     endpoint.start(loop)
     _say(Ready(started_s))
     log.info("ready after %.2f s", started_s)
@@ -82,12 +84,13 @@ def _serve(booted: Booted, args: argparse.Namespace) -> None:
     endpoint.stop()
 
 
-def _end_with_parent(loop: EngineLoop) -> None:
+def _end_with_parent(serving: list[EngineLoop]) -> None:
     """Stop at once when the process that started this one closes our standard input, or is gone."""
-    sys.stdin.buffer.read()
-    loop.inbox.put((_NO_CLIENT, wire.Drain(0.0)))
-    time.sleep(_EXIT_GRACE_S)
-    os._exit(1)  # the loop is stuck in a step; nobody is left to wait for it
+    os.read(sys.stdin.fileno(), 1)
+    for loop in serving:
+        loop.inbox.put((_NO_CLIENT, wire.Drain(0.0)))
+        time.sleep(_EXIT_GRACE_S)
+    os._exit(1)  # it still loads, or is stuck in a step; nobody is left to wait for it
 
 
 def _info(booted: Booted, name: str | None, started_s: float) -> EngineInfo:
