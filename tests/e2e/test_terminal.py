@@ -8,16 +8,35 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Typed
 
 from sailfish.bench.server import ServerProcess
 from sailfish.data import demo_model
 
+Typed = Callable[..., subprocess.CompletedProcess[str]]
 GREEDY = ("--temperature", "0", "--max-tokens", "12")
 pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def typed(tmp_path: Path) -> Typed:
+    """Run `sailfish WORDS...` in an empty folder and return what became of it."""
+
+    def run(*words: str, given: str = "") -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "sailfish.cli.main", *words],
+            cwd=tmp_path,
+            input=given,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=300,
+        )
+
+    return run
 
 
 def test_a_prompt_is_continued_alike_from_argument_file_and_standard_input(
