@@ -12,15 +12,18 @@ import typer
 from sailfish.base.errors import ConfigError
 from sailfish.base.sources import environment
 from sailfish.bench import engine as measured
+from sailfish.bench import kv, memory
 from sailfish.bench.calibrate import calibrate
-from sailfish.bench.results import Recorder, store
+from sailfish.bench.kv import measure_kv
+from sailfish.bench.memory import error_percent
+from sailfish.bench.results import Recorder, Result, store
 from sailfish.bench.shapes import SHAPES, write_checkpoint
 from sailfish.build.cache import cache_root
 from sailfish.checkpoint.safetensors_reader import INDEX_FILE
 from sailfish.cli import opening
 from sailfish.cli.options import ENGINE, Download, Model, Offline, Settings, with_settings
-from sailfish.engine.api import EngineInfo
 from sailfish.engine.client import AsyncEngine
+from sailfish.hardware.probe import probe
 
 _OUT = Path("benchmarks/results/engine.jsonl")
 _RANDOM_HELP = f"Take MODEL as a shape and give it random weights: {', '.join(SHAPES)}."
@@ -43,24 +46,37 @@ def bench(
     source = str(_random_checkpoint(model)) if random_weights else model
     engine_dir = opening.find(source, settings, offline=offline, download=download)
 
-    async def run() -> tuple[EngineInfo, list[measured.Measured]]:
-        found = []
-        async with await AsyncEngine.start(engine_dir, config=settings.engine) as engine:
-            cases = measured.cases_for(engine.info.context_tokens, engine.info.max_sequences, sizes)
-            async for case in measured.measure(engine, cases, repeats=repeats):
-                typer.echo(case.summary())
-                found.append(case)
-            return engine.info, found
-
-    info, found = asyncio.run(run())
+    device = probe(settings.engine.device, environ=environment())
     recorder = Recorder(
         suite="engine",
-        device=opening.device_name(info.device),
+        device=device.name,
         command="sailfish " + " ".join(sys.argv[1:]),
-        calibration=calibrate(info.device),
+        calibration=calibrate(device.device),
     )
-    name = f"{info.name} {info.dtype}"
-    store([row for case in found for row in case.results(recorder, name)], out)
+
+    async def run() -> list[Result]:
+        rows: list[Result] = []
+        async with await AsyncEngine.start(engine_dir, config=settings.engine) as engine:
+            info, name = engine.info, f"{engine.info.name} {engine.info.dtype}"
+            reserved_bytes = [(await engine.stats()).reserved_bytes]
+            async for case in measured.measure(
+                engine, measured.cases_for(info.context_tokens, info.max_sequences, sizes), repeats=repeats
+            ):
+                typer.echo(case.summary())
+                rows += case.results(recorder, name)
+            runs = await measure_kv(
+                engine, n_in=min(512, info.context_tokens // 4), n_out=64, repeats=repeats
+            )
+            rows += kv.results(runs, recorder, name)
+            typer.echo(f"{rows[-1].row}: {rows[-1].value:.1f} times faster")
+            reserved_bytes.append((await engine.stats()).reserved_bytes)
+            rows += memory.results(info.memory, reserved_bytes, recorder, name)
+            typer.echo(
+                f"memory plan against measured, without KV blocks: {error_percent(info.memory):+.2f} %"
+            )
+        return rows
+
+    store(asyncio.run(run()), out)
     opening.say(f"appended to {out}")
 
 

@@ -24,7 +24,9 @@ def warm_up(runner: Runner, plan: Plan, vocab_size: int) -> None:
         if count > 0:
             prefills.append(RowRun(row, last - count, count, True))
         left -= count
-    decodes = [RowRun(row, last, 1, True) for row in range(n_rows)]
+    # Longer ones could only share blocks, and attention's workspace is bounded whatever the length.
+    depth = min(last, plan.n_blocks * plan.page_tokens // n_rows)
+    decodes = [RowRun(row, depth, 1, True) for row in range(n_rows)]
     spare = min(plan.step_tokens - n_rows + 1, last)
     mixed = [*decodes[:-1], RowRun(n_rows - 1, last - spare, spare, True)]
     runner.execute(StepPlan(0, starts, [], prefills)).result()
