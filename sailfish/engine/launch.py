@@ -18,9 +18,14 @@ import msgspec
 
 from sailfish.base.config import EngineConfig
 from sailfish.base.errors import EngineError, SailfishError, error_from_code
+from sailfish.base.sources import environment
 
 log = logging.getLogger(__name__)
 
+_ENVIRONMENT = {"GOMP_SPINCOUNT": "500"}
+"""OpenMP threads park after about 50 us. By default they spin for milliseconds, so that whenever another
+process has a core (our own API process, say) each parallel region waits 16 ms instead of 0.3 ms
+(linear of 16 x 256 by 256 x 1,024, two threads on two busy cores)."""
 _MAX_DEATHS = 3
 _DEATH_WINDOW_S = 60.0
 
@@ -131,7 +136,11 @@ class EngineProcess:
                 return
             self._close_pipes()
             self._process = subprocess.Popen(
-                self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+                self._command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                start_new_session=True,
+                env={**_ENVIRONMENT, **environment()},
             )
         assert self._process.stdout is not None
         for line in self._process.stdout:
