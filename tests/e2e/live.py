@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ def until(holds: Callable[[], Any], what: str, within_s: float = WAIT_S) -> Any:
 
 
 def metrics(url: str) -> dict[str, float]:
-    """Return every sample: under its name, summed over labels, and under `name:label` for each label value."""
+    """Return every sample, summed over labels; and under `name:value` for each label value alone."""
     samples: dict[str, float] = defaultdict(float)
     for family in text_string_to_metric_families(httpx.get(f"{url}/metrics", timeout=WAIT_S).text):
         for sample in family.samples:
@@ -179,8 +178,3 @@ def streams(url: str, count: int, **fields: Any) -> list[Running]:
     for stream in running:
         assert stream.began.wait(WAIT_S), "a stream does not begin"
     return running
-
-
-def left_sockets() -> Iterator[Path]:
-    """Return the private directories of engines that lie in the temporary folder."""
-    return Path(os.environ.get("TMPDIR", "/tmp")).glob("sailfish-*")  # noqa: S108 - only looked at

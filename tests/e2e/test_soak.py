@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 REQUESTS, AT_ONCE = 200, 16
 CONTEXT_TOKENS = 1024
 MAX_GROWTH_BYTES = 64 * 10**6
-WORDS = "the ship went down to the old sea and the men of that dark house said no more of it".split()
+WORDS = ("the", "ship", "went", "down", "to", "old", "sea", "and", "men", "of", "that", "dark", "house")
 KINDS = (
     "short", "short", "long", "long", "chat", "several", "stops", "logprobs", "left", "left", "gone",
     "prompts", "overlong_text", "overlong_answer", "deadline", "expires",
