@@ -89,7 +89,8 @@ def cases_for(context_tokens: int, max_sequences: int, batches: Sequence[int]) -
     wanted = [Case(batch=batch, n_in=n_long, n_out=1) for batch in (1, 64)]
     wanted += [Case(batch=batch, n_in=n_in, n_out=n_out) for batch in batches]
     fitting = [case for case in wanted if case.batch <= max_sequences]
-    return [*fitting, Case(batch=2 * max_sequences, n_in=min(512, context_tokens // 2), n_out=n_out)]
+    n_mixed = min(512, context_tokens // 2)
+    return [*fitting, Case(batch=2 * max_sequences, n_in=n_mixed, n_out=min(n_out, context_tokens - n_mixed))]
 
 
 async def measure(engine: AsyncEngine, cases: Sequence[Case], *, repeats: int) -> AsyncIterator[Measured]:
