@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 import time
 from collections import defaultdict
@@ -18,7 +20,15 @@ from prometheus_client.parser import text_string_to_metric_families
 WAIT_S = 60.0
 SMALL = ("--ctx", "512", "--concurrency", "8", "--step-tokens", "64", "--kv-memory", "8MiB")
 """Flags of a server that is soon ready."""
+COMMAND = (sys.executable, "-m", "sailfish.cli.main")
 _pause = threading.Event()
+
+
+def typed(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run `sailfish WORDS...` in a folder and return what became of it."""
+    return subprocess.run(
+        [*COMMAND, *words], cwd=cwd, capture_output=True, text=True, check=False, timeout=2 * WAIT_S
+    )
 
 
 def until(holds: Callable[[], Any], what: str, within_s: float = WAIT_S) -> Any:
@@ -141,6 +151,8 @@ class Running:
     streamed: Streamed = field(default_factory=Streamed)
     status: int = 0
     refusal: dict[str, Any] = field(default_factory=dict)
+    is_cut: bool = False
+    """The connection broke before the reply was whole."""
     began: threading.Event = field(default_factory=threading.Event)
     """Set with the first token, or with the end."""
 
@@ -162,6 +174,8 @@ class Running:
                     self.streamed.take(line)
                     if self.streamed.texts:
                         self.began.set()
+        except httpx.TransportError:
+            self.is_cut = True
         finally:
             self.began.set()
 
@@ -169,6 +183,7 @@ class Running:
         """Wait for the end."""
         self._thread.join(WAIT_S)
         assert not self._thread.is_alive(), "a stream does not end"
+        assert not self.is_cut, "a stream broke off"
         return self.streamed
 
 
