@@ -17,6 +17,7 @@ def calibrate(device: str) -> dict[str, float]:
     """
     import torch
 
+    from sailfish.hardware.memory import release_cuda
     from sailfish.hardware.timing import Timer
 
     n_bytes, side = _READ_BYTES[device], _SQUARE[device]
@@ -36,6 +37,9 @@ def calibrate(device: str) -> dict[str, float]:
 
     read_s = seconds(lambda: floats.sum())
     product_s = seconds(lambda: a @ b)
+    if device == "cuda":
+        del words, floats, a, b
+        release_cuda()  # the engine that is measured next shares the device
     return {
         "read_gb_per_s": round(n_bytes / read_s / 1e9, 1),
         f"bf16_{side}_tflop_per_s": round(2 * side**3 / product_s / 1e12, 2),

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -72,8 +71,3 @@ class ServerProcess:
     def _said(self) -> str:
         lines = [line for line in self.log().splitlines() if line.strip()]
         return lines[-1].removeprefix("error: ") if lines else "it said nothing"
-
-
-def flags_of(pairs: Sequence[tuple[str, object]]) -> list[str]:
-    """Return `--name value` words for the pairs whose value is given."""
-    return [word for name, value in pairs if value is not None for word in (name, str(value))]

@@ -11,18 +11,14 @@ import typer
 
 from sailfish.base.errors import ConfigError
 from sailfish.base.sources import environment
-from sailfish.bench import engine as measured
-from sailfish.bench import kv, memory
 from sailfish.bench.calibrate import calibrate
-from sailfish.bench.kv import measure_kv
-from sailfish.bench.memory import error_percent
-from sailfish.bench.results import Recorder, Result, store
+from sailfish.bench.results import Recorder, store
 from sailfish.bench.shapes import SHAPES, write_checkpoint
+from sailfish.bench.suite import keep_as_evidence, run_suite
 from sailfish.build.cache import cache_root
 from sailfish.checkpoint.safetensors_reader import INDEX_FILE
 from sailfish.cli import opening
 from sailfish.cli.options import ENGINE, Download, Model, Offline, Settings, with_settings
-from sailfish.engine.client import AsyncEngine
 from sailfish.hardware.probe import probe
 
 _OUT = Path("benchmarks/results/engine.jsonl")
@@ -41,7 +37,7 @@ def bench(
     *,
     settings: Settings,
 ) -> None:
-    """Measure prefill and decode through the Python API; append a row for each figure to a file."""
+    """Measure speed and memory through the Python API; append a row for each figure to a file."""
     sizes = _numbers(batches)
     source = str(_random_checkpoint(model)) if random_weights else model
     engine_dir = opening.find(source, settings, offline=offline, download=download)
@@ -54,30 +50,11 @@ def bench(
         calibration=calibrate(device.device),
     )
 
-    async def run() -> list[Result]:
-        rows: list[Result] = []
-        async with await AsyncEngine.start(engine_dir, config=settings.engine) as engine:
-            info, name = engine.info, f"{engine.info.name} {engine.info.dtype}"
-            reserved_bytes = [(await engine.stats()).reserved_bytes]
-            async for case in measured.measure(
-                engine, measured.cases_for(info.context_tokens, info.max_sequences, sizes), repeats=repeats
-            ):
-                typer.echo(case.summary())
-                rows += case.results(recorder, name)
-            runs = await measure_kv(
-                engine, n_in=min(512, info.context_tokens // 4), n_out=64, repeats=repeats
-            )
-            rows += kv.results(runs, recorder, name)
-            typer.echo(f"{rows[-1].row}: {rows[-1].value:.1f} times faster")
-            reserved_bytes.append((await engine.stats()).reserved_bytes)
-            rows += memory.results(info.memory, reserved_bytes, recorder, name)
-            typer.echo(
-                f"memory plan against measured, without KV blocks: {error_percent(info.memory):+.2f} %"
-            )
-        return rows
-
-    store(asyncio.run(run()), out)
-    opening.say(f"appended to {out}")
+    work = run_suite(engine_dir, settings.engine, recorder, batches=sizes, repeats=repeats, say=typer.echo)
+    rows = asyncio.run(work)
+    store(rows, out)
+    keep_as_evidence(engine_dir, rows)
+    opening.say(f"appended to {out}, and to the engine's evidence")
 
 
 def _numbers(text: str) -> list[int]:

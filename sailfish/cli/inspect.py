@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sailfish.artifact.reader import Artifact, is_engine
+from sailfish.artifact.side import read_evidence
 from sailfish.base.units import format_bytes
 from sailfish.checkpoint.inspect import CheckpointReport, inspect_checkpoint
 from sailfish.cli import opening, tables
@@ -17,7 +18,12 @@ def inspect(
     if is_engine(directory):
         artifact = Artifact.open(directory)
         if as_json:
-            tables.show_json({"digest": artifact.digest, "manifest": artifact.manifest})
+            data = {
+                "digest": artifact.digest,
+                "manifest": artifact.manifest,
+                "evidence": read_evidence(artifact),
+            }
+            tables.show_json(data)
         else:
             _show_engine(artifact)
         return
@@ -45,6 +51,10 @@ def _show_engine(artifact: Artifact) -> None:
             ("weights", f"{len(manifest.tensors)} tensors, {weights}"),
         ],
     )
+    for evidence in read_evidence(artifact):
+        facts = [(name, str(value)) for name, value in evidence.values.items()]
+        title = f"Evidence: {evidence.kind}, {evidence.device}, {evidence.at}"
+        tables.show(title, ("what", "value"), facts, right=("value",))
     rows = [(file.path, format_bytes(file.n_bytes), file.sha256) for file in manifest.weights]
     rows += [(file.name, format_bytes(file.n_bytes), file.sha256) for file in manifest.files]
     tables.show("Files", ("file", "size", "sha256"), rows, right=("size",))

@@ -17,7 +17,6 @@ from sailfish.build.cache import FoundEngine, locate_engine
 from sailfish.checkpoint.hub import HubEnv, resolve
 from sailfish.cli.options import Settings
 from sailfish.data import DEMO_MODEL_NAME, demo_model
-from sailfish.hardware.probe import probe
 from sailfish.plan import Plan
 
 
@@ -45,11 +44,6 @@ def find(model: str, settings: Settings, *, offline: bool = False, download: boo
 def plan_of(engine_dir: Path) -> Plan:
     """Return the plan an engine was built with."""
     return Artifact.open(engine_dir).manifest.plan
-
-
-def device_name(device: str) -> str:
-    """Return what this machine's device is called."""
-    return probe(device, environ=environment()).name
 
 
 @contextlib.contextmanager

@@ -21,11 +21,6 @@ class CudaMemory:
     free_bytes: int
     total_bytes: int
 
-    @property
-    def other_bytes(self) -> int:
-        """Used on the device but not by torch's allocator: contexts, libraries, other processes."""
-        return self.total_bytes - self.free_bytes - self.reserved_bytes
-
 
 def resident_bytes() -> int:
     """Return the resident set of this process (without /proc: its peak)."""
@@ -72,3 +67,10 @@ def begin_cuda_peak(index: int = 0) -> None:
     import torch
 
     torch.cuda.reset_peak_memory_stats(index)
+
+
+def release_cuda() -> None:
+    """Give what torch's allocator holds but does not use back to the device."""
+    import torch
+
+    torch.cuda.empty_cache()

@@ -146,6 +146,35 @@ def test_sampled_tokens_depend_on_seed_and_position_only(books_engine: Path, lag
     assert together.heard[0].token_ids != together.heard[4].token_ids  # equal prompts, other seeds
 
 
+@pytest.mark.parametrize("lag", [0, 1])
+def test_in_bfloat16_a_batch_changes_tokens_only_where_logits_tie(
+    books_engine: Path, lag: int, record_property: Any
+) -> None:
+    config = {"dtype": "bfloat16", "page_tokens": 8, "context_tokens": 256}
+    together = LocalEngine(books_engine, EngineConfig(lag=lag, step_tokens=16, max_sequences=5, **config))
+    alone = LocalEngine(books_engine, EngineConfig(max_sequences=1, prefix_cache=False, **config))
+    again = LocalEngine(books_engine, EngineConfig(max_sequences=1, prefix_cache=False, **config))
+    prompts = [prompt[:n] for prompt in books_prompts() for n in (1, 3, 9)]
+    for engine in (together, alone, again):
+        for key, prompt in enumerate(prompts):
+            engine.submit(key, prompt, greedy(8192, logprobs=2), 120)
+            if engine is not together:
+                engine.run()
+        engine.run()
+    ties = []
+    for key in range(len(prompts)):
+        one, other = alone.heard[key], together.heard[key]
+        assert one.token_ids == again.heard[key].token_ids  # equal shapes: equal tokens
+        at = next((i for i in range(120) if one.token_ids[i] != other.token_ids[i]), None)
+        if at is not None:
+            best, second = one.logprobs[at].top
+            assert {best.token_id, second.token_id} == {one.token_ids[at], other.token_ids[at]}
+            ties.append(best.logprob - second.logprob)
+    record_property("gaps at the first difference", ties)
+    # Logits near 16 are 0.125 apart in bfloat16; two of them may each be rounded by half of that.
+    assert all(gap <= 0.125 for gap in ties), ties
+
+
 def test_logprobs_of_prompt_and_answer_are_those_of_transformers(books_engine: Path) -> None:
     engine = LocalEngine(books_engine, EngineConfig(step_tokens=8, max_sequences=3, page_tokens=8))
     prompts = books_prompts()

@@ -398,7 +398,7 @@ def test_a_lock_file_that_another_build_renamed_away_is_not_mistaken_for_the_loc
 
 def test_an_overlay_is_read_back_for_its_own_engine_only(engine: Path, tmp_path: Path) -> None:
     artifact = Artifact.open(engine)
-    overlay = DeviceOverlay(device_key="sm_90-nvidia-h200", runtime_bytes=123456789, software="torch 2.11")
+    overlay = DeviceOverlay(device_key="sm_90-nvidia-h200", runtime_bytes=123456789)
     assert read_overlay(artifact, overlay.device_key) is None
     path = write_overlay(artifact, overlay)
     assert path.name == "overlay-sm_90-nvidia-h200.json"
