@@ -6,13 +6,13 @@ import asyncio
 import logging
 import signal
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
 from pathlib import Path
 
 import typer
 
 from sailfish.base.config import ServeConfig
+from sailfish.base.errors import EngineError
 from sailfish.base.units import format_bytes
 from sailfish.bench.server import READY
 from sailfish.checkpoint.template import ChatTemplate
@@ -25,6 +25,7 @@ from sailfish.serve.gateway.auth import load_keys
 from sailfish.serve.gateway.gate import is_loopback
 from sailfish.serve.gateway.limits import LIMITS
 from sailfish.serve.processes import ApiProcesses
+from sailfish.serve.waiting import WaitingRoom
 
 log = logging.getLogger("sailfish.serve")
 
@@ -38,22 +39,32 @@ def serve_engine(
     trace_to: Path | None = None,
 ) -> None:
     """Start the engine process, serve on the listening socket until a signal came, and end cleanly."""
+    room = WaitingRoom(settings.serve, listener)
+
+    def tell(progress: Progress) -> None:
+        log.info("%.2f s %s: %s", progress.elapsed_s, progress.stage, progress.detail)
+        room.tell(progress.stage)
+
     process = EngineProcess(
         engine_dir,
         settings.engine,
         name=settings.serve.served_model_name,
         restart=True,
         trace_to=trace_to,
-        on_progress=_log_progress,
+        on_progress=tell,
     )
-    with _stoppable():
-        process.start()
-        asyncio.run(_serve(process, settings.serve, listener, chat_template))
+    asyncio.run(_serve(process, room, settings.serve, listener, chat_template))
 
 
 async def _serve(
-    process: EngineProcess, config: ServeConfig, listener: socket.socket, chat_template: Path | None
+    process: EngineProcess,
+    room: WaitingRoom,
+    config: ServeConfig,
+    listener: socket.socket,
+    chat_template: Path | None,
 ) -> None:
+    async with room:
+        await _start(process)
     host, port = listener.getsockname()[:2]
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     others = ApiProcesses(config, listener, process.socket_path, chat_template=chat_template)
@@ -72,22 +83,28 @@ async def _serve(
     log.info("ended")
 
 
-@contextmanager
-def _stoppable() -> Iterator[None]:
-    """Let SIGTERM end a start as Ctrl-C does; once requests are served, the server itself listens to it."""
+async def _start(process: EngineProcess) -> None:
+    """Start the engine process; a signal meanwhile ends it and this command."""
+    loop, signals = asyncio.get_running_loop(), (signal.SIGTERM, signal.SIGINT)
+    asked: list[int] = []
 
-    def stop(_signal: int, _frame: object) -> None:
-        raise SystemExit(128 + signal.SIGTERM)
+    def stop(number: int) -> None:
+        asked.append(number)
+        threading.Thread(target=process.stop, daemon=True).start()
 
-    before = signal.signal(signal.SIGTERM, stop)
+    for number in signals:
+        loop.add_signal_handler(number, stop, number)
     try:
-        yield
+        await asyncio.to_thread(process.start)
+    except EngineError:
+        if not asked:
+            raise
     finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _log_progress(progress: Progress) -> None:
-    log.info("%.2f s %s: %s", progress.elapsed_s, progress.stage, progress.detail)
+        for number in signals:
+            loop.remove_signal_handler(number)
+    if asked:
+        await asyncio.to_thread(process.stop)
+        raise SystemExit(128 + asked[0])
 
 
 def _log_memory(info: EngineInfo) -> None:

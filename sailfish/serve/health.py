@@ -11,24 +11,24 @@ from sailfish.serve.errors import Refusal
 from sailfish.serve.metrics import prometheus
 from sailfish.serve.openai.endpoint import json_reply
 from sailfish.serve.openai.replies import StatusReply, VersionReply
-from sailfish.serve.site import Site
+from sailfish.serve.site import Door, Site
 from sailfish.version import __version__
 
 
-async def livez(_: Site, __: Request) -> Response:
+async def livez(_: Door, __: Request) -> Response:
     """Tell that this process answers; never fails while it loads or drains."""
     return json_reply(StatusReply())
 
 
-async def readyz(site: Site, _: Request) -> Response:
+async def readyz(door: Door, _: Request) -> Response:
     """Tell whether requests are taken, and if not, why."""
-    reason = site.not_ready()
+    reason = door.not_ready()
     if reason is not None:
         raise Refusal(HTTPStatus.SERVICE_UNAVAILABLE, "not_ready", reason, retry_after_s=1.0)
     return json_reply(StatusReply())
 
 
-async def version(_: Site, __: Request) -> Response:
+async def version(_: Door, __: Request) -> Response:
     """Return the server's version."""
     return json_reply(VersionReply(version=__version__))
 

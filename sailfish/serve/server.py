@@ -11,6 +11,7 @@ from collections.abc import Callable, Generator, Sequence
 from types import FrameType
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from sailfish.base.config import ServeConfig
 from sailfish.base.errors import ConfigError
@@ -20,7 +21,7 @@ from sailfish.serve.gateway.limits import LIMITS, Limits
 from sailfish.serve.gateway.protocol import guarded
 from sailfish.serve.port import EnginePort
 from sailfish.serve.routes import create_app
-from sailfish.serve.site import Site
+from sailfish.serve.site import Door, Site
 
 _REPORT_S = 1.0
 _FAREWELL_S = 5
@@ -73,6 +74,23 @@ def bind(config: ServeConfig) -> socket.socket:
     return listener
 
 
+def uvicorn_config(app: ASGIApp, limits: Limits) -> uvicorn.Config:
+    """Return how uvicorn serves an application of ours: guarded, silent, without extras."""
+    return uvicorn.Config(
+        app,
+        http=guarded(limits),
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        log_level="error",
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        timeout_keep_alive=int(limits.idle_s),
+        timeout_graceful_shutdown=_FAREWELL_S,
+    )
+
+
 class ApiServer(uvicorn.Server):
     """uvicorn's server with a drain during which it still listens, to say that it is not ready."""
 
@@ -84,29 +102,16 @@ class ApiServer(uvicorn.Server):
         limits: Limits = LIMITS,
         on_drain: Callable[[], None] | None = None,
     ) -> None:
+        door = Door.of(config, limits)
         self.site = Site(
             engine=engine,
             model=config.served_model_name or engine.info.name,
-            keys=load_keys(config),
-            origins=frozenset(o.strip() for o in (config.cors_origins or "").split(",") if o.strip()),
+            keys=door.keys,
+            origins=door.origins,
             limits=limits,
             vllm_metrics=config.vllm_metrics,
         )
-        super().__init__(
-            uvicorn.Config(
-                create_app(self.site),
-                http=guarded(limits),
-                ws="none",
-                lifespan="off",
-                log_config=None,
-                log_level="error",
-                access_log=False,
-                proxy_headers=False,
-                server_header=False,
-                timeout_keep_alive=int(limits.idle_s),
-                timeout_graceful_shutdown=_FAREWELL_S,
-            )
-        )
+        super().__init__(uvicorn_config(create_app(self.site), limits))
         self._drain_s = config.drain_s
         self._drain_ends_at_s: float | None = None
         self._on_drain = on_drain
@@ -132,7 +137,7 @@ class ApiServer(uvicorn.Server):
 
     def drain(self) -> None:
         """Take no new requests; stop when those at work have ended or `drain_s` has passed."""
-        self.site.draining = True
+        self.site.closed = "the server is draining"
         if self._drain_ends_at_s is None:
             self._drain_ends_at_s = asyncio.get_running_loop().time() + self._drain_s
             if self._on_drain is not None:
@@ -140,7 +145,7 @@ class ApiServer(uvicorn.Server):
 
     def stop_now(self) -> None:
         """End the requests at work with an error, then stop."""
-        self.site.draining = True
+        self.site.closed = "the server is stopping"
         self.site.interrupt()
         self.should_exit = True
 

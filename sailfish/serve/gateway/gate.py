@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sailfish.base.errors import SailfishError
 from sailfish.serve.errors import ClientGone, Refusal, error_body, error_headers, status_of, unexpected
-from sailfish.serve.site import Site
+from sailfish.serve.site import Door
 
 PUBLIC_PATHS = frozenset({"/livez", "/readyz"})
 _REQUEST_ID = re.compile(rb"[!-~]{1,128}")
@@ -26,9 +26,9 @@ _CORS_HEADERS = b"authorization, content-type, x-request-id"
 class Gate:
     """ASGI application around the routes; nothing gets past it unauthenticated, uncounted or unnamed."""
 
-    def __init__(self, routes: ASGIApp, site: Site) -> None:
+    def __init__(self, routes: ASGIApp, door: Door) -> None:
         self._routes = routes
-        self._site = site
+        self._door = door
         self._at_work: Counter[str] = Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -36,23 +36,23 @@ class Gate:
         if scope["type"] != "http":
             raise RuntimeError(f"only HTTP is served, not {scope['type']}")
         scope["app"] = self
-        reply = _Reply(scope, send, self._site)
+        reply = _Reply(scope, send, self._door)
         try:
             await self._serve(scope, receive, reply)
         except ClientGone:
-            self._site.counters.gone()
+            self._door.counters.gone()
         except HTTPException as error:
             await reply.refuse(_routing_refusal(error))
         except SailfishError as error:
             await reply.refuse(error)
         except Exception as error:  # noqa: BLE001 - the process edge: a bug must cost one request only
             await reply.refuse(unexpected(error))
-        self._site.counters.reply(_route_name(scope), reply.status)
+        self._door.counters.reply(_route_name(scope), reply.status)
 
     async def _serve(self, scope: Scope, receive: Receive, reply: _Reply) -> None:
-        site = self._site
+        door = self._door
         path = scope["path"]
-        if not len(site.keys):
+        if not len(door.keys):
             _check_host(scope["headers"])
         if scope["method"] == "OPTIONS" and reply.is_cross_origin:
             await reply.preflight()
@@ -60,21 +60,21 @@ class Gate:
         if path in PUBLIC_PATHS:
             await self._routes(scope, receive, reply)
             return
-        tenant = site.keys.tenant(scope["headers"])
+        tenant = door.keys.tenant(scope["headers"])
         scope["state"] = {**scope.get("state", {}), "tenant": tenant, "request_id": reply.request_id}
-        if scope["method"] == "POST" and site.draining:
+        if scope["method"] == "POST" and door.closed is not None:
             raise Refusal(
                 HTTPStatus.SERVICE_UNAVAILABLE,
-                "draining",
-                "this server is shutting down",
+                door.closed_code,
+                door.closed,
                 retry_after_s=1.0,
                 headers={"connection": "close"},
             )
-        if self._at_work[tenant] >= site.limits.requests_per_key:
+        if self._at_work[tenant] >= door.limits.requests_per_key:
             raise Refusal(
                 HTTPStatus.TOO_MANY_REQUESTS,
                 "rate_limit_exceeded",
-                f"this key has {site.limits.requests_per_key} requests at work, the most it may have",
+                f"this key has {door.limits.requests_per_key} requests at work, the most it may have",
                 retry_after_s=1.0,
             )
         self._at_work[tenant] += 1
@@ -87,7 +87,7 @@ class Gate:
 class _Reply:
     """The reply's `send`, adding what every reply carries and remembering whether it began."""
 
-    def __init__(self, scope: Scope, send: Send, site: Site) -> None:
+    def __init__(self, scope: Scope, send: Send, door: Door) -> None:
         headers = dict(scope["headers"])
         sent_id = headers.get(b"x-request-id", b"")
         self.request_id = sent_id.decode() if _REQUEST_ID.fullmatch(sent_id) else f"req-{uuid.uuid4().hex}"
@@ -96,8 +96,8 @@ class _Reply:
         self._send = send
         self._extra = [(b"x-request-id", self.request_id.encode()), (b"x-content-type-options", b"nosniff")]
         origin = headers.get(b"origin", b"").decode("latin-1")
-        self.is_cross_origin = origin in site.origins
-        if site.origins:
+        self.is_cross_origin = origin in door.origins
+        if door.origins:
             self._extra.append((b"vary", b"origin"))
         if self.is_cross_origin:
             self._extra.append((b"access-control-allow-origin", origin.encode("latin-1")))
