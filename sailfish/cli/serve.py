@@ -33,4 +33,12 @@ def serve(
         trace.start(trace_to)
     with bind(settings.serve) as listener:
         engine_dir = opening.find(model, settings, offline=offline, download=download)
-        serving.serve_engine(engine_dir, settings, listener, chat_template=chat_template, trace_to=trace_to)
+        serving.serve_engine(
+            engine_dir,
+            settings,
+            listener,
+            chat_template=chat_template,
+            trace_to=trace_to,
+            log_level=log_level,
+            log_json=log_json,
+        )

@@ -37,6 +37,8 @@ def serve_engine(
     *,
     chat_template: Path | None = None,
     trace_to: Path | None = None,
+    log_level: str = "info",
+    log_json: bool = False,
 ) -> None:
     """Start the engine process, serve on the listening socket until a signal came, and end cleanly."""
     room = WaitingRoom(settings.serve, listener)
@@ -51,6 +53,8 @@ def serve_engine(
         name=settings.serve.served_model_name,
         restart=True,
         trace_to=trace_to,
+        log_level=log_level,
+        log_json=log_json,
         on_progress=tell,
     )
     asyncio.run(_serve(process, room, settings.serve, listener, chat_template))

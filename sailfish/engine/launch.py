@@ -69,6 +69,8 @@ class EngineProcess:
         name: str | None = None,
         restart: bool = False,
         trace_to: Path | None = None,
+        log_level: str = "warning",
+        log_json: bool = False,
         on_progress: Callable[[Progress], None] | None = None,
     ) -> None:
         self._dir = Path(tempfile.mkdtemp(prefix="sailfish-"))  # mode 0700
@@ -78,9 +80,12 @@ class EngineProcess:
             *("--engine", str(engine_dir)),
             *("--socket", str(self.socket_path)),
             *("--config", msgspec.json.encode(config).decode()),
+            *("--log-level", log_level),
         ]
         if name is not None:
             self._command += ["--name", name]
+        if log_json:
+            self._command += ["--log-json"]
         if trace_to is not None:
             self._command += ["--trace-to", str(trace_to)]
         self._restart = restart

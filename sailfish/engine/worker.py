@@ -45,9 +45,11 @@ def main() -> int:
     parser.add_argument("--config", required=True)
     parser.add_argument("--name")
     parser.add_argument("--drain-s", type=float, default=30.0)
+    parser.add_argument("--log-level", default="info")
+    parser.add_argument("--log-json", action="store_true")
     parser.add_argument("--trace-to", type=Path)
     args = parser.parse_args()
-    logs.configure()
+    logs.configure(level=args.log_level, as_json=args.log_json)
     serving: list[EngineLoop] = []
     threading.Thread(target=_end_with_parent, args=(serving,), name="parent-watch", daemon=True).start()
     if args.trace_to is not None:
