@@ -20,6 +20,7 @@ from sailfish.base.config import EngineConfig
 from sailfish.base.errors import ArtifactError, BuildError
 from sailfish.base.sources import environment
 from sailfish.build.builder import COPIED_FILES, Progress, build_engine, model_name, target_profile
+from sailfish.checkpoint.hub import HubEnv, resolve
 from sailfish.checkpoint.safetensors_reader import Checkpoint
 from sailfish.data import DEMO_MODEL_NAME, demo_model
 from sailfish.version import __version__
@@ -41,10 +42,19 @@ class FoundEngine:
     """In words: "given", "found in the cache", "built", or why a cached one was built again."""
 
 
+def locate(
+    model: Path | str, environ: Mapping[str, str], *, offline: bool = False, download: bool = False
+) -> Path:
+    """Return the directory of a path, of a Hub id in the local cache, or of the packaged "books-4m"."""
+    if str(model) == DEMO_MODEL_NAME and not Path(model).exists():
+        return demo_model()
+    return resolve(str(model), env=HubEnv.of(environ), offline=offline, download=download)
+
+
 def find_or_build(
     model: Path | str, config: EngineConfig | None = None, *, environ: Mapping[str, str] | None = None
 ) -> Path:
-    """Return the engine directory of a checkpoint or engine directory, or of the packaged "books-4m"."""
+    """Return the engine directory of a path, a Hub id in the local cache, or the packaged "books-4m"."""
     return locate_engine(model, config, environ=environ).path
 
 
@@ -63,9 +73,7 @@ def locate_engine(
     """
     config = config or EngineConfig()
     environ = environ if environ is not None else environment()
-    directory = Path(model)
-    if str(model) == DEMO_MODEL_NAME and not directory.exists():
-        directory = demo_model()
+    directory = locate(model, environ)
     if is_engine(directory):
         return FoundEngine(path=directory, is_built=False, why="given")
     hardware = target_profile(target, config.device, environ)

@@ -13,10 +13,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from sailfish.artifact.reader import Artifact
 from sailfish.base.sources import environment
-from sailfish.build.cache import FoundEngine, locate_engine
-from sailfish.checkpoint.hub import HubEnv, resolve
+from sailfish.build import cache
 from sailfish.cli.options import Settings
-from sailfish.data import DEMO_MODEL_NAME, demo_model
 from sailfish.plan import Plan
 
 
@@ -27,16 +25,14 @@ def say(text: str) -> None:
 
 def locate(model: str, *, offline: bool = False, download: bool = False) -> Path:
     """Return the directory of a model: a path, a hub id, or the packaged model's name."""
-    if model == DEMO_MODEL_NAME and not Path(model).exists():
-        return demo_model()
-    return resolve(model, env=HubEnv.of(environment()), offline=offline, download=download)
+    return cache.locate(model, environment(), offline=offline, download=download)
 
 
 def find(model: str, settings: Settings, *, offline: bool = False, download: bool = False) -> Path:
     """Return the engine directory of a model, built in the cache when it is not there; say which."""
     source = locate(model, offline=offline, download=download)
     with progress() as tell:
-        found: FoundEngine = locate_engine(source, settings.engine, progress=tell)
+        found = cache.locate_engine(source, settings.engine, progress=tell)
     say(f"engine {found.why}: {found.path}")
     return found.path
 
