@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
-from sailfish.base.errors import SailfishError
+from sailfish.base.errors import EngineError, SailfishError
 from sailfish.engine import wire
 from sailfish.engine.api import EngineStats
 from sailfish.engine.scheduler import Scheduler
@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 
 _IDLE_WAIT_S = 0.5
 """How long an idle loop waits for a message; a message wakes it at once."""
+_MAX_FAILED_STEPS = 8
+"""A device that fails so many steps in a row (a CUDA fault never heals) needs a new process."""
 
 
 class StepHandle(Protocol):
@@ -68,6 +70,8 @@ class EngineLoop:
         self._reserved_bytes = reserved_bytes
         self._in_flight: deque[tuple[int, StepHandle]] = deque()
         self._drain_until_s: float | None = None
+        self._n_failed = 0
+        """Steps that failed one after the other."""
 
     @property
     def is_draining(self) -> bool:
@@ -75,7 +79,7 @@ class EngineLoop:
         return self._drain_until_s is not None
 
     def run(self) -> None:
-        """Serve until a drain has ended."""
+        """Serve until a drain has ended; raises EngineError when the device fails step after step."""
         while not (self.is_draining and self.scheduler.is_idle and not self._in_flight):
             is_idle = self.scheduler.is_idle and not self._in_flight
             self._take_messages(_IDLE_WAIT_S if is_idle else None)
@@ -101,6 +105,7 @@ class EngineLoop:
             except Exception as error:  # noqa: BLE001 - as above
                 self._fail(step_id, error)
             else:
+                self._n_failed = 0
                 self._emit(self.scheduler.commit(result, time.monotonic()))
         self.step_started_s = None
 
@@ -161,9 +166,12 @@ class EngineLoop:
 
     def _fail(self, step_id: int, error: Exception) -> None:
         log.error("step %d failed", step_id, exc_info=error)
-        self._emit(
-            self.scheduler.fail(step_id, "step_failed", "the engine failed in a step", time.monotonic())
-        )
+        now_s = time.monotonic()
+        self._emit(self.scheduler.fail(step_id, "step_failed", "the engine failed in a step", now_s))
+        self._n_failed += 1
+        if self._n_failed >= _MAX_FAILED_STEPS:
+            self._emit(self.scheduler.abort_all(now_s))
+            raise EngineError(f"{self._n_failed} steps failed one after the other") from error
 
     def _emit(self, events: list[SequenceEvent]) -> None:
         by_client: dict[int, list[wire.Event]] = {}

@@ -12,6 +12,7 @@ from local_engine import LocalEngine, greedy
 from twins import TWINS, VOCAB_SIZE, load_truth, make_twin
 
 from sailfish.base.config import EngineConfig
+from sailfish.base.errors import EngineError
 from sailfish.data import demo_model
 from sailfish.engine import wire
 
@@ -235,6 +236,24 @@ def test_a_step_that_raises_ends_its_own_sequences_and_the_next_request_is_fine(
     truth = load_truth(demo_model())
     assert engine.heard[2].token_ids == true_tokens(truth, prompts[0], 40)
     assert engine.scheduler.pool.n_used == 0
+
+
+def test_a_device_that_fails_every_step_ends_the_engine_with_a_last_word_for_everybody(
+    books_engine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = LocalEngine(books_engine, EngineConfig(max_sequences=2))
+
+    def explode(*_: object) -> None:
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr(engine.booted.runner._decoder, "forward", explode)
+    for key in range(40):
+        engine.submit(key, [5, 6, 7], greedy(8192), 4)
+    with pytest.raises(EngineError, match="8 steps failed one after the other"):
+        engine.run()
+    assert len(engine.heard) == 40
+    assert {len(heard.finishes) for heard in engine.heard.values()} == {1}
+    assert {heard.finishes[0].reason for heard in engine.heard.values()} == {"error", "abort"}
 
 
 def test_nan_logits_end_only_their_own_sequence(books_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
