@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import signal
@@ -51,7 +52,7 @@ def main() -> int:
     args = parser.parse_args()
     logs.configure(level=args.log_level, as_json=args.log_json)
     serving: list[EngineLoop] = []
-    threading.Thread(target=_end_with_parent, args=(serving,), name="parent-watch", daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(serving, args.socket), daemon=True).start()
     if args.trace_to is not None:
         trace.start(args.trace_to)
     try:
@@ -86,9 +87,15 @@ def _serve(booted: Booted, args: argparse.Namespace, serving: list[EngineLoop]) 
     endpoint.stop()
 
 
-def _end_with_parent(serving: list[EngineLoop]) -> None:
-    """Stop at once when the process that started this one closes our standard input, or is gone."""
+def _end_with_parent(serving: list[EngineLoop], socket_path: Path) -> None:
+    """Stop at once when the process that started this one closes our standard input, or is gone.
+
+    Nobody else may be left to remove the socket and its directory.
+    """
     os.read(sys.stdin.fileno(), 1)
+    with contextlib.suppress(OSError):
+        socket_path.unlink(missing_ok=True)
+        socket_path.parent.rmdir()
     for loop in serving:
         loop.inbox.put((_NO_CLIENT, wire.Drain(0.0)))
         time.sleep(_EXIT_GRACE_S)

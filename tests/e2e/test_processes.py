@@ -37,6 +37,12 @@ def starting() -> Iterator[subprocess.Popen[str]]:
         process.communicate()
 
 
+def directory_of(engine: psutil.Process) -> Path:
+    """Return the private directory of an engine's socket."""
+    words = engine.cmdline()
+    return Path(words[words.index("--socket") + 1]).parent
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_server_told_to_end_while_it_loads_ends_cleanly(
     starting: subprocess.Popen[str], number: signal.Signals
@@ -52,16 +58,21 @@ def test_a_server_told_to_end_while_it_loads_ends_cleanly(
 
 def test_an_engine_that_still_loads_ends_when_its_server_is_killed(starting: subprocess.Popen[str]) -> None:
     engine = engine_of(starting.pid)
+    directory = directory_of(engine)
+    assert directory.exists()
     starting.kill()
     until(lambda: not is_alive(engine), "the engine is gone")
+    assert not directory.exists()
 
 
 def test_an_engine_at_work_ends_when_its_server_is_killed() -> None:
     with ServerProcess("books-4m", *SMALL) as server:
         engine = engine_of(server.pid)
         streams(server.url, 2)
+        directory = directory_of(engine)
         os.kill(server.pid, signal.SIGKILL)
         until(lambda: not is_alive(engine), "the engine is gone")
+        assert not directory.exists()
 
 
 def test_an_engine_told_to_end_drains_and_is_replaced() -> None:
