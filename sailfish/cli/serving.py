@@ -12,7 +12,7 @@ from pathlib import Path
 import typer
 
 from sailfish.base.config import ServeConfig
-from sailfish.base.errors import EngineError
+from sailfish.base.errors import EngineError, WorkerDied
 from sailfish.base.units import format_bytes
 from sailfish.bench.server import READY
 from sailfish.checkpoint.template import ChatTemplate
@@ -47,6 +47,12 @@ def serve_engine(
         log.info("%.2f s %s: %s", progress.elapsed_s, progress.stage, progress.detail)
         room.tell(progress.stage)
 
+    gave_up = threading.Event()
+
+    def give_up() -> None:
+        gave_up.set()
+        signal.raise_signal(signal.SIGTERM)  # drain: what is left to do is to say so
+
     process = EngineProcess(
         engine_dir,
         settings.engine,
@@ -56,8 +62,11 @@ def serve_engine(
         log_level=log_level,
         log_json=log_json,
         on_progress=tell,
+        on_give_up=give_up,
     )
     asyncio.run(_serve(process, room, settings.serve, listener, chat_template))
+    if gave_up.is_set():
+        raise WorkerDied("the engine process died again and again", hint="its log says why")
 
 
 async def _serve(

@@ -67,7 +67,7 @@ def boot(
     on_progress("plan", f"{format_bytes(plan.total_bytes)} on {hardware.name}")
 
     device = torch.device(plan.device)
-    if plan.device == "cpu":
+    if plan.device == "cpu" and "OMP_NUM_THREADS" not in environ:
         torch.set_num_threads(hardware.n_cores)
     meter = Meter(device, idle_free_bytes=hardware.free_bytes)
     dtype = ARENA_DTYPES[plan.dtype]

@@ -72,7 +72,9 @@ class EngineProcess:
         log_level: str = "warning",
         log_json: bool = False,
         on_progress: Callable[[Progress], None] | None = None,
+        on_give_up: Callable[[], None] | None = None,
     ) -> None:
+        """Name what to run; with `restart`, `on_give_up` is called when starting it again is hopeless."""
         self._dir = Path(tempfile.mkdtemp(prefix="sailfish-"))  # mode 0700
         self.socket_path = self._dir / "engine.sock"
         self._command = [
@@ -90,6 +92,7 @@ class EngineProcess:
             self._command += ["--trace-to", str(trace_to)]
         self._restart = restart
         self._on_progress = on_progress or (lambda _: None)
+        self._on_give_up = on_give_up or (lambda: None)
         self._stopping = False
         self._lock = threading.Lock()
         """Held to start a process or to forbid it."""
@@ -171,6 +174,11 @@ class EngineProcess:
         )
 
     def _watch(self) -> None:
+        self._restart_while_it_helps()
+        if not self._stopping:
+            self._on_give_up()
+
+    def _restart_while_it_helps(self) -> None:
         while True:
             assert self._process is not None
             status = self._process.wait()

@@ -83,8 +83,10 @@ def _serve(booted: Booted, args: argparse.Namespace, serving: list[EngineLoop]) 
     endpoint.start(loop)
     _say(Ready(started_s))
     log.info("ready after %.2f s", started_s)
-    loop.run()
-    endpoint.stop()
+    try:
+        loop.run()
+    finally:
+        endpoint.stop()
 
 
 def _end_with_parent(serving: list[EngineLoop], socket_path: Path) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from urllib.parse import urlsplit
 
 import httpx
+import psutil
 import pytest
 from live import (
     SMALL,
@@ -27,6 +28,7 @@ from live import (
     until,
 )
 
+from sailfish.base.errors import WorkerDied
 from sailfish.bench.server import ServerProcess
 
 pytestmark = pytest.mark.slow
@@ -196,3 +198,21 @@ def test_a_server_told_to_end_while_its_engine_starts_again_ends() -> None:
         second = engine_of(server.pid)
         assert server.stop() == 0
         assert not is_alive(second)
+
+
+def test_a_server_whose_engine_dies_again_and_again_ends_and_says_so() -> None:
+    with ServerProcess("books-4m", *SMALL) as server:
+        whole = psutil.Process(server.pid)
+        killed: set[int] = set()
+
+        def ends() -> bool:
+            for engine in descendants(server.pid, "sailfish.engine.worker") if is_alive(whole) else []:
+                if engine.pid not in killed:
+                    killed.add(engine.pid)
+                    engine.kill()
+            return not is_alive(whole)
+
+        until(ends, "the server ends by itself")
+        assert 1 <= len(killed) <= 4, "it gives up after the fourth death in a minute, or a start that failed"
+        assert "died again and again" in server.log()
+        assert server.stop() == WorkerDied.exit_code
