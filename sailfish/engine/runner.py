@@ -86,6 +86,7 @@ class Runner:
             table.token_RC,
             table.sampling,
             rows,
+            [run.row for run in runs],
             [run.start + run.count for run in runs],
             [table.n_prompt[run.row] for run in runs],
         )

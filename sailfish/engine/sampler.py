@@ -95,20 +95,21 @@ def sample(
     token_RC: Tensor,
     table: SamplingTable,
     rows: list[RowSampling],
+    row_ids: list[int],
     lengths: list[int],
     n_prompts: list[int],
 ) -> tuple[Tensor, Tensor]:
     """Return (token_S int64, finite_S bool). Mutates logits_SV.
 
     logits_SV: float32. row_S: table row of each sample. length_S: tokens before the drawn one (its
-    position). token_RC: the device's token table. `rows`, `lengths`, `n_prompts` are the host's copies
+    position). token_RC: the device's token table. The lists are the host's copies
     of the same facts: they decide which stages run at all, so that no stage reads the device.
     """
     finite_S = torch.isfinite(logits_SV.sum(dim=1))
     penalised = [i for i, r in enumerate(rows) if _is_penalised(r)]
     if penalised:
         for i in penalised:  # one row at a time bounds the workspace to a few rows of counts
-            _penalise(logits_SV[i], token_RC[row_S[i], : lengths[i]], n_prompts[i], rows[i])
+            _penalise(logits_SV[i], token_RC[row_ids[i], : lengths[i]], n_prompts[i], rows[i])
     if any(r.logit_bias for r in rows):
         logits_SV.scatter_add_(1, table.bias_id_RB[row_S], table.bias_RB[row_S])
     if any(n < p + r.min_tokens for r, n, p in zip(rows, lengths, n_prompts, strict=True)):
@@ -140,8 +141,16 @@ def gumbel(seed_b: Tensor, position_b: Tensor, n_vocab: int) -> Tensor:
     base_b = _mix(_mix(seed_b) + position_b * _GOLDEN)
     ids_V = torch.arange(n_vocab, dtype=torch.int64, device=seed_b.device)
     bits_bV = _mix(base_b[:, None] + ids_V[None, :] * _GOLDEN)
-    uniform_bV = ((bits_bV >> 40) & 0xFFFFFF).to(torch.float32).add_(0.5).mul_(2.0**-24)
-    return uniform_bV.log_().neg_().log_().neg_()
+    return _to_gumbel(bits_bV)
+
+
+def _to_gumbel(bits: Tensor) -> Tensor:
+    """Turn random 64-bit integers into Gumbel noise that is always finite.
+
+    23 bits and a half are exact in float32, so that no uniform number is rounded to 0 or 1.
+    """
+    uniform = ((bits >> 41) & 0x7FFFFF).to(torch.float32).add_(0.5).mul_(2.0**-23)
+    return uniform.log_().neg_().log_().neg_()
 
 
 def top_logprobs(logits_bV: Tensor, chosen_b: Tensor, n_top: int) -> tuple[Tensor, Tensor, Tensor]:

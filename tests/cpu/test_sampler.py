@@ -45,6 +45,7 @@ def draw(logits: torch.Tensor, rows: list[RowSampling], tokens: list[list[int]],
         token_RC,
         table,
         rows,
+        list(range(n, 0, -1)),
         lengths,
         n_prompts,
     )
@@ -114,6 +115,38 @@ def test_a_row_draws_the_same_token_in_any_batch(rows: list[RowSampling], seed: 
         assert alone.item() == together[i].item()
 
 
+def test_noise_is_finite_for_every_random_number_there_is() -> None:
+    every_23_bits = torch.arange(1 << 23, dtype=torch.int64) << 41
+    noise = sampler._to_gumbel(every_23_bits)
+    assert torch.isfinite(noise).all()
+    assert float(noise.min()) < -2.8 and float(noise.max()) > 16.0
+    ends = torch.tensor([0, -1, 2**63 - 1, -(2**63)])
+    assert torch.isfinite(sampler._to_gumbel(ends)).all()
+
+
+def test_a_token_that_a_filter_excludes_is_never_drawn() -> None:
+    n_vocab, n_draws = 128_256, 400
+    logits = torch.full((n_draws, n_vocab), -30.0)
+    logits[:, :4] = torch.tensor([30.0, 29.5, 29.0, 28.5])
+    rows = [row(temperature=1.0, top_k=4 if i % 2 else n_vocab, seed=i) for i in range(n_draws)]
+    table = SamplingTable.empty(n_draws, CPU)
+    for i, sampling in enumerate(rows):
+        table.write(i, 1, sampling)
+    ids = list(range(n_draws))
+    tokens, _ = sample(
+        logits,
+        torch.tensor(ids),
+        torch.ones(n_draws, dtype=torch.int64),
+        torch.zeros(n_draws, 2, dtype=torch.int32),
+        table,
+        rows,
+        ids,
+        [1] * n_draws,
+        [1] * n_draws,
+    )
+    assert set(tokens.tolist()) == {0, 1, 2, 3}
+
+
 def test_filters_keep_what_transformers_keeps() -> None:
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(8, V, generator=generator) * 3
@@ -170,10 +203,10 @@ def test_bias_moves_logits_and_leaves_no_trace_for_the_rows_next_user() -> None:
     args = (torch.tensor([0]), torch.tensor([1]), torch.zeros(1, 4, dtype=torch.int32), table)
     biased = row(logit_bias=((0, -100.0), (6, 5.0)))
     table.write(0, 1, biased)
-    assert sample(logits.clone(), *args, [biased], [1], [1])[0].tolist() == [6]
+    assert sample(logits.clone(), *args, [biased], [0], [1], [1])[0].tolist() == [6]
     other = row(logit_bias=((2, 0.5),))
     table.write(0, 1, other)
-    assert sample(logits.clone(), *args, [other], [1], [1])[0].tolist() == [1]
+    assert sample(logits.clone(), *args, [other], [0], [1], [1])[0].tolist() == [1]
 
 
 def test_a_row_with_nan_or_infinite_logits_is_reported_and_the_others_are_not() -> None:
