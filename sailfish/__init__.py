@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 from sailfish.version import __version__
 
 if TYPE_CHECKING:
+    from sailfish.base.config import EngineConfig
     from sailfish.base.errors import SailfishError
     from sailfish.build.builder import build_engine
     from sailfish.build.cache import find_or_build
-    from sailfish.engine.api import Chunk, Completion, EngineInfo, EngineStats, SamplingParams
+    from sailfish.engine.api import Chunk, Completion, EngineInfo, EngineStats, Options, SamplingParams
     from sailfish.engine.client import AsyncEngine
     from sailfish.engine.sync import Engine
 
@@ -25,8 +26,10 @@ _HOMES = {
     "Chunk": "sailfish.engine.api",
     "Completion": "sailfish.engine.api",
     "Engine": "sailfish.engine.sync",
+    "EngineConfig": "sailfish.base.config",
     "EngineInfo": "sailfish.engine.api",
     "EngineStats": "sailfish.engine.api",
+    "Options": "sailfish.engine.api",
     "SailfishError": "sailfish.base.errors",
     "SamplingParams": "sailfish.engine.api",
     "build_engine": "sailfish.build.builder",
@@ -39,8 +42,10 @@ __all__ = [
     "Chunk",
     "Completion",
     "Engine",
+    "EngineConfig",
     "EngineInfo",
     "EngineStats",
+    "Options",
     "SailfishError",
     "SamplingParams",
     "__version__",

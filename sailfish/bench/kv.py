@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sailfish.bench.results import Recorder, Result
-from sailfish.engine.api import SamplingParams
+from sailfish.engine.api import Options, SamplingParams
 from sailfish.engine.client import AsyncEngine
 
 
@@ -58,5 +58,5 @@ def results(runs: Sequence[KvRun], recorder: Recorder, model: str) -> list[Resul
 
 async def _answer(engine: AsyncEngine, prompt_ids: list[int], n_tokens: int, *, tenant: str) -> list[int]:
     params = SamplingParams(max_tokens=n_tokens, temperature=0.0, ignore_eos=True)
-    answer = await engine.submit(prompt_ids, params, tenant=tenant)
+    answer = await engine.submit(prompt_ids, params, Options(tenant=tenant))
     return [token async for chunk in answer for token in chunk.token_ids]

@@ -17,6 +17,7 @@ MAX_LOGIT_BIAS = 1024
 MAX_LOGPROBS = 20
 MAX_N = 64
 MAX_STOP_TOKEN_IDS = 64
+_MAX_PRIORITY = 1_000_000
 
 FinishReason = Literal["stop", "length"]
 
@@ -41,7 +42,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     logit_bias: dict[int, float] = {}
     seed: int | None = None
     """Draws depend on (seed, position) only. None: a fresh random seed."""
-    stop: tuple[str, ...] = ()
+    stop: str | tuple[str, ...] = ()
+    """One string, or several."""
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     n: int = 1
@@ -52,6 +54,16 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     skip_special_tokens: bool = True
     include_stop: bool = False
     """Keep the matched stop string at the end of the text."""
+
+    def checked(self, vocab_size: int) -> SamplingParams:
+        """Return the same parameters with `stop` as a tuple; raise RequestError naming a bad field."""
+        try:
+            typed = msgspec.convert(msgspec.to_builtins(self), SamplingParams)
+        except (msgspec.ValidationError, TypeError) as error:
+            raise RequestError(f"a sampling parameter is of the wrong type: {error}") from None
+        typed = msgspec.structs.replace(typed, stop=(self.stop,) if isinstance(self.stop, str) else self.stop)
+        typed.check(vocab_size)
+        return typed
 
     def check(self, vocab_size: int) -> None:
         """Raise RequestError naming the first field out of range."""
@@ -94,6 +106,22 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             )
         for token_id in self.stop_token_ids:
             _token("stop_token_ids", token_id, vocab_size)
+
+
+class Options(msgspec.Struct, frozen=True, kw_only=True):
+    """How one request stands beside the others."""
+
+    priority: int = 0
+    """Lower goes first; one level weighs as much as 30 s of waiting, so nobody starves."""
+    deadline_s: float | None = None
+    """Seconds from now after which the answer is worthless."""
+    tenant: str = ""
+    """Tenants never share cached prefixes."""
+
+    def check(self) -> None:
+        """Raise RequestError naming the first field out of range."""
+        _range("priority", self.priority, -_MAX_PRIORITY, _MAX_PRIORITY)
+        _range("deadline_s", self.deadline_s, 0.0, 1e9, open_low=True)
 
 
 class TopLogprob(msgspec.Struct, frozen=True, array_like=True):

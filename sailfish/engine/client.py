@@ -6,18 +6,21 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import operator
 import os
 import secrets
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from sailfish.base.config import EngineConfig
-from sailfish.base.errors import RequestError, WorkerDied, error_from_code
+from sailfish.base.errors import EngineError, RequestError, WorkerDied, error_from_code
 from sailfish.checkpoint.template import ChatTemplate, encode_chat
 from sailfish.checkpoint.tokenizer import Tokenizer
 from sailfish.engine import wire
-from sailfish.engine.api import Chunk, Completion, EngineInfo, EngineStats, SamplingParams
+from sailfish.engine.api import Chunk, Completion, EngineInfo, EngineStats, Options, SamplingParams
 from sailfish.engine.launch import EngineProcess, Progress
 from sailfish.engine.step import RowSampling
 from sailfish.engine.stream import AnswerStream, collect
@@ -117,20 +120,27 @@ class AsyncEngine:
             return "the engine is draining"
         return None
 
-    async def generate(self, prompt: Prompt, params: SamplingParams | None = None) -> list[Completion]:
+    async def generate(
+        self, prompt: Prompt, params: SamplingParams | None = None, options: Options = Options()
+    ) -> list[Completion]:
         """Return the `n` whole answers to one prompt."""
-        return await collect(self.stream(prompt, params))
+        return await collect(self.stream(prompt, params, options))
 
     async def chat(
-        self, messages: Sequence[Message], params: SamplingParams | None = None
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None = None,
+        options: Options = Options(),
     ) -> list[Completion]:
         """Return the `n` whole answers to a conversation."""
-        return await collect(self.stream_chat(messages, params))
+        return await collect(self.stream_chat(messages, params, options))
 
-    async def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> AsyncIterator[Chunk]:
+    async def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, options: Options = Options()
+    ) -> AsyncIterator[Chunk]:
         """Yield chunks of the answers as they are generated; leaving the loop ends the request."""
-        ids = await self.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        answers = await self.submit(ids, params or SamplingParams())
+        ids = await self.encode(prompt) if isinstance(prompt, str) else prompt
+        answers = await self.submit(ids, params or SamplingParams(), options)
         try:
             async for chunk in answers:
                 yield chunk
@@ -138,11 +148,14 @@ class AsyncEngine:
             answers.end()
 
     async def stream_chat(
-        self, messages: Sequence[Message], params: SamplingParams | None = None
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None = None,
+        options: Options = Options(),
     ) -> AsyncIterator[Chunk]:
         """Like `stream`, for a conversation."""
         ids = await self.encode_chat(messages)
-        async for chunk in self.stream(ids, params):
+        async for chunk in self.stream(ids, params, options):
             yield chunk
 
     async def encode(self, text: str, *, add_special: bool = True) -> list[int]:
@@ -181,25 +194,14 @@ class AsyncEngine:
 
     async def submit(
         self,
-        prompt_ids: list[int],
+        prompt_ids: Sequence[int],
         params: SamplingParams,
-        *,
-        priority: int = 0,
-        deadline_s: float | None = None,
-        tenant: str = "",
-        request_id: str = "",
+        options: Options = Options(),
     ) -> AnswerStream:
-        """Have the engine accept one prompt; raises RequestError, Overloaded or WorkerDied.
-
-        Lower `priority` goes first. `deadline_s` counts from now. Tenants never share cached prefixes.
-        """
-        params.check(self.info.vocab_size)
-        for token_id in prompt_ids:
-            if not 0 <= token_id < self.info.vocab_size:
-                raise RequestError(
-                    f"the prompt has token id {token_id}; ids are 0 to {self.info.vocab_size - 1}",
-                    param="prompt",
-                )
+        """Have the engine accept one prompt; raises RequestError, Overloaded or WorkerDied."""
+        params = params.checked(self.info.vocab_size)
+        prompt_ids = _ids(prompt_ids, self.info.vocab_size)
+        options.check()
         if self._writer is None:
             raise WorkerDied("the engine process is gone", retry_after_s=1.0)
         keys = [next(self._keys) for _ in range(params.n)]
@@ -212,7 +214,15 @@ class AsyncEngine:
             self._admissions[key] = admission
             sampling = self._resolve(params, seed + i, wants_prompt=i == 0)
             self._send(
-                wire.Submit(key, prompt_ids, sampling, params.max_tokens, priority, deadline_s, tenant)
+                wire.Submit(
+                    key,
+                    prompt_ids,
+                    sampling,
+                    params.max_tokens,
+                    options.priority,
+                    options.deadline_s,
+                    options.tenant,
+                )
             )
         try:
             await asyncio.gather(*admissions)
@@ -292,8 +302,11 @@ class AsyncEngine:
 
     async def _read_for_ever(self, reader: asyncio.StreamReader) -> None:
         while True:
-            while (message := await wire.read_to_client(reader)) is not None:
-                self._handle(message)
+            try:
+                while (message := await wire.read_to_client(reader)) is not None:
+                    self._handle(message)
+            except (EngineError, msgspec.DecodeError, UnicodeDecodeError) as error:
+                log.error("the engine process sent a malformed frame: %s", error)
             self._lose_connection("the engine process died")
             while True:
                 await asyncio.sleep(_RECONNECT_S)
@@ -341,3 +354,15 @@ class AsyncEngine:
                 future.set_exception(WorkerDied(why, retry_after_s=1.0))
         for key, stream in list(self._streams.items()):
             stream.put(key, WorkerDied(f"{why} before the answer was complete"))
+
+
+def _ids(prompt: Sequence[int], vocab_size: int) -> list[int]:
+    """Return the prompt as plain ints; raises RequestError for what is no token id."""
+    try:
+        ids = [operator.index(token_id) for token_id in prompt]
+    except TypeError:
+        raise RequestError("the prompt must be text or token ids", param="prompt") from None
+    wrong = next((token_id for token_id in ids if not 0 <= token_id < vocab_size), None)
+    if wrong is not None:
+        raise RequestError(f"the prompt has token id {wrong}; ids are 0 to {vocab_size - 1}", param="prompt")
+    return ids

@@ -188,4 +188,7 @@ class EngineLoop:
                 )
             )
         for client, items in by_client.items():
-            self._send(client, wire.Events(items))
+            large = [item for item in items if item.prompt_logprobs is not None]
+            for item in large:  # one may fill half a frame
+                self._send(client, wire.Events([item]))
+            self._send(client, wire.Events([item for item in items if item.prompt_logprobs is None]))

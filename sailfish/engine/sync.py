@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import queue
 import threading
+import weakref
 from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import Any, TypeVar
 from sailfish.base.config import EngineConfig
 from sailfish.base.errors import WorkerDied
 from sailfish.checkpoint.tokenizer import Tokenizer
-from sailfish.engine.api import Chunk, Completion, EngineInfo, EngineStats, SamplingParams
+from sailfish.engine.api import Chunk, Completion, EngineInfo, EngineStats, Options, SamplingParams
 from sailfish.engine.client import AsyncEngine, Message, Prompt
 
 T = TypeVar("T")
@@ -42,6 +44,7 @@ class Engine:
             self._is_closed = True
             self._stop_loop()
             raise
+        _open.add(self)
 
     @property
     def info(self) -> EngineInfo:
@@ -53,33 +56,50 @@ class Engine:
         """The model's tokenizer."""
         return self._engine.tokenizer
 
-    def generate(self, prompt: Prompt, params: SamplingParams | None = None) -> list[Completion]:
+    def generate(
+        self, prompt: Prompt, params: SamplingParams | None = None, options: Options = Options()
+    ) -> list[Completion]:
         """Return the `n` whole answers to one prompt (text, or token ids)."""
-        return self._call(self._engine.generate(prompt, params))
+        return self._call(self._engine.generate(prompt, params, options))
 
-    def chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> list[Completion]:
+    def chat(
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None = None,
+        options: Options = Options(),
+    ) -> list[Completion]:
         """Return the `n` whole answers to a conversation."""
-        return self._call(self._engine.chat(messages, params))
+        return self._call(self._engine.chat(messages, params, options))
 
     def generate_many(
-        self, prompts: Sequence[Prompt], params: SamplingParams | None = None
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | None = None,
+        options: Options = Options(),
     ) -> list[list[Completion]]:
         """Return the answers to several prompts, generated together."""
 
         async def run() -> list[list[Completion]]:
-            return await asyncio.gather(*(self._engine.generate(prompt, params) for prompt in prompts))
+            return await asyncio.gather(
+                *(self._engine.generate(prompt, params, options) for prompt in prompts)
+            )
 
         return self._call(run())
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Chunk]:
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, options: Options = Options()
+    ) -> Iterator[Chunk]:
         """Yield chunks of the answers as they are generated; leaving the loop ends the request."""
-        return self._iterate(self._engine.stream(prompt, params))
+        return self._iterate(self._engine.stream(prompt, params, options))
 
     def stream_chat(
-        self, messages: Sequence[Message], params: SamplingParams | None = None
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None = None,
+        options: Options = Options(),
     ) -> Iterator[Chunk]:
         """Like `stream`, for a conversation."""
-        return self._iterate(self._engine.stream_chat(messages, params))
+        return self._iterate(self._engine.stream_chat(messages, params, options))
 
     def stats(self) -> EngineStats:
         """Return the engine's live figures."""
@@ -142,3 +162,13 @@ class Engine:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+
+_open: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """End the engine processes of a script that ends without closing them."""
+    for engine in list(_open):
+        engine.close()

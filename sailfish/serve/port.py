@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, Protocol
 
-from sailfish.engine.api import Chunk, EngineInfo, EngineStats, SamplingParams
+from sailfish.engine.api import Chunk, EngineInfo, EngineStats, Options, SamplingParams
 
 
 class TokenizerPort(Protocol):
@@ -75,11 +75,7 @@ class EnginePort(Protocol):
         self,
         prompt_ids: list[int],
         params: SamplingParams,
-        *,
-        priority: int = 0,
-        deadline_s: float | None = None,
-        tenant: str = "",
-        request_id: str = "",
+        options: Options = Options(),
     ) -> AnswerStream:
         """Start a request; raise RequestError, ContextTooLong, Overloaded or WorkerDied."""
 

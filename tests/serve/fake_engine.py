@@ -12,6 +12,7 @@ from sailfish.engine.api import (
     Chunk,
     EngineInfo,
     EngineStats,
+    Options,
     SamplingParams,
     TokenLogprob,
     TopLogprob,
@@ -45,10 +46,7 @@ class Submission:
 
     prompt_ids: list[int]
     params: SamplingParams
-    priority: int
-    deadline_s: float | None
-    tenant: str
-    request_id: str
+    options: Options
     aborted: bool = False
     ended: bool = False
 
@@ -169,11 +167,7 @@ class FakeEngine:
         self,
         prompt_ids: list[int],
         params: SamplingParams,
-        *,
-        priority: int = 0,
-        deadline_s: float | None = None,
-        tenant: str = "",
-        request_id: str = "",
+        options: Options = Options(),
     ) -> FakeStream:
         """Start an answer, under the real engine's rules for what is refused."""
         params.check(self.info.vocab_size)
@@ -184,7 +178,7 @@ class FakeEngine:
                 f"{len(prompt_ids)} prompt tokens and {params.max_tokens or 1} more exceed {CONTEXT_TOKENS}",
                 param="prompt",
             )
-        submission = Submission(prompt_ids, params, priority, deadline_s, tenant, request_id)
+        submission = Submission(prompt_ids, params, options)
         self.submissions.append(submission)
         return FakeStream(self, submission)
 

@@ -77,7 +77,7 @@ def test_the_scheme_is_case_insensitive_and_the_key_names_the_tenant(start: Star
     with running.client(authorization="bearer alice-key-1") as client:
         assert client.post("/v1/completions", json=TEXT).status_code == 200
         assert client.post("/v1/completions", json={**TEXT, "cache_salt": "s"}).status_code == 200
-    assert [each.tenant for each in running.engine.submissions] == ["alice", "alice:s"]
+    assert [each.options.tenant for each in running.engine.submissions] == ["alice", "alice:s"]
 
 
 def test_every_known_key_is_compared_whatever_was_sent(monkeypatch: pytest.MonkeyPatch) -> None:

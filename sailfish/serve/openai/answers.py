@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 
 from sailfish.base.errors import RequestError
-from sailfish.engine.api import Chunk, Completion, SamplingParams, Usage
+from sailfish.engine.api import Chunk, Completion, Options, SamplingParams, Usage
 from sailfish.serve.openai.replies import CachedTokens, UsageReply
 from sailfish.serve.openai.requests import GenerateRequest
 from sailfish.serve.port import AnswerStream
@@ -78,7 +78,6 @@ class Answers:
         params: SamplingParams,
         *,
         tenant: str,
-        request_id: str,
     ) -> Answers:
         """Submit every prompt, or none: when one is refused, those before it are aborted."""
         if len(prompts) * params.n > site.limits.sequences:
@@ -93,10 +92,7 @@ class Answers:
                 stream = await site.engine.submit(
                     prompt_ids,
                     params,
-                    priority=request.priority or 0,
-                    deadline_s=request.deadline_s,
-                    tenant=salt,
-                    request_id=request_id,
+                    Options(priority=request.priority or 0, deadline_s=request.deadline_s, tenant=salt),
                 )
                 answers._streams.append(stream)
         except BaseException:

@@ -45,9 +45,7 @@ async def create_chat_completion(site: Site, http: Request) -> Response:
         site, request.messages, request.add_generation_prompt, request.chat_template_kwargs
     )
     shaper = _Shaper(site, request)
-    answers = await Answers.start(
-        site, request, [prompt_ids], params, tenant=http.state.tenant, request_id=shaper.envelope.id
-    )
+    answers = await Answers.start(site, request, [prompt_ids], params, tenant=http.state.tenant)
     if request.stream:
         events = pieces(
             answers, shaper.opening(params.n), shaper.piece, shaper.closing, request.stream_options

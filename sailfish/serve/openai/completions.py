@@ -35,9 +35,7 @@ async def create_completion(site: Site, http: Request) -> Response:
     )
     prompts = await _encode_prompts(site, request.prompt)
     shaper = _Shaper(site, request, prompts, params.n)
-    answers = await Answers.start(
-        site, request, prompts, params, tenant=http.state.tenant, request_id=shaper.envelope.id
-    )
+    answers = await Answers.start(site, request, prompts, params, tenant=http.state.tenant)
     if request.stream:
         events = pieces(answers, [], shaper.piece, shaper.closing, request.stream_options)
         return EventStream(site, answers, events)
