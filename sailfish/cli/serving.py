@@ -59,6 +59,7 @@ def serve_engine(
         name=settings.serve.served_model_name,
         restart=True,
         trace_to=trace_to,
+        drain_s=settings.serve.drain_s,
         log_level=log_level,
         log_json=log_json,
         on_progress=tell,

@@ -83,7 +83,8 @@ def boot(
     # Filled, not merely reserved: a page that the system had only promised would count later.
     kv = KvCache(torch.empty(shape, dtype=dtype, device=device).fill_(0.0))
     meter.mark("kv_blocks")
-    decoder = Decoder(model, weights, bind(choose_ops(model, plan)), max_positions=plan.context_tokens)
+    ops = manifest.ops if _is_as_built(plan, manifest.plan) else choose_ops(model, plan)
+    decoder = Decoder(model, weights, bind(ops), max_positions=plan.context_tokens)
     table = DeviceTable(
         plan.max_sequences, plan.context_tokens, plan.blocks_per_sequence, plan.page_tokens, device
     )
@@ -109,6 +110,11 @@ def _merge(built: EngineConfig, asked: EngineConfig) -> EngineConfig:
         strict=built.strict or asked.strict,
         **overrides,
     )
+
+
+def _is_as_built(plan: Plan, built: Plan) -> bool:
+    """Whether the ops chosen at build time are still asked the same."""
+    return (plan.target, plan.dtype, plan.page_tokens) == (built.target, built.dtype, built.page_tokens)
 
 
 def _remember(artifact: Artifact, overlay: DeviceOverlay) -> None:

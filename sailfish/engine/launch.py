@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -28,6 +27,7 @@ process has a core (our own API process, say) each parallel region waits 16 ms i
 (linear of 16 x 256 by 256 x 1,024, two threads on two busy cores)."""
 _MAX_DEATHS = 3
 _DEATH_WINDOW_S = 60.0
+_STOP_S = 10.0
 
 
 class Progress(msgspec.Struct, frozen=True, tag="progress"):
@@ -69,6 +69,7 @@ class EngineProcess:
         name: str | None = None,
         restart: bool = False,
         trace_to: Path | None = None,
+        drain_s: float = 30.0,
         log_level: str = "warning",
         log_json: bool = False,
         on_progress: Callable[[Progress], None] | None = None,
@@ -82,6 +83,7 @@ class EngineProcess:
             *("--engine", str(engine_dir)),
             *("--socket", str(self.socket_path)),
             *("--config", msgspec.json.encode(config).decode()),
+            *("--drain-s", str(drain_s)),
             *("--log-level", log_level),
         ]
         if name is not None:
@@ -110,25 +112,23 @@ class EngineProcess:
         try:
             self._spawn()
         except BaseException:
-            self.stop(0.0)
+            self.stop()
             raise
         if self._restart:
             self._watcher = threading.Thread(target=self._watch, name="engine-watch", daemon=True)
             self._watcher.start()
 
-    def stop(self, drain_s: float = 0.0) -> None:
-        """Ask the process to drain, wait for it, and remove its socket. May be called twice."""
+    def stop(self) -> None:
+        """End the process at once, and remove its socket. May be called twice."""
         with self._lock:
             self._stopping = True
             process = self._process
         if process is not None and process.poll() is None:
-            if drain_s <= 0.0 and process.stdin is not None:
-                with contextlib.suppress(OSError):
-                    process.stdin.close()
-            else:
-                process.send_signal(signal.SIGTERM)
+            assert process.stdin is not None
+            with contextlib.suppress(OSError):
+                process.stdin.close()
             try:
-                process.wait(drain_s + 10.0)
+                process.wait(_STOP_S)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
@@ -192,10 +192,8 @@ class EngineProcess:
             log.error("the engine process ended with status %s; starting another", status)
             try:
                 self._spawn()
-            except (SailfishError, OSError) as error:
-                if not self._stopping:
-                    log.error("the engine process did not start again: %s", error)
-                return
+            except (SailfishError, OSError) as error:  # it has ended, which the next round counts
+                log.error("the engine process did not start again: %s", error)
 
     def _close_pipes(self) -> None:
         if self._process is not None:
