@@ -17,6 +17,7 @@ import msgspec
 
 from sailfish.base.config import EngineConfig
 from sailfish.base.errors import EngineError, RequestError, WorkerDied, error_from_code
+from sailfish.checkpoint.messages import read_messages
 from sailfish.checkpoint.template import ChatTemplate, encode_chat
 from sailfish.checkpoint.tokenizer import Tokenizer
 from sailfish.engine import wire
@@ -186,7 +187,7 @@ class AsyncEngine:
             encode_chat,
             self.tokenizer,
             self.template,
-            [dict(message) for message in messages],
+            [message.for_template() for message in read_messages(messages)],
             add_generation_prompt=add_generation_prompt,
             template_kwargs=dict(template_kwargs or {}),
             max_tokens=self.info.context_tokens,

@@ -9,6 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from sailfish.base.errors import RequestError
+from sailfish.checkpoint.messages import Message
 from sailfish.engine.api import Chunk, Completion
 from sailfish.serve.gateway.strict_json import read_object
 from sailfish.serve.openai import logprobs
@@ -24,7 +25,7 @@ from sailfish.serve.openai.replies import (
     PromptLogprobs,
     UsageReply,
 )
-from sailfish.serve.openai.requests import ChatRequest, Message, Scalar, read
+from sailfish.serve.openai.requests import ChatRequest, Scalar, read
 from sailfish.serve.openai.stream import EventStream, pieces
 from sailfish.serve.site import Site
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
-import re
-from http import HTTPStatus
 from typing import Annotated, Any, Literal, TypeVar
 
-import msgspec
 from msgspec import Meta, Struct
 
 from sailfish.base.errors import RequestError
+from sailfish.checkpoint.messages import NEUTRAL, Message, ShortText, convert, known_fields, read_messages
 from sailfish.engine.api import (
     MAX_LOGIT_BIAS,
     MAX_LOGPROBS,
@@ -20,7 +17,6 @@ from sailfish.engine.api import (
     MAX_STOP_TOKEN_IDS,
     SamplingParams,
 )
-from sailfish.serve.errors import Refusal
 from sailfish.serve.gateway.limits import LIMITS
 
 T = TypeVar("T", bound=Struct)
@@ -31,7 +27,6 @@ TokenId = Annotated[int, Meta(ge=0, le=INT32_MAX)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 Alternatives = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
 StopString = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_CHARS)]
-ShortText = Annotated[str, Meta(max_length=512)]
 Scalar = str | int | float | bool | None
 TokenKey = Annotated[str, Meta(pattern="^(0|[1-9][0-9]{0,9})$")]
 TemplateKey = Annotated[str, Meta(pattern="^[A-Za-z_][A-Za-z0-9_]{0,63}$")]
@@ -115,30 +110,6 @@ class GenerateRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         )
 
 
-class TextPart(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A piece of text in a message."""
-
-    type: Literal["text"]
-    text: str
-
-
-Content = str | Annotated[list[TextPart], Meta(min_length=1, max_length=1024)]
-
-
-class Message(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One turn of a conversation."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Content
-    name: ShortText | None = None
-
-    def for_template(self) -> dict[str, Any]:
-        """Return the message as chat templates know it; `developer` is OpenAI's newer word for system."""
-        content = self.content if isinstance(self.content, str) else "\n".join(p.text for p in self.content)
-        message = {"role": "system" if self.role == "developer" else self.role, "content": content}
-        return message if self.name is None else message | {"name": self.name}
-
-
 class ChatRequest(GenerateRequest, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """POST /v1/chat/completions."""
 
@@ -206,86 +177,23 @@ REFUSED: dict[type[Struct], dict[str, tuple[Any, ...]]] = {
         "chat_template": (None,),
     },
     CompletionRequest: {"suffix": (None, ""), "response_format": (None, {"type": "text"})},
-    Message: {
-        "tool_calls": (None, []),
-        "tool_call_id": (None,),
-        "function_call": (None,),
-        "refusal": (None,),
-        "audio": (None,),
-        "annotations": (None, []),
-    },
+    Message: NEUTRAL,
 }
 """Fields of OpenAI's that this server does not have yet, and the values with which they change nothing."""
 
 _TEMPLATE_OWN = frozenset(
     {"tokenize", "chat_template", "add_generation_prompt", "messages", "tools", "conversation"}
 )
-_PATH = re.compile(r" - at (?:`key` in )?`\$\.?(.*)`$")
-_UNKNOWN = re.compile(r"Object contains unknown field `(.*)`", re.DOTALL)
-_MISSING = re.compile(r"Object missing required field `(.*)`")
 
 
 def read(kind: type[T], value: dict[str, Any]) -> T:
     """Turn a JSON object into a request; raise a 400 that names the field at fault."""
-    value = _without_neutral(kind, value, "")
-    if isinstance(messages := value.get("messages"), list):
-        value["messages"] = [
-            _without_neutral(Message, message, f"messages[{i}].") if isinstance(message, dict) else message
-            for i, message in enumerate(messages)
-        ]
-    try:
-        request = msgspec.convert(value, kind)
-    except msgspec.ValidationError as error:
-        raise _explained(str(error)) from None
+    value = known_fields(kind, REFUSED.get(kind, {}), value)
+    if "messages" in value:
+        value["messages"] = read_messages(value["messages"])
+    request = convert(value, kind)
     if isinstance(request, ChatRequest):
         for key in request.chat_template_kwargs or ():
             if key in _TEMPLATE_OWN:
                 raise RequestError(f"chat_template_kwargs cannot set {key!r}", param="chat_template_kwargs")
     return request
-
-
-def _without_neutral(kind: type[Struct], value: dict[str, Any], where: str) -> dict[str, Any]:
-    """Drop fields of absent features that change nothing; refuse them otherwise, and unknown fields."""
-    known = kind.__struct_fields__
-    refused = REFUSED.get(kind, {})
-    kept = {}
-    for name, given in value.items():
-        if name in known:
-            kept[name] = given
-        elif name not in refused:
-            near = difflib.get_close_matches(name[:64], [*known, *refused], n=1, cutoff=0.0)
-            raise Refusal(
-                HTTPStatus.BAD_REQUEST,
-                "unknown_parameter",
-                f"unknown field {name[:64]!r}; the nearest known one is {near[0]!r}",
-                param=where + name[:64],
-            )
-        elif not any(_same(given, neutral) for neutral in refused[name]):
-            raise Refusal(
-                HTTPStatus.BAD_REQUEST,
-                "unsupported_parameter",
-                f"{where}{name} is not supported by this server yet; leave it out",
-                param=where + name,
-            )
-    return kept
-
-
-def _same(a: Any, b: Any) -> bool:
-    return type(a) is type(b) and bool(a == b)
-
-
-def _explained(problem: str) -> RequestError:
-    path = _PATH.search(problem)
-    where = path.group(1) if path else ""
-    what = problem[: path.start()] if path else problem
-    if found := _UNKNOWN.match(what):
-        return _coded("unknown_parameter", f"unknown field {found.group(1)[:64]!r}", where)
-    if found := _MISSING.match(what):
-        name = f"{where}.{found.group(1)}" if where else found.group(1)
-        return _coded("missing_required_parameter", f"the field {name} is missing", name)
-    code = "invalid_type" if ", got `" in what else "invalid_value"
-    return _coded(code, f"{where}: {what}" if where else what, where)
-
-
-def _coded(code: str, message: str, where: str) -> RequestError:
-    return RequestError(message, param=where or None, code=code)
