@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -112,14 +113,16 @@ class Tokenizer:
             ) from None
         if max_tokens is not None and n_bytes > max_tokens * _LIKELY_BYTES_PER_TOKEN:
             self._scan(backend, text, max_tokens)
-        return list(backend.encode(text, add_special_tokens=add_special).ids)
+        with _refusing_panics("prompt"):
+            return list(backend.encode(text, add_special_tokens=add_special).ids)
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """Return the text of a sequence of ids. Ids that no token has add nothing."""
         for token_id in ids:
             if not 0 <= token_id < 2**31:
                 raise RequestError(f"{token_id} is not a token id", param="tokens")
-        return self._backend.decode(list(ids), skip_special_tokens=skip_special)
+        with _refusing_panics("tokens"):
+            return self._backend.decode(list(ids), skip_special_tokens=skip_special)
 
     def stream(self, *, skip_special: bool = True) -> TextStream:
         """Return a decoder for one answer, token by token; the pieces add up to what `decode` returns."""
@@ -158,7 +161,9 @@ class Tokenizer:
         for start in range(0, len(text), _SCAN_CHARS):
             piece = text[start : start + _SCAN_CHARS]
             # A cut can add tokens that the whole text would not have; never as many as the slack.
-            n_tokens += len(backend.encode(piece, add_special_tokens=False).ids) - _SCAN_SLACK_TOKENS
+            with _refusing_panics("prompt"):
+                n_piece = len(backend.encode(piece, add_special_tokens=False).ids)
+            n_tokens += n_piece - _SCAN_SLACK_TOKENS
             if n_tokens > max_tokens:
                 raise _too_long(len(text), max_tokens)
 
@@ -222,6 +227,21 @@ def special_token_texts(directory: Path) -> dict[str, str]:
             if key.endswith("_token") and isinstance(text, str):
                 texts[key] = text
     return texts
+
+
+@contextlib.contextmanager
+def _refusing_panics(param: str) -> Iterator[None]:
+    """Make a RequestError of a Rust panic: it is no Exception, and its class cannot be imported."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # noqa: BLE001 - as the docstring says
+        raise RequestError(
+            f"the model's tokenizer fails on this: {shown(str(error))}",
+            hint=f"change the {param}, or repair tokenizer.json",
+            param=param,
+        ) from None
 
 
 def _too_long(n_chars: int, max_tokens: int) -> ContextTooLong:

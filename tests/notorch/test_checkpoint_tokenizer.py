@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,50 @@ def test_numbers_that_are_no_ids_are_refused(token_id: int) -> None:
 def test_a_lone_surrogate_is_refused() -> None:
     with pytest.raises(RequestError, match="a lone surrogate at character 2"):
         BYTE_LEVEL.encode("ab\ud800")
+
+
+def with_state(tmp_path: Path, **changes: Any) -> Tokenizer:
+    """The byte-level tokenizer with parts of its file replaced."""
+    write_json(tmp_path / "tokenizer.json", json.loads(byte_level_tokenizer().to_str()) | changes)
+    return Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("max_tokens", [None, 2])
+def test_a_text_on_which_the_library_panics_is_refused_and_the_next_is_served(
+    tmp_path: Path, max_tokens: int | None
+) -> None:
+    """This pattern backtracks without end, and the regular-expression engine gives up by a panic."""
+    split = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+    tokenizer = with_state(tmp_path, pre_tokenizer=split)
+    with pytest.raises(RequestError, match="the model's tokenizer fails on this.*retry-limit") as caught:
+        tokenizer.encode("a" * 37 + "b", max_tokens=max_tokens)
+    assert caught.value.param == "prompt" and "\n" not in str(caught.value)
+    assert tokenizer.decode(tokenizer.encode("fox")) == "fox"
+
+
+USES: dict[str, Callable[[Tokenizer], object]] = {
+    "encode": lambda tokenizer: tokenizer.encode("x"),
+    "decode": lambda tokenizer: tokenizer.decode([5]),
+    "stream": lambda tokenizer: tokenizer.stream().push(5),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("raised", [BaseException("a\npanic"), KeyboardInterrupt(), SystemExit()])
+def test_panics_are_refused_and_interrupts_pass(use: str, raised: BaseException) -> None:
+    class Failing:
+        """Stands in for the library."""
+
+        def encode(self, *_: Any, **__: Any) -> None:
+            raise raised
+
+        decode = encode
+
+    tokenizer = Tokenizer(sentencepiece_like_tokenizer(), {})
+    tokenizer._backend = tokenizer._plain = Failing()  # type: ignore[assignment]
+    expected = RequestError if type(raised) is BaseException else type(raised)
+    with pytest.raises(expected, check=lambda error: "\n" not in str(error)):
+        USES[use](tokenizer)
 
 
 @pytest.mark.parametrize("unit", ["a", "ab1!", "日", "the quick brown fox ", "\x00", "<|im_end|>"])
