@@ -99,16 +99,16 @@ TARGETS = tuple(dict.fromkeys(row.target for row in PROFILES))
 
 
 def profile(name: str) -> HardwareProfile:
-    """Return the row of a target ("sm_90") or of a card ("h200", "L40S").
+    """Return the row of a target ("sm_90") or of a card ("h200", "RTX 4090", "NVIDIA A100 80GB").
 
     Raises ConfigError naming what exists.
     """
-    wanted = name.lower()
+    wanted = _card(name)
     for row in PROFILES:
         if wanted == row.target:
             return row
     for row in PROFILES:
-        if wanted in _models(row):
+        if row.device == "cuda" and wanted in (_card(row.name), *_models(row)):
             return row
     cards = ", ".join(row.name.removeprefix("NVIDIA ") for row in PROFILES if row.device == "cuda")
     raise ConfigError(
@@ -116,7 +116,12 @@ def profile(name: str) -> HardwareProfile:
     )
 
 
+def _card(name: str) -> str:
+    """Return a card's name as it is compared, such as "a100 80gb" or "rtx 4090"."""
+    return " ".join(name.casefold().split()).removeprefix("nvidia ").removeprefix("geforce ")
+
+
 def _models(row: HardwareProfile) -> list[str]:
     """Return the words of a card's name that single it out, such as "a100" or "4090"."""
-    words = row.name.lower().split() if row.device == "cuda" else []
+    words = _card(row.name).split()
     return [word for word in words if any(map(str.isdigit, word)) and not word.endswith("gb")]

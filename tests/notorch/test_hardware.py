@@ -18,7 +18,7 @@ from sailfish.hardware.probe import (
     probe_cpu,
     profile_of_gpu,
 )
-from sailfish.hardware.profile import GIB, MIB, PROFILES, TARGETS, profile
+from sailfish.hardware.profile import GIB, MIB, PROFILES, TARGETS, HardwareProfile, profile
 from sailfish.hardware.timing import Timer
 
 MEMINFO = "MemTotal:       16777216 kB\nMemFree:  1024 kB\nMemAvailable:    8388608 kB\n"
@@ -59,9 +59,18 @@ def test_a_profile_is_found_by_target_or_by_the_name_of_a_card() -> None:
     assert profile("cpu").compute_capability is None
 
 
+@pytest.mark.parametrize("row", [row for row in PROFILES if row.device == "cuda"], ids=lambda row: row.name)
+def test_a_card_is_found_by_its_name_as_printed(row: HardwareProfile) -> None:
+    printed = row.name.removeprefix("NVIDIA ")
+    for name in (row.name, printed, printed.upper(), f" {printed.lower()}", printed.removeprefix("GeForce ")):
+        assert profile(name) is row
+
+
 def test_an_unknown_profile_is_refused_with_the_known_ones() -> None:
     with pytest.raises(ConfigError, match="use cpu, sm_80, sm_86, sm_89, sm_90, or one of: A100"):
         profile("nvidia")
+    with pytest.raises(ConfigError, match="no hardware profile is called '80GB'"):
+        profile("80GB")
 
 
 def test_keys_of_devices_are_distinct_and_fit_for_file_names() -> None:
