@@ -12,9 +12,10 @@ from sailfish.hardware import doctor as checks
 
 
 def doctor(
-    port: int = typer.Option(8000, "--port", help="The port that will be served on."), as_json: AsJson = False
+    port: int = typer.Option(8000, "--port", min=0, max=65535, help="The port you mean to serve on."),
+    as_json: AsJson = False,
 ) -> None:
-    """Check CPU, torch, CUDA, Triton, memory, ports and caches; the exit status is 1 when a check fails."""
+    """Check CPU, torch, CUDA, Triton, memory, port and caches; the exit status is 1 when a check fails."""
     environ = environment()
     found = checks.diagnose(environ, cache_dir=cache_root(environ), port=port)
     if as_json:

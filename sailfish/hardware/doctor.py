@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import platform
@@ -247,7 +248,12 @@ def _loopback(port: int) -> Check:
     def bind() -> str:
         with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(("127.0.0.1", port))
+            try:
+                listener.bind(("127.0.0.1", port))
+            except OSError as error:
+                is_taken = error.errno == errno.EADDRINUSE
+                why = "another program listens there" if is_taken else error.strerror
+                raise OSError(error.errno, f"127.0.0.1:{port}: {why}") from error
         return f"127.0.0.1:{port} is free"
 
     return _tried("port", bind, "warn", "serve on another one with --port, or on any free one with --port 0")
@@ -269,4 +275,4 @@ def _tried(name: str, attempt: Callable[[], str], verdict: Verdict, fix: str) ->
     try:
         return Check(name=name, verdict="ok", value=attempt())
     except OSError as error:
-        return Check(name=name, verdict=verdict, value=str(error), fix=fix)
+        return Check(name=name, verdict=verdict, value=error.strerror or str(error), fix=fix)

@@ -83,3 +83,11 @@ def test_a_refused_flag_reaches_the_terminal_as_one_line(
 def test_every_command_is_listed_and_only_the_named_one_is_loaded() -> None:
     app = application(["version"])
     assert [command.name for command in app.registered_commands] == list(COMMANDS)
+
+
+@pytest.mark.parametrize("port", ["99999", "-1", "http"])
+def test_a_port_that_cannot_be_is_refused_before_anything_is_looked_at(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], port: str
+) -> None:
+    assert _run(monkeypatch, "doctor", "--port", port) == 2
+    assert "Invalid value for '--port'" in capsys.readouterr().err

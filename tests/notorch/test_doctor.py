@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import resource
 import socket
@@ -148,8 +149,27 @@ def test_a_taken_port_is_a_warning_with_the_flag_to_give(examine: Examine) -> No
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        check = examine(port=taken.getsockname()[1])["port"]
+        port = taken.getsockname()[1]
+        check = examine(port=port)["port"]
     assert check.verdict == "warn" and "--port" in check.fix
+    assert check.value == f"127.0.0.1:{port}: another program listens there"
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (PermissionError(errno.EACCES, "Permission denied"), "Permission denied"),
+        (OSError("AF_UNIX path too long"), "AF_UNIX path too long"),
+    ],
+)
+def test_a_socket_that_cannot_be_had_is_told_in_words(
+    examine: Examine, monkeypatch: pytest.MonkeyPatch, error: OSError, said: str
+) -> None:
+    def refuse(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(socket.socket, "bind", refuse)
+    assert examine()["unix sockets"].value == said
 
 
 def test_the_model_cache_is_counted_where_the_environment_puts_it(examine: Examine, tmp_path: Path) -> None:
