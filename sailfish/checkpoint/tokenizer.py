@@ -14,6 +14,7 @@ import tokenizers
 
 from sailfish.base.errors import CheckpointError, ContextTooLong, RequestError
 from sailfish.checkpoint.files import read_bytes, read_json, shown
+from sailfish.checkpoint.hf_config import MAX_VOCAB
 
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
@@ -80,6 +81,7 @@ class Tokenizer:
         special = special_token_texts(directory)
         try:
             backend = tokenizers.Tokenizer.from_buffer(data)
+            _check_ids(backend.get_vocab(with_added_tokens=True), path)
             backend.no_truncation()
             backend.no_padding()
             marked = {token.content for token in backend.get_added_tokens_decoder().values()}
@@ -87,10 +89,12 @@ class Tokenizer:
             backend.add_special_tokens([text for text in named if backend.token_to_id(text) is not None])
             backend.decode(backend.encode(_TRIAL, add_special_tokens=True).ids)
             return cls(backend, special)
-        except (KeyboardInterrupt, SystemExit):
+        except (KeyboardInterrupt, SystemExit, CheckpointError):
             raise
         except BaseException as error:  # noqa: BLE001 - on a bad file the library raises bare Exception, or panics
-            raise CheckpointError(f"{path} is not a tokenizer: {shown(str(error))}") from None
+            raise CheckpointError(
+                f"{path} is not a tokenizer: {shown(str(error))}", hint="download it again"
+            ) from None
 
     def encode(
         self, text: str, *, special: bool = False, add_special: bool = True, max_tokens: int | None = None
@@ -227,6 +231,17 @@ def special_token_texts(directory: Path) -> dict[str, str]:
             if key.endswith("_token") and isinstance(text, str):
                 texts[key] = text
     return texts
+
+
+def _check_ids(vocab: Mapping[str, int], path: Path) -> None:
+    """Refuse what no model has; a backend is cloned in time that grows with the largest id."""
+    if not vocab:
+        raise CheckpointError(f"{path} holds no tokens", hint="download it again")
+    text, largest = max(vocab.items(), key=lambda item: item[1])
+    if largest >= MAX_VOCAB:
+        raise CheckpointError(
+            f"{path}: token {shown(text)} has id {largest}", hint=f"give it an id below {MAX_VOCAB}"
+        )
 
 
 @contextlib.contextmanager

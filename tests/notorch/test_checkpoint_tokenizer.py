@@ -219,6 +219,25 @@ def test_a_file_that_is_no_tokenizer_is_refused_in_one_line(tmp_path: Path, data
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("token_id", [2**22, 2**31 - 1])
+def test_an_id_beyond_every_vocabulary_is_refused_at_once(tmp_path: Path, token_id: int) -> None:
+    model = json.loads(byte_level_tokenizer().to_str())["model"]
+    model["vocab"]["far"] = token_id
+    start = time.perf_counter()
+    with pytest.raises(
+        CheckpointError, match=rf"token 'far' has id {token_id} \(give it an id below 4194304"
+    ):
+        with_state(tmp_path, model=model)
+    assert time.perf_counter() - start < 2
+    model["vocab"]["far"] = 2**22 - 1
+    assert with_state(tmp_path, model=model).vocab_size == 2**22
+
+
+def test_a_tokenizer_without_tokens_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json holds no tokens \(download it again"):
+        with_state(tmp_path, model={"type": "BPE", "vocab": {}, "merges": []}, added_tokens=[])
+
+
 JUNK = st.sampled_from([None, 0, -1, 2**33, "", "x", [], {}, True, 1.5, ["x"], {"type": "BPE"}])
 
 
