@@ -56,7 +56,7 @@ class ApiProcesses:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.drain()
+        self._tell()  # whoever drains yet has been told before, and stops now
         for process in self._processes:
             try:
                 await asyncio.wait_for(process.wait(), self._config.drain_s + _SLACK_S)
@@ -64,18 +64,23 @@ class ApiProcesses:
                 process.kill()
                 await process.wait()
 
-    def drain(self) -> None:
-        """Tell every process to end its requests and itself; a process that died stays dead."""
-        for watcher in self._watchers:
-            watcher.cancel()
-        for process in self._processes:
-            if process.returncode is None:
-                process.send_signal(signal.SIGTERM)
+    async def drain(self) -> None:
+        """Tell every process to end its requests and itself, and return when they have."""
+        self._tell()
+        await asyncio.gather(*(process.wait() for process in self._processes))
 
     @property
     def pids(self) -> Sequence[int]:
         """Ids of the processes that serve now."""
         return [process.pid for process in self._processes]
+
+    def _tell(self) -> None:
+        """Send the signal that drains at first and stops when it comes again; who died stays dead."""
+        for watcher in self._watchers:
+            watcher.cancel()
+        for process in self._processes:
+            if process.returncode is None:
+                process.send_signal(signal.SIGTERM)
 
     async def _start(self) -> asyncio.subprocess.Process:
         pipe = asyncio.subprocess.PIPE

@@ -7,8 +7,9 @@ import contextlib
 import errno
 import signal
 import socket
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Coroutine, Generator, Sequence
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -35,13 +36,19 @@ async def run(
     *,
     limits: Limits = LIMITS,
     on_ready: Callable[[], None] | None = None,
-    on_drain: Callable[[], None] | None = None,
+    on_drain: Callable[[], Coroutine[Any, Any, None]] | None = None,
 ) -> None:
     """Serve until a signal came and what was running has ended. The caller closes the engine.
 
-    `on_drain` is called when the first signal came.
+    `on_drain` drains what serves beside this process; until it returns, this one goes on listening.
     """
     await ApiServer(engine, config, limits=limits, on_drain=on_drain).run_on(sockets, on_ready)
+
+
+def draining_signals() -> list[signal.Signals]:
+    """Return the signals that end a server: SIGHUP too, unless `nohup` had it ignored."""
+    hangs_up = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
+    return [signal.SIGTERM, signal.SIGINT, *([signal.SIGHUP] if hangs_up else [])]
 
 
 def bind(config: ServeConfig) -> socket.socket:
@@ -100,7 +107,7 @@ class ApiServer(uvicorn.Server):
         config: ServeConfig,
         *,
         limits: Limits = LIMITS,
-        on_drain: Callable[[], None] | None = None,
+        on_drain: Callable[[], Coroutine[Any, Any, None]] | None = None,
     ) -> None:
         door = Door.of(config, limits)
         self.site = Site(
@@ -115,6 +122,7 @@ class ApiServer(uvicorn.Server):
         self._drain_s = config.drain_s
         self._drain_ends_at_s: float | None = None
         self._on_drain = on_drain
+        self._elsewhere: asyncio.Task[None] | None = None
         self._on_ready: Callable[[], None] | None = None
 
     async def run_on(
@@ -126,8 +134,10 @@ class ApiServer(uvicorn.Server):
         try:
             await self.serve(sockets=list(sockets))
         finally:
-            reporting.cancel()
-            await asyncio.wait((reporting,))
+            tasks = [reporting] if self._elsewhere is None else [reporting, self._elsewhere]
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start to listen, and say so."""
@@ -141,7 +151,7 @@ class ApiServer(uvicorn.Server):
         if self._drain_ends_at_s is None:
             self._drain_ends_at_s = asyncio.get_running_loop().time() + self._drain_s
             if self._on_drain is not None:
-                self._on_drain()
+                self._elsewhere = asyncio.create_task(self._on_drain())
 
     def stop_now(self) -> None:
         """End the requests at work with an error, then stop."""
@@ -153,7 +163,8 @@ class ApiServer(uvicorn.Server):
         """End the drain when it is over (called ten times a second)."""
         if self._drain_ends_at_s is not None:
             is_late = asyncio.get_running_loop().time() >= self._drain_ends_at_s
-            if is_late or not self.site.live:
+            is_done_elsewhere = self._elsewhere is None or self._elsewhere.done()
+            if is_late or (is_done_elsewhere and not self.site.live):
                 self.stop_now()
         return await super().on_tick(counter)
 
@@ -166,9 +177,8 @@ class ApiServer(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
-        """Handle SIGTERM and SIGINT inside the loop, and swallow them: the caller still has to clean up."""
-        loop = asyncio.get_running_loop()
-        signals = (signal.SIGTERM, signal.SIGINT)
+        """Handle signals inside the loop, and swallow them: the caller still has to clean up."""
+        loop, signals = asyncio.get_running_loop(), draining_signals()
         try:
             for number in signals:
                 loop.add_signal_handler(number, self.handle_exit, number, None)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import shutil
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +17,18 @@ import httpx
 import openai
 import psutil
 import pytest
-from live import SMALL, WAIT_S, ask, descendants, engine_of, is_alive, metrics, until
+from live import (
+    SMALL,
+    WAIT_S,
+    ask,
+    descendants,
+    engine_of,
+    is_alive,
+    metrics,
+    ready_reason,
+    streams,
+    until,
+)
 
 import sailfish
 from sailfish.base.config import EngineConfig
@@ -227,10 +240,26 @@ def test_the_async_openai_client_streams_many_at_once(server: ServerProcess) -> 
     assert asyncio.run(main()) == alone
 
 
-def test_both_api_processes_answer_and_their_metrics_add_up() -> None:
-    def takes_part(pid: int) -> bool:
-        return any(c.status == psutil.CONN_ESTABLISHED for c in psutil.Process(pid).net_connections("tcp"))
+def takes_part(pid: int) -> bool:
+    """Tell whether a process holds a client's connection."""
+    return any(c.status == psutil.CONN_ESTABLISHED for c in psutil.Process(pid).net_connections("tcp"))
 
+
+def test_a_drain_lets_every_api_process_end_what_it_has_at_work() -> None:
+    with ServerProcess("books-4m", *SMALL, "--api-processes", "2") as server:
+        [other] = descendants(server.pid, "sailfish.serve.api_process")
+        running = streams(server.url, 1, ignore_eos=True)
+        while not takes_part(other.pid):
+            assert len(running) < MOST_CONNECTIONS, "one process takes every connection"
+            running += streams(server.url, 1, ignore_eos=True)
+        os.kill(server.pid, signal.SIGTERM)
+        until(lambda: "draining" in ready_reason(server.url), "the server says that it drains")
+        for stream in running:
+            assert stream.result().finishes == {0: ["length"]}, stream.streamed.errors
+        assert server.stop() == 0
+
+
+def test_both_api_processes_answer_and_their_metrics_add_up() -> None:
     body = {"model": "books-4m", "prompt": "It was", "max_tokens": 1}
     kept: list[httpx.Client] = []
     with ServerProcess("books-4m", *SMALL, "--api-processes", "2") as server, contextlib.ExitStack() as stack:
