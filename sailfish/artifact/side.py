@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import tempfile
@@ -15,6 +16,10 @@ from sailfish.plan.overlay import DeviceOverlay
 
 EVIDENCE_FILE = "evidence.jsonl"
 _MAX_SIDE_BYTES = 16 << 20
+MAX_RUNTIME_BYTES = 4 << 30
+"""No runtime takes more; a larger figure was another process's doing."""
+
+log = logging.getLogger(__name__)
 
 
 class Evidence(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -35,8 +40,11 @@ class _OverlayFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     overlay: DeviceOverlay
 
 
-def read_overlay(artifact: Artifact, device_key: str) -> DeviceOverlay | None:
-    """Return what was measured on this kind of device, or None if nothing was for this very engine."""
+def read_overlay(artifact: Artifact, device_key: str, software: str) -> DeviceOverlay | None:
+    """Return what was measured for this very engine on this kind of device with this software, or None.
+
+    A damaged overlay counts as none, with a warning: the next start measures again.
+    """
     path = _overlay_path(artifact, device_key)
     data = _read_side(path)
     if data is None:
@@ -44,15 +52,13 @@ def read_overlay(artifact: Artifact, device_key: str) -> DeviceOverlay | None:
     try:
         found = msgspec.json.decode(data, type=_OverlayFile)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ArtifactError(
-            f"{path} is damaged: {error}", hint="delete it; the next start measures again"
-        ) from None
-    if not 0 <= found.overlay.runtime_bytes < 1 << 50:
-        raise ArtifactError(
-            f"{path} says runtime_bytes {found.overlay.runtime_bytes}",
-            hint="delete it; the next start measures again",
-        )
-    return found.overlay if found.manifest == artifact.digest else None
+        log.warning("%s is damaged and will be written again: %s", path, error)
+        return None
+    if not 0 <= found.overlay.runtime_bytes <= MAX_RUNTIME_BYTES:
+        log.warning("%s says runtime_bytes %d and is ignored", path, found.overlay.runtime_bytes)
+        return None
+    is_ours = (found.manifest, found.overlay.software) == (artifact.digest, software)
+    return found.overlay if is_ours else None
 
 
 def write_overlay(artifact: Artifact, overlay: DeviceOverlay) -> Path:

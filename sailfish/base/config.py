@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +32,21 @@ class EngineConfig:
     lag: int | None = None
     """0 or 1: steps planned before the previous step's tokens are known."""
     strict: bool = False
-    """Make every fallback an error."""
+    """Make every downgrade an error."""
+
+    def overruled_by(self, asked: EngineConfig) -> EngineConfig:
+        """Return these settings with all that `asked` sets; the two switches count when either one does."""
+        set_now = {
+            name: value
+            for name in self.__slots__
+            if name not in ("prefix_cache", "strict") and (value := getattr(asked, name)) is not None
+        }
+        return replace(
+            self,
+            prefix_cache=self.prefix_cache and asked.prefix_cache,
+            strict=self.strict or asked.strict,
+            **set_now,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,10 +20,12 @@ from sailfish.checkpoint.hf_config import load_generation_defaults, load_model_c
 from sailfish.checkpoint.model_config import ModelConfig
 from sailfish.checkpoint.names import TensorSpec, check_tensors, tensor_specs
 from sailfish.checkpoint.safetensors_reader import Checkpoint
+from sailfish.checkpoint.tokenizer import Tokenizer
 from sailfish.hardware.probe import find_gpu, probe, profile_of_gpu
 from sailfish.hardware.profile import HardwareProfile, profile
 from sailfish.plan import make_plan
 from sailfish.plan.ops import choose_ops
+from sailfish.plan.strict import refuse_downgrades
 from sailfish.version import __version__
 
 Progress = Callable[[str, int, int], None]
@@ -49,6 +51,7 @@ def build_engine(
     out_dir: Path | str,
     *,
     config: EngineConfig | None = None,
+    planned_for: EngineConfig | None = None,
     target: str | None = None,
     bundle: bool = False,
     force: bool = False,
@@ -57,9 +60,10 @@ def build_engine(
 ) -> Artifact:
     """Build an engine for `target` ("cpu", "sm_90", ...; None: this machine) and return it opened.
 
-    Weights stay where they are, named by path, size and digests; `bundle` copies them in. `force`
-    replaces an engine of that name. Raises CheckpointError, PlanError, ArtifactError or BuildError;
-    then nothing is left behind.
+    `config` stays in the engine as what it was built to do; every start may overrule it. The recorded
+    plan is for `planned_for` where that is given. Weights stay where they are, named by path, size and
+    digests; `bundle` copies them in. `force` replaces an engine of that name. Raises CheckpointError,
+    PlanError, ArtifactError or BuildError; then nothing is left behind.
     """
     config, tell = config or EngineConfig(), progress or _silent
     directory, out = Path(os.path.abspath(checkpoint_dir)), Path(os.path.abspath(out_dir))
@@ -69,8 +73,11 @@ def build_engine(
     model = load_model_config(directory)
     generation, _, _ = load_generation_defaults(directory)
     check_tensors(model, checkpoint)
+    Tokenizer.load(directory)  # refused now rather than at the engine's first start
     hardware = target_profile(target, config.device, environ if environ is not None else environment())
-    plan = make_plan(config, model, hardware)
+    plan = make_plan(planned_for or config, model, hardware)
+    ops = choose_ops(model, plan)
+    refuse_downgrades(planned_for or config, plan, ops)
     with EngineWriter(out, force=force) as writer:
         if bundle:
             tensors, weights = _copied(writer, model, checkpoint, tell)
@@ -84,7 +91,7 @@ def build_engine(
             target=hardware.target,
             requested=config,
             plan=plan,
-            ops=choose_ops(model, plan),
+            ops=ops,
             tensors=tensors,
             weights=weights,
             files=_copy_files(writer, directory),
@@ -206,11 +213,6 @@ def _joined(pieces: list[Piece]) -> tuple[Piece, ...]:
 
 
 def _copy_files(writer: EngineWriter, directory: Path) -> tuple[FileEntry, ...]:
-    if not (directory / COPIED_FILES[0]).exists():
-        raise CheckpointError(
-            f"{directory} has no {COPIED_FILES[0]}",
-            hint="save the tokenizer in its fast form beside the weights",
-        )
     present = [name for name in COPIED_FILES if (directory / name).exists()]
     return tuple(writer.add_file(name, read_bytes(directory / name, _MAX_COPIED_BYTES)) for name in present)
 

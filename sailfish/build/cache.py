@@ -12,8 +12,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
-
 from sailfish.artifact.manifest import FORMAT
 from sailfish.artifact.reader import Artifact, header_digest, is_engine
 from sailfish.base.config import EngineConfig
@@ -77,7 +75,7 @@ def locate_engine(
     if is_engine(directory):
         return FoundEngine(path=directory, is_built=False, why="given")
     hardware = target_profile(target, config.device, environ)
-    path = cache_root(environ) / _entry_name(directory, config, hardware.target)
+    path = cache_root(environ) / _entry_name(directory, hardware.target)
     with _locked(path):
         why = "built"
         if is_engine(path):
@@ -90,7 +88,7 @@ def locate_engine(
         build_engine(
             directory,
             path,
-            config=config,
+            planned_for=config,
             target=hardware.target,
             force=True,
             progress=progress,
@@ -110,13 +108,12 @@ def cache_root(environ: Mapping[str, str]) -> Path:
     return home / "sailfish" / "engines"
 
 
-def _entry_name(directory: Path, config: EngineConfig, target: str) -> str:
+def _entry_name(directory: Path, target: str) -> str:
     """Name the entry after the model and a digest of all that would change the engine."""
     checkpoint = Checkpoint.open(directory)
     state = hashlib.sha256()
     facts = [
         f"format {FORMAT}, sailfish {__version__}, target {target}",
-        msgspec.json.encode(config, order="sorted").decode(),
         str(Path(os.path.abspath(directory))),
     ]
     for file in sorted(checkpoint.file_bytes):

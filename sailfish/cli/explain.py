@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from sailfish.artifact.reader import Artifact
+from sailfish.artifact.start import plan_start
+from sailfish.base.sources import environment
+from sailfish.build.builder import target_profile
 from sailfish.cli import opening, tables
 from sailfish.cli.options import ENGINE, AsJson, Download, Model, Offline, Settings, with_settings
 from sailfish.plan import render
@@ -18,7 +21,11 @@ def explain(
     settings: Settings,
 ) -> None:
     """Show what was asked, where that came from, what is active and why; and why each other op lost."""
-    manifest = Artifact.open(opening.find(model, settings, offline=offline, download=download)).manifest
+    artifact = Artifact.open(opening.find(model, settings, offline=offline, download=download))
+    manifest = artifact.manifest
+    hardware = target_profile(manifest.target, settings.engine.device, environment())
+    start = plan_start(artifact, settings.engine, hardware)
+    used = {"moe": any(layer.moe for layer in manifest.model.layers), "softcap": manifest.model.logit_softcap}
     decisions = [
         {
             "setting": decision.name,
@@ -27,7 +34,7 @@ def explain(
             "active": row.value,
             "why": row.why,
         }
-        for decision, row in zip(manifest.plan.decisions, render.decision_rows(manifest.plan), strict=True)
+        for decision, row in zip(start.plan.decisions, render.decision_rows(start.plan), strict=True)
     ]
     ops = [
         {
@@ -36,13 +43,22 @@ def explain(
             "why": choice.why,
             "declined": [f"{name}: {reason}" for name, reason in choice.declined],
         }
-        for choice in manifest.ops
+        for choice in start.ops
+        if used.get(choice.op, True)
     ]
+    data = {
+        "target": manifest.target,
+        "settings": decisions,
+        "ops": ops,
+        "downgrades": start.downgrades,
+    }
     if as_json:
-        tables.show_json({"target": manifest.target, "settings": decisions, "ops": ops})
+        tables.show_json(data)
         return
     tables.show("Settings", tuple(decisions[0]), [tuple(map(str, row.values())) for row in decisions])
     rows = [
         (str(op["op"]), str(op["implementation"]), str(op["why"]), "\n".join(op["declined"])) for op in ops
     ]
     tables.show(f"Ops on {manifest.target}", ("op", "implementation", "why", "declined"), rows)
+    for downgrade in start.downgrades:
+        opening.say(f"downgrade: {downgrade}")

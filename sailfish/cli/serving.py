@@ -99,7 +99,7 @@ async def _serve(
 
 async def _start(process: EngineProcess) -> None:
     """Start the engine process; a signal meanwhile ends it and this command."""
-    loop, signals = asyncio.get_running_loop(), (signal.SIGTERM, signal.SIGINT)
+    loop, signals = asyncio.get_running_loop(), server.draining_signals()
     asked: list[int] = []
 
     def stop(number: int) -> None:
@@ -127,6 +127,8 @@ def _log_memory(info: EngineInfo) -> None:
         *(info.name, info.device, info.dtype, info.context_tokens, info.max_sequences),
         *(info.n_blocks, info.page_tokens),
     )
+    for downgrade in info.downgrades:
+        log.warning("downgrade: %s", downgrade)
     for line in info.memory:
         measured = "not measured" if line.measured_bytes is None else format_bytes(line.measured_bytes)
         log.info(

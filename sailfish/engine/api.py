@@ -199,6 +199,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     defaults: dict[str, float]
     """Sampling defaults of generation_config.json, by SamplingParams field name."""
     memory: list[MemoryReading]
+    downgrades: list[str] = []
+    """What the device forces below what the checkpoint offers, in words."""
     started_s: float
     """Seconds from process start to READY."""
     pid: int

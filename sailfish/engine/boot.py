@@ -5,13 +5,14 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from sailfish.artifact.reader import Artifact
-from sailfish.artifact.side import read_overlay, write_overlay
+from sailfish.artifact.side import MAX_RUNTIME_BYTES, write_overlay
+from sailfish.artifact.start import plan_start, software
 from sailfish.base.config import EngineConfig
 from sailfish.base.errors import ArtifactError
 from sailfish.base.units import format_bytes
@@ -25,8 +26,6 @@ from sailfish.kernels.choose import bind
 from sailfish.models.arena import arena_layout
 from sailfish.models.decoder import Decoder, KvCache
 from sailfish.models.load import ARENA_DTYPES, load_weights
-from sailfish.plan.make import make_plan
-from sailfish.plan.ops import choose_ops
 from sailfish.plan.overlay import DeviceOverlay
 from sailfish.plan.types import Plan
 
@@ -41,6 +40,7 @@ class Booted:
     plan: Plan
     runner: Runner
     memory: list[MemoryReading]
+    downgrades: list[str]
 
 
 def boot(
@@ -61,9 +61,8 @@ def boot(
             f"{engine_dir} was built for {manifest.target}, but {hardware.name} is {hardware.target}",
             hint=f"build it again with --target {hardware.target}",
         )
-    config = _merge(manifest.requested, config)
-    overlay = read_overlay(artifact, hardware.key)
-    plan = make_plan(config, manifest.model, hardware, overlay)
+    start = plan_start(artifact, config, hardware)
+    plan = start.plan
     on_progress("plan", f"{format_bytes(plan.total_bytes)} on {hardware.name}")
 
     device = torch.device(plan.device)
@@ -83,8 +82,7 @@ def boot(
     # Filled, not merely reserved: a page that the system had only promised would count later.
     kv = KvCache(torch.empty(shape, dtype=dtype, device=device).fill_(0.0))
     meter.mark("kv_blocks")
-    ops = manifest.ops if _is_as_built(plan, manifest.plan) else choose_ops(model, plan)
-    decoder = Decoder(model, weights, bind(ops), max_positions=plan.context_tokens)
+    decoder = Decoder(model, weights, bind(start.ops), max_positions=plan.context_tokens)
     table = DeviceTable(
         plan.max_sequences, plan.context_tokens, plan.blocks_per_sequence, plan.page_tokens, device
     )
@@ -95,26 +93,15 @@ def boot(
     on_progress("warm-up", f"one step of {plan.step_tokens} tokens and {plan.max_sequences} sequences")
     gc.collect()
     gc.freeze()  # what lives now lives for ever: the collector need not look at it again
-    if overlay is None:
-        _remember(artifact, DeviceOverlay(device_key=hardware.key, runtime_bytes=meter.runtime_bytes))
-    return Booted(artifact=artifact, plan=plan, runner=runner, memory=meter.readings(plan))
-
-
-def _merge(built: EngineConfig, asked: EngineConfig) -> EngineConfig:
-    """Return the build's settings overruled by what this start asks for."""
-    names = [name for name in EngineConfig.__slots__ if name not in ("prefix_cache", "strict")]
-    overrides = {name: value for name in names if (value := getattr(asked, name)) is not None}
-    return replace(
-        built,
-        prefix_cache=built.prefix_cache and asked.prefix_cache,
-        strict=built.strict or asked.strict,
-        **overrides,
+    runtime_bytes = meter.runtime_bytes
+    if start.overlay is None and runtime_bytes <= MAX_RUNTIME_BYTES:
+        _remember(
+            artifact,
+            DeviceOverlay(device_key=hardware.key, software=software(), runtime_bytes=runtime_bytes),
+        )
+    return Booted(
+        artifact=artifact, plan=plan, runner=runner, memory=meter.readings(plan), downgrades=start.downgrades
     )
-
-
-def _is_as_built(plan: Plan, built: Plan) -> bool:
-    """Whether the ops chosen at build time are still asked the same."""
-    return (plan.target, plan.dtype, plan.page_tokens) == (built.target, built.dtype, built.page_tokens)
 
 
 def _remember(artifact: Artifact, overlay: DeviceOverlay) -> None:

@@ -129,6 +129,7 @@ def _info(booted: Booted, name: str | None, started_s: float) -> EngineInfo:
         bos_token_id=manifest.model.bos_token_id,
         defaults=defaults,
         memory=booted.memory,
+        downgrades=booted.downgrades,
         started_s=started_s,
         pid=os.getpid(),
     )

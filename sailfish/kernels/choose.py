@@ -17,7 +17,13 @@ def choose(case: Case) -> Choice:
     for impl in implementations(case.op):
         reason = impl.rejects(case)
         if reason is None:
-            return Choice(op=case.op, implementation=impl.name, why=impl.why, declined=tuple(declined))
+            return Choice(
+                op=case.op,
+                implementation=impl.name,
+                why=impl.why,
+                declined=tuple(declined),
+                is_fallback=impl.is_fallback,
+            )
         declined.append((impl.name, reason))
     raise AssertionError(f"the reference of {case.op} rejected {case}: {reason}")
 

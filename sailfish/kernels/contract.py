@@ -81,6 +81,8 @@ class Impl:
     """`module:function`, imported only when the choice is bound."""
     why: str
     """Why it is preferred to those after it, in words."""
+    is_fallback: bool = False
+    """Much slower than the preferred one of the same device; `--strict` refuses it."""
     rejects: Callable[[Case], str | None]
     """The reason it cannot do a case, or None."""
     workspace_bytes: Callable[[Case, StepBounds], int]
@@ -95,6 +97,8 @@ class Choice:
     implementation: str
     why: str
     declined: tuple[tuple[str, str], ...]
+    is_fallback: bool = False
+    """A better implementation exists for this device, and the model rules it out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,7 +19,7 @@ from sailfish.plan.memory import (
 )
 from sailfish.plan.ops import kept_index_bytes, workspaces
 from sailfish.plan.overlay import DeviceOverlay
-from sailfish.plan.settings import Answers, Settings, settle
+from sailfish.plan.settings import MIN_CONTEXT_TOKENS, Answers, Settings, settle
 from sailfish.plan.types import CacheSpec, Decision, Dtype, MemoryLine, Plan
 
 _BUDGET_PERCENT = {"cpu": 80, "cuda": 90}
@@ -66,7 +66,7 @@ def draft(
     overlay: DeviceOverlay | None,
     sizes: Sizes,
 ) -> Draft:
-    """Draft the plan; a context left to "auto" is shortened until it fits, nothing else is."""
+    """Draft the plan; a context left to "auto" is shortened until it fits, though not without end."""
     answers = Answers()
     settings = settle(config, model, hardware, sizes.weights, answers)
     budget = _budget(config, hardware)
@@ -74,7 +74,7 @@ def draft(
     if config.context_tokens is not None or _context_fits(whole, config, hardware):
         return whole
     page_tokens = settings.page_tokens
-    low, high = 1, (settings.context_tokens - 1) // page_tokens
+    low, high = -(-MIN_CONTEXT_TOKENS // page_tokens), (settings.context_tokens - 1) // page_tokens
     while low < high:
         middle = (low + high + 1) // 2
         shorter = replace(settings, context_tokens=middle * page_tokens)
@@ -84,8 +84,10 @@ def draft(
             low = middle
         else:
             high = middle - 1
-    shorter = replace(settings, context_tokens=min(low * page_tokens, settings.context_tokens))
-    answers.revise(
+    if low * page_tokens >= settings.context_tokens:
+        return whole
+    shorter = replace(settings, context_tokens=low * page_tokens)
+    answers.downgrade(
         "context_tokens",
         shorter.context_tokens,
         f"the longest whose KV blocks fit; the checkpoint allows {format_count(model.context_tokens)}",

@@ -11,5 +11,7 @@ class DeviceOverlay:
 
     device_key: str
     """HardwareProfile.key of the device that was measured."""
+    software: str
+    """What was measured with, such as "torch 2.11.0+cu130"; another version is measured again."""
     runtime_bytes: int
     """Memory of the process outside weights, KV blocks, activations and workspaces."""

@@ -7,7 +7,7 @@ from typing import Any, Literal, cast
 
 from sailfish.base.config import EngineConfig
 from sailfish.base.errors import ConfigError
-from sailfish.base.units import format_bytes
+from sailfish.base.units import format_bytes, format_count
 from sailfish.checkpoint.model_config import ModelConfig
 from sailfish.hardware.profile import GIB, HardwareProfile
 from sailfish.plan.types import Decision, Dtype
@@ -15,6 +15,9 @@ from sailfish.plan.types import Decision, Dtype
 _SMALL_WEIGHTS_BYTES = 2 * GIB
 """Up to here float32 on the CPU costs little and keeps answers exact."""
 _BF16_FEATURES = ("avx512_bf16", "amx_bf16", "bf16")
+CPU_CONTEXT_TOKENS = 8192
+MIN_CONTEXT_TOKENS = 2048
+"""An automatic context is never shortened below this to make it fit."""
 _PAGE_TOKENS = (8, 16, 32, 64, 128, 256)
 _MAX_SEQUENCES = 4096
 _MAX_STEP_TOKENS = 1 << 18
@@ -55,10 +58,12 @@ class Answers:
         self.decisions.append(Decision(name=name, requested="auto", active=str(default), why=why))
         return default
 
-    def revise(self, name: str, active: Any, why: str) -> None:
-        """Replace the answer of a decision already taken."""
+    def downgrade(self, name: str, active: Any, why: str) -> None:
+        """Replace the answer of a decision by a lesser one that the device forces."""
         self.decisions = [
-            replace(decision, active=str(active), why=why) if decision.name == name else decision
+            replace(decision, active=str(active), why=why, is_downgrade=True)
+            if decision.name == name
+            else decision
             for decision in self.decisions
         ]
 
@@ -74,10 +79,11 @@ def settle(
     _check(config, model, hardware)
     is_cpu = hardware.device == "cpu"
     answers.settle("device", config.device, hardware.device, hardware.name)
-    dtype = answers.settle("dtype", config.dtype, *_default_dtype(model, hardware, weights_bytes))
-    context_tokens = answers.settle(
-        "context_tokens", config.context_tokens, model.context_tokens, "all that the checkpoint allows"
-    )
+    default_dtype, dtype_why = _default_dtype(model, hardware, weights_bytes)
+    dtype = answers.settle("dtype", config.dtype, default_dtype, dtype_why)
+    if config.dtype is None and dtype == "bfloat16" != model.dtype:
+        answers.downgrade("dtype", dtype, dtype_why)
+    context_tokens = answers.settle("context_tokens", config.context_tokens, *_default_context(model, is_cpu))
     max_sequences = answers.settle(
         "max_sequences",
         config.max_sequences,
@@ -118,6 +124,13 @@ def settle(
         max_queue=max_queue,
         lag=lag,
     )
+
+
+def _default_context(model: ModelConfig, is_cpu: bool) -> tuple[int, str]:
+    if is_cpu and model.context_tokens > CPU_CONTEXT_TOKENS:
+        allowed = format_count(model.context_tokens)
+        return CPU_CONTEXT_TOKENS, f"longer prompts take a CPU minutes; ask for up to {allowed} with --ctx"
+    return model.context_tokens, "all that the checkpoint allows"
 
 
 def _default_dtype(
@@ -161,7 +174,7 @@ def _check(config: EngineConfig, model: ModelConfig, hardware: HardwareProfile) 
             hint=f"use one of {', '.join(map(str, _PAGE_TOKENS))}",
             param="page_tokens",
         )
-    _in_range("context_tokens", config.context_tokens, 1, model.context_tokens, "the checkpoint's own limit")
+    _in_range("context_tokens", config.context_tokens, 2, model.context_tokens, "the checkpoint's own limit")
     _in_range("max_sequences", config.max_sequences, 1, _MAX_SEQUENCES, "rows of the device table")
     _in_range("step_tokens", config.step_tokens, 1, _MAX_STEP_TOKENS, "tokens of one step")
     _in_range("max_queue", config.max_queue, 1, _MAX_QUEUE, "requests that wait")

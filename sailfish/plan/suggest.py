@@ -9,9 +9,18 @@ from typing import Any
 from sailfish.base.config import EngineConfig
 from sailfish.base.units import format_bytes
 from sailfish.checkpoint.model_config import ModelConfig
-from sailfish.hardware.profile import HardwareProfile
+from sailfish.hardware.profile import MIB, HardwareProfile
 from sailfish.plan.draft import Draft, Sizes, draft
 from sailfish.plan.overlay import DeviceOverlay
+
+_FLAGS = {
+    "context_tokens": "--ctx",
+    "dtype": "--dtype",
+    "kv_bytes": "--kv-memory",
+    "max_sequences": "--concurrency",
+    "memory_bytes": "--memory",
+    "step_tokens": "--step-tokens",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,8 +35,8 @@ class Suggestion:
 
     @property
     def text(self) -> str:
-        """The change in words, as in "context_tokens=8192 (21.3 GiB in all)"."""
-        words = " and ".join(f"{name}={'auto' if value is None else value}" for name, value in self.changes)
+        """The change as flags, as in "--ctx 8192 (21.3 GiB in all)"."""
+        words = " ".join(f"{_FLAGS[name]} {_shown(name, value)}" for name, value in self.changes)
         return f"{words} ({format_bytes(self.total_bytes)} in all)"
 
 
@@ -109,7 +118,8 @@ def _largest(
     config: EngineConfig, field: str, below: int, step: int, ask: Callable[[EngineConfig], Draft]
 ) -> Suggestion | None:
     """Find by bisection the largest multiple of `step` under `below` that fits."""
-    low, high = 0, (below - 1) // step
+    nothing = low = 1 if field == "context_tokens" and step == 1 else 0  # a context holds two tokens at least
+    high = (below - 1) // step
     while low < high:
         middle = (low + high + 1) // 2
         changes: dict[str, Any] = {field: middle * step}
@@ -117,8 +127,16 @@ def _largest(
             low = middle
         else:
             high = middle - 1
-    return _fitting(config, {field: low * step}, ask) if low else None
+    return _fitting(config, {field: low * step}, ask) if low > nothing else None
 
 
 def _joined(change: tuple[str, Any], option: Suggestion) -> Suggestion:
     return replace(option, changes=(change, *option.changes))
+
+
+def _shown(field: str, value: Any) -> str:
+    if value is None:
+        return "auto"
+    if field == "memory_bytes":  # rounded up, else it would not fit
+        return f"{-(-value // MIB)}MiB"
+    return str(value)

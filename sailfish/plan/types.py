@@ -16,6 +16,8 @@ class Decision:
     requested: str
     active: str
     why: str
+    is_downgrade: bool = False
+    """Less than the checkpoint offers, forced by the device: `--strict` refuses it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

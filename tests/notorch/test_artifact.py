@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -398,19 +399,21 @@ def test_a_lock_file_that_another_build_renamed_away_is_not_mistaken_for_the_loc
 
 def test_an_overlay_is_read_back_for_its_own_engine_only(engine: Path, tmp_path: Path) -> None:
     artifact = Artifact.open(engine)
-    overlay = DeviceOverlay(device_key="sm_90-nvidia-h200", runtime_bytes=123456789)
-    assert read_overlay(artifact, overlay.device_key) is None
+    overlay = DeviceOverlay(device_key="sm_90-nvidia-h200", software="torch 2", runtime_bytes=123456789)
+    assert read_overlay(artifact, overlay.device_key, "torch 2") is None
     path = write_overlay(artifact, overlay)
     assert path.name == "overlay-sm_90-nvidia-h200.json"
-    assert read_overlay(artifact, overlay.device_key) == overlay
+    assert read_overlay(artifact, overlay.device_key, "torch 2") == overlay
+    assert read_overlay(artifact, overlay.device_key, "torch 3") is None
     other = Artifact(engine, artifact.manifest, "0" * 64)
-    assert read_overlay(other, overlay.device_key) is None
+    assert read_overlay(other, overlay.device_key, "torch 2") is None
     assert Artifact.open(engine).digest == artifact.digest
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(ArtifactError, match="the next start measures again"):
-        read_overlay(artifact, overlay.device_key)
+    assert read_overlay(artifact, overlay.device_key, "torch 2") is None  # and not a start refused
+    write_overlay(artifact, replace(overlay, runtime_bytes=99 * 10**9))
+    assert read_overlay(artifact, overlay.device_key, "torch 2") is None
     with pytest.raises(ArtifactError, match="cannot name a file"):
-        read_overlay(artifact, "../../x")
+        read_overlay(artifact, "../../x", "torch 2")
 
 
 def test_evidence_grows_line_by_line_and_names_its_engine(engine: Path) -> None:

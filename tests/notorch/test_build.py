@@ -151,24 +151,31 @@ def test_an_engine_directory_is_returned_as_it_is(
     assert not cache_root(environ).exists()
 
 
-@pytest.mark.parametrize("change", ["weights", "tokenizer", "config", "target"])
+@pytest.mark.parametrize("change", ["weights", "tokenizer", "target"])
 def test_whatever_changes_the_engine_changes_its_place_in_the_cache(
     checkpoint: Path, environ: dict[str, str], change: str
 ) -> None:
     first = locate_engine(checkpoint, environ=environ)
-    config, target = EngineConfig(), None
+    target = None
     if change == "weights":
         data = bytearray((checkpoint / "model.safetensors").read_bytes())
         data[-1] ^= 1
         (checkpoint / "model.safetensors").write_bytes(data)
     elif change == "tokenizer":
         (checkpoint / "tokenizer.json").write_text('{"version": "2.0"}')
-    elif change == "config":
-        config = EngineConfig(max_sequences=3)
     else:
         target = "sm_80"
-    second = locate_engine(checkpoint, config, target=target, environ=environ)
+    second = locate_engine(checkpoint, target=target, environ=environ)
     assert second.is_built and second.path != first.path
+
+
+def test_settings_of_a_start_find_the_engine_of_another(checkpoint: Path, environ: dict[str, str]) -> None:
+    first = locate_engine(checkpoint, EngineConfig(max_sequences=3), environ=environ)
+    second = locate_engine(checkpoint, EngineConfig(context_tokens=64), environ=environ)
+    assert first.is_built and not second.is_built
+    manifest = Artifact.open(second.path).manifest
+    assert manifest.requested == EngineConfig(), "a later start without flags gets the defaults"
+    assert manifest.plan.max_sequences == 3
 
 
 def test_a_damaged_cache_entry_is_built_again_and_the_reason_is_told(

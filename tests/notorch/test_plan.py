@@ -18,6 +18,7 @@ from sailfish.plan import DeviceOverlay, make_plan, suggest
 from sailfish.plan.memory import weights_bytes
 from sailfish.plan.ops import choose_ops
 from sailfish.plan.render import as_data, decision_rows, memory_rows
+from sailfish.plan.strict import refuse_downgrades
 from sailfish.plan.types import Plan
 
 H200 = profile("h200")
@@ -143,13 +144,47 @@ def test_a_context_left_to_auto_is_shortened_to_what_fits_and_one_that_was_asked
         make_plan(longer, LLAMA_8B, RTX_3090)
 
 
+def test_an_automatic_context_is_not_shortened_below_2k_and_the_error_says_what_would_fit() -> None:
+    small = with_free(RTX_3090, 18 * GIB + 500 * MIB)
+    with pytest.raises(PlanError, match=r"with 2k tokens of context needs .*--step-tokens \d+") as caught:
+        make_plan(EngineConfig(), LLAMA_8B, small)
+    found = re.search(r"--step-tokens (\d+)", str(caught.value))
+    assert found is not None
+    assert make_plan(EngineConfig(step_tokens=int(found[1])), LLAMA_8B, small).context_tokens >= 2048
+
+
+def test_a_long_context_is_not_the_default_of_a_cpu_but_may_be_asked_for() -> None:
+    cpu = with_free(profile("cpu"), 200 * GIB)
+    plan = make_plan(EngineConfig(), LLAMA_8B, cpu)
+    assert plan.context_tokens == 8192
+    assert "--ctx" in next(d.why for d in plan.decisions if d.name == "context_tokens")
+    assert make_plan(EngineConfig(context_tokens=131072), LLAMA_8B, cpu).context_tokens == 131072
+
+
+def test_strict_refuses_what_the_device_forces_and_nothing_else() -> None:
+    sound = make_plan(EngineConfig(strict=True), LLAMA_8B, H200)
+    ops = choose_ops(LLAMA_8B, sound)
+    assert refuse_downgrades(EngineConfig(strict=True), sound, ops) == []
+    shortened = make_plan(EngineConfig(), LLAMA_8B, with_free(RTX_3090, 20 * GIB))
+    halved = make_plan(EngineConfig(), replace(LLAMA_8B, dtype="float16"), H200)
+    capped = choose_ops(replace(LLAMA_8B, attention_softcap=50.0), sound)
+    for plan, chosen, words in (
+        (shortened, ops, "context_tokens is"),
+        (halved, ops, "dtype is bfloat16"),
+        (sound, capped, "attention is cuda_math"),
+    ):
+        assert words in refuse_downgrades(EngineConfig(), plan, chosen)[0]
+        with pytest.raises(PlanError, match=words):
+            refuse_downgrades(EngineConfig(strict=True), plan, chosen)
+
+
 def test_a_plan_error_is_one_line_with_figures_and_changes_that_fit() -> None:
     with pytest.raises(PlanError) as caught:
         make_plan(EngineConfig(context_tokens=131072), LLAMA_8B, RTX_3090)
     words = str(caught.value)
     assert "\n" not in words
     assert re.search(r"needs [\d.]+ GiB on NVIDIA GeForce RTX 3090; [\d.]+ GiB may be used", words)
-    found = re.search(r"context_tokens=(\d+)", words)
+    found = re.search(r"--ctx (\d+)", words)
     assert found is not None
     make_plan(EngineConfig(context_tokens=int(found[1])), LLAMA_8B, RTX_3090)
 
@@ -191,7 +226,7 @@ def test_memory_beyond_what_is_free_is_refused() -> None:
         ({"device": "cpu"}, "device 'cpu' was asked for, but the target is 'sm_90'"),
         ({"dtype": "float16"}, "dtype 'float16' is not supported"),
         ({"page_tokens": 24}, "page_tokens 24 is not supported"),
-        ({"context_tokens": 131073}, "context_tokens is 131073, outside 1 to 131072"),
+        ({"context_tokens": 131073}, "context_tokens is 131073, outside 2 to 131072"),
         ({"context_tokens": 0}, "context_tokens is 0"),
         ({"max_sequences": 0}, "max_sequences is 0"),
         ({"step_tokens": -1}, "step_tokens is -1"),
@@ -206,7 +241,7 @@ def test_a_setting_out_of_range_is_named_with_its_value(change: dict[str, int], 
 
 
 def test_an_overlay_replaces_the_typical_runtime_by_the_measured_one() -> None:
-    overlay = DeviceOverlay(device_key=H200.key, runtime_bytes=777 * MIB)
+    overlay = DeviceOverlay(device_key=H200.key, software="torch", runtime_bytes=777 * MIB)
     plan = make_plan(EngineConfig(), LLAMA_8B, H200, overlay)
     line = next(line for line in plan.memory if line.name == "runtime")
     assert (line.bytes, line.why) == (777 * MIB, "measured on this device")
@@ -255,7 +290,7 @@ def maybe(values: st.SearchStrategy[int]) -> st.SearchStrategy[int | None]:
 CONFIGS = st.builds(
     EngineConfig,
     dtype=st.sampled_from([None, "float32", "bfloat16"]),
-    context_tokens=maybe(st.integers(1, 2048)),
+    context_tokens=maybe(st.integers(2, 2048)),
     max_sequences=maybe(st.integers(1, 512)),
     step_tokens=maybe(st.integers(1, 16384)),
     page_tokens=st.sampled_from([None, 8, 16, 64, 256]),
@@ -304,7 +339,7 @@ def test_every_suggestion_fits_when_it_is_applied(
     CONFIGS,
     MODELS,
     st.sampled_from(["max_sequences", "step_tokens", "context_tokens"]),
-    st.integers(1, 300),
+    st.integers(2, 300),
     st.integers(0, 300),
 )
 def test_asking_for_more_never_plans_fewer_bytes_outside_the_kv_blocks(

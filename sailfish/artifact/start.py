@@ -1,0 +1,48 @@
+"""What an engine obeys when it starts: its build's settings overruled, and the plan made again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.metadata import version
+
+from sailfish.artifact.reader import Artifact
+from sailfish.artifact.side import read_overlay
+from sailfish.base.config import EngineConfig
+from sailfish.hardware.profile import HardwareProfile
+from sailfish.kernels.contract import Choice
+from sailfish.plan.make import make_plan
+from sailfish.plan.ops import choose_ops
+from sailfish.plan.overlay import DeviceOverlay
+from sailfish.plan.strict import refuse_downgrades
+from sailfish.plan.types import Plan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """A start that is about to happen."""
+
+    plan: Plan
+    ops: tuple[Choice, ...]
+    overlay: DeviceOverlay | None
+    """What an earlier start measured on this device."""
+    downgrades: list[str]
+
+
+def software() -> str:
+    """Return what a measurement of the engine process depends on besides the device."""
+    return f"torch {version('torch')}"
+
+
+def plan_start(artifact: Artifact, asked: EngineConfig, hardware: HardwareProfile) -> Start:
+    """Plan an engine's start. Raises PlanError when it does not fit or, with `strict`, is downgraded."""
+    manifest = artifact.manifest
+    config = manifest.requested.overruled_by(asked)
+    overlay = read_overlay(artifact, hardware.key, software())
+    plan = make_plan(config, manifest.model, hardware, overlay)
+    ops = manifest.ops if _ask(plan) == _ask(manifest.plan) else choose_ops(manifest.model, plan)
+    return Start(plan=plan, ops=ops, overlay=overlay, downgrades=refuse_downgrades(config, plan, ops))
+
+
+def _ask(plan: Plan) -> tuple[str, str, int]:
+    """Return what the choice of ops depends on."""
+    return plan.target, plan.dtype, plan.page_tokens
