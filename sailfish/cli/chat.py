@@ -32,13 +32,22 @@ def chat(
     beginning = [{"role": "system", "content": system}] if system else []
     with Engine(engine_dir, config=settings.engine) as engine:
         opening.say(_HELP)
-        messages = list(beginning)
-        while (text := _read()) is not None:
-            if text == "/reset":
-                messages = list(beginning)
-            elif text:
-                messages.append({"role": "user", "content": text})
-                messages.append({"role": "assistant", "content": _answer(engine, messages, settings)})
+        _converse(engine, beginning, settings)
+
+
+def _converse(engine: Engine, beginning: list[dict[str, str]], settings: Settings) -> None:
+    """Answer what is typed until its end; a turn that failed is forgotten, so that the next one can do."""
+    messages = list(beginning)
+    while (text := _read()) is not None:
+        if text == "/reset":
+            messages = list(beginning)
+        elif text:
+            messages.append({"role": "user", "content": text})
+            answer = _answer(engine, messages, settings)
+            if answer is None:
+                messages.pop()
+            else:
+                messages.append({"role": "assistant", "content": answer})
 
 
 def _read() -> str | None:
@@ -49,8 +58,8 @@ def _read() -> str | None:
     return None if text in ("/exit", "/quit") else text
 
 
-def _answer(engine: Engine, messages: list[dict[str, str]], settings: Settings) -> str:
-    """Print the answer as it comes; return what came of it, also when it was stopped."""
+def _answer(engine: Engine, messages: list[dict[str, str]], settings: Settings) -> str | None:
+    """Print the answer as it comes; return what came of it, also when it was stopped, or None: it failed."""
     said = []
     try:
         for chunk in engine.stream_chat(messages, settings.sampling):
@@ -59,6 +68,9 @@ def _answer(engine: Engine, messages: list[dict[str, str]], settings: Settings) 
     except KeyboardInterrupt:
         typer.echo(" (stopped)", nl=False)
     except SailfishError as error:
-        typer.echo(f"error: {error}", nl=False, err=True)
+        if said:
+            typer.echo()
+        opening.say(f"error: {error}; this turn is forgotten, /reset forgets them all")
+        return None
     typer.echo()
     return "".join(said)
