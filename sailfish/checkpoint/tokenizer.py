@@ -72,10 +72,11 @@ class Tokenizer:
         """
         directory = Path(directory)
         path = directory / TOKENIZER_FILE
-        if not path.exists() and (directory / "tokenizer.model").exists():
+        if not path.exists() and not path.is_symlink():
+            other = " but tokenizer.model" if (directory / "tokenizer.model").exists() else ""
             raise CheckpointError(
-                f"{directory} holds tokenizer.model but no {TOKENIZER_FILE}",
-                hint="convert it: AutoTokenizer.from_pretrained(dir).save_pretrained(dir)",
+                f"{directory} has no {TOKENIZER_FILE}{other}",
+                hint="make it: AutoTokenizer.from_pretrained(dir).save_pretrained(dir)",
             )
         data = read_bytes(path, MAX_TOKENIZER_BYTES)
         special = special_token_texts(directory)

@@ -30,6 +30,7 @@ CONFIG = {
     "eos_token_id": 3,
     "bos_token_id": 1,
 }
+TOKENIZER = {"version": "1.0", "model": {"type": "WordLevel", "vocab": {"<unk>": 0}, "unk_token": "<unk>"}}
 ENVIRON: Mapping[str, str] = {"PATH": ""}
 """No nvidia-smi in sight: the target is this machine's CPU."""
 
@@ -39,7 +40,7 @@ def write_checkpoint(directory: Path, *, n_shards: int = 1) -> Path:
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(CONFIG))
     (directory / "generation_config.json").write_text(json.dumps({"temperature": 0.7, "eos_token_id": 3}))
-    (directory / "tokenizer.json").write_text('{"version": "1.0"}')
+    (directory / "tokenizer.json").write_text(json.dumps(TOKENIZER))
     (directory / "tokenizer_config.json").write_text("{}")
     shapes = tensor_shapes()
     if n_shards == 1:

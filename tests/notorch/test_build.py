@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import threading
 from pathlib import Path
 
 import pytest
-from engine_fixtures import CONFIG, ENVIRON, build, write_checkpoint, write_safetensors
+from engine_fixtures import CONFIG, ENVIRON, TOKENIZER, build, write_checkpoint, write_safetensors
 
 from sailfish.artifact import Artifact
 from sailfish.base.config import EngineConfig
@@ -100,11 +101,21 @@ def test_a_hub_blob_is_named_by_its_digest_and_is_not_read_again(checkpoint: Pat
     ] is False  # verify reads, and does not believe names
 
 
-def test_a_checkpoint_without_a_tokenizer_is_refused_and_nothing_is_left(
-    checkpoint: Path, tmp_path: Path
+EMPTY = {**TOKENIZER, "model": {"type": "BPE", "vocab": {}, "merges": []}}
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "words"),
+    [(None, "has no tokenizer.json"), ({}, "is not a tokenizer"), (EMPTY, "holds no tokens")],
+)
+def test_a_checkpoint_without_a_usable_tokenizer_is_refused_and_nothing_is_left(
+    checkpoint: Path, tmp_path: Path, tokenizer: dict[str, object] | None, words: str
 ) -> None:
-    (checkpoint / "tokenizer.json").unlink()
-    with pytest.raises(CheckpointError, match=r"has no tokenizer\.json"):
+    if tokenizer is None:
+        (checkpoint / "tokenizer.json").unlink()
+    else:
+        (checkpoint / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(CheckpointError, match=words):
         build(checkpoint, tmp_path / "engine")
     assert [path.name for path in tmp_path.iterdir()] == ["models"]
 
@@ -162,7 +173,7 @@ def test_whatever_changes_the_engine_changes_its_place_in_the_cache(
         data[-1] ^= 1
         (checkpoint / "model.safetensors").write_bytes(data)
     elif change == "tokenizer":
-        (checkpoint / "tokenizer.json").write_text('{"version": "2.0"}')
+        (checkpoint / "tokenizer.json").write_text(json.dumps(TOKENIZER, indent=1))
     else:
         target = "sm_80"
     second = locate_engine(checkpoint, target=target, environ=environ)
