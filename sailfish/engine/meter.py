@@ -47,7 +47,7 @@ class Meter:
 
     def readings(self, plan: Plan) -> list[MemoryReading]:
         """Return every line of the plan with its measurement; None where nothing can be measured."""
-        measured = {**self._parts, "runtime": self.runtime_bytes, "graphs": 0}
+        measured = {**self._parts, "runtime": self.runtime_bytes}
         return [MemoryReading(line.name, line.bytes, measured.get(line.name)) for line in plan.memory]
 
     def _held_bytes(self) -> int:
