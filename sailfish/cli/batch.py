@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import msgspec
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sailfish.base.errors import ConfigError, RequestError, SailfishError
@@ -18,26 +19,32 @@ _SAMPLING = set(SamplingParams.__struct_fields__)
 _KNOWN = _SAMPLING | {"id", "prompt", "messages"}
 
 
-async def answer_file(engine_dir: Path, source: Path, target: Path, settings: Settings) -> None:
-    """Answer every line of `source` into `target`, one JSON object an answer, in the order they finish.
+async def answer_all(
+    engine_dir: Path, requests: list[dict[str, Any]], out: TextIO, settings: Settings
+) -> int:
+    """Answer every request into `out`, one JSON object an answer, in the order they finish.
 
-    A line is `{"prompt": ...}` or `{"messages": [...]}`, with an optional `id` and sampling parameters
-    that replace those of the command line. A line that fails becomes `{"id", "error"}`.
+    A request is `{"prompt": ...}` or `{"messages": [...]}`, with an optional `id` and sampling parameters
+    that replace those of the command line. One that fails becomes `{"id", "error"}`; returns how many did.
     """
-    requests = read(source)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with _open(target) as out, Progress(*columns, console=_stderr()) as progress:
-        bar = progress.add_task(source.name, total=len(requests))
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        bar = progress.add_task("requests", total=len(requests))
         async with await AsyncEngine.start(engine_dir, config=settings.engine) as engine:
+            if out.seekable():
+                out.truncate(0)
             places = asyncio.Semaphore(engine.info.max_sequences)
 
-            async def answer(number: int, request: dict[str, Any]) -> None:
+            async def answer(number: int, request: dict[str, Any]) -> bool:
                 async with places:
-                    for row in await _answer(engine, number, request, settings.sampling):
-                        out.write(msgspec.json.encode(row).decode() + "\n")
+                    rows = await _answer(engine, number, request, settings.sampling)
+                for row in rows:
+                    out.write(msgspec.json.encode(row).decode() + "\n")
                 progress.advance(bar)
+                return "error" not in rows[0]
 
-            await asyncio.gather(*(answer(i, request) for i, request in enumerate(requests)))
+            answered = await asyncio.gather(*(answer(i, request) for i, request in enumerate(requests)))
+    return answered.count(False)
 
 
 async def _answer(
@@ -77,22 +84,32 @@ def params_of(request: dict[str, Any], defaults: SamplingParams) -> SamplingPara
 def read(source: Path) -> list[dict[str, Any]]:
     """Return the requests of a file; raises ConfigError naming the first line that is none."""
     try:
-        lines = source.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"requests {source}: {error}") from error
+        lines = source.read_bytes().split(b"\n")
+    except OSError as error:
+        raise ConfigError(f"requests {source}: {error.strerror}") from error
     requests = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             request = msgspec.json.decode(line, type=dict[str, Any])
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{source}, line {number}: {error}") from error
         reason = _rejects(request)
         if reason is not None:
             raise ConfigError(f"{source}, line {number}: {reason}")
         requests.append(request)
     return requests
+
+
+def open_for_answers(target: Path, source: Path) -> TextIO:
+    """Open the file of answers, what it holds still in it; raises ConfigError when that is the requests."""
+    if target.is_file() and target.samefile(source):
+        raise ConfigError(f"{target} holds the requests", hint="write the answers to another file")
+    try:
+        return target.open("a", encoding="utf-8", buffering=1)
+    except OSError as error:
+        raise ConfigError(f"answers {target}: {error.strerror}") from error
 
 
 def _rejects(request: dict[str, Any]) -> str | None:
@@ -108,16 +125,3 @@ def _rejects(request: dict[str, Any]) -> str | None:
     except msgspec.ValidationError as error:
         return f"prompt is text or token ids, messages are objects: {error}"
     return None
-
-
-def _open(target: Path) -> TextIO:
-    try:
-        return target.open("w", encoding="utf-8", buffering=1)
-    except OSError as error:
-        raise ConfigError(f"{target}: {error.strerror}") from error
-
-
-def _stderr() -> Any:
-    from rich.console import Console
-
-    return Console(stderr=True)

@@ -33,15 +33,23 @@ def generate(
     settings: Settings,
 ) -> None:
     """Continue a prompt (argument, file or standard input), streaming; or answer a batch of JSON lines."""
-    if (jsonl_in is None) != (jsonl_out is None):
-        raise ConfigError("--jsonl-in and --jsonl-out belong together", hint="give both")
-    text = None if jsonl_in is not None else _prompt(prompt, file)
-    engine_dir = opening.find(model, settings, offline=offline, download=download)
-    if jsonl_in is not None and jsonl_out is not None:
-        asyncio.run(batch.answer_file(engine_dir, jsonl_in, jsonl_out, settings))
+    if jsonl_in is None and jsonl_out is None:
+        text = _prompt(prompt, file)
+        engine_dir = opening.find(model, settings, offline=offline, download=download)
+        with Engine(engine_dir, config=settings.engine) as engine:
+            _show(engine, text, settings)
         return
-    with Engine(engine_dir, config=settings.engine) as engine:
-        _show(engine, text or "", settings)
+    if jsonl_in is None or jsonl_out is None:
+        raise ConfigError("--jsonl-in and --jsonl-out belong together", hint="give both")
+    if prompt is not None or file is not None:
+        raise ConfigError("a batch and another prompt were both given", hint="give --jsonl-in alone")
+    requests = batch.read(jsonl_in)
+    with batch.open_for_answers(jsonl_out, jsonl_in) as out:
+        engine_dir = opening.find(model, settings, offline=offline, download=download)
+        n_failed = asyncio.run(batch.answer_all(engine_dir, requests, out, settings))
+    opening.say(f"{len(requests) - n_failed} requests answered, {n_failed} failed: {jsonl_out}")
+    if n_failed:
+        raise typer.Exit(1)
 
 
 def _prompt(prompt: str | None, file: Path | None) -> str:

@@ -40,6 +40,38 @@ def test_a_wrong_line_is_named(tmp_path: Path, line: str, said: str) -> None:
     assert said in str(caught.value)
 
 
+def test_only_a_newline_ends_a_line(tmp_path: Path) -> None:
+    """The Unicode line and paragraph separators may stand raw in a JSON string (RFC 8259, section 7)."""
+    rows = _lines(tmp_path, '{"prompt": "a\u2028b\u2029c\x85d"}\r\n{"prompt": "e"}')
+    assert [row["prompt"] for row in rows] == ["a\u2028b\u2029c\x85d", "e"]
+
+
+def test_a_line_that_is_no_text_is_named(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_bytes(b'{"prompt": "a"}\n{"prompt": "\xff"}\n')
+    with pytest.raises(ConfigError, match="line 2: "):
+        batch.read(tmp_path / "in.jsonl")
+
+
+def test_answers_are_never_written_over_the_requests(tmp_path: Path) -> None:
+    requests = tmp_path / "in.jsonl"
+    requests.write_text('{"prompt": "a"}', encoding="utf-8")
+    (tmp_path / "link.jsonl").symlink_to(requests)
+    for target in (requests, tmp_path / "link.jsonl", tmp_path / "x" / ".." / "in.jsonl"):
+        (tmp_path / "x").mkdir(exist_ok=True)
+        with pytest.raises(ConfigError, match="holds the requests"):
+            batch.open_for_answers(target, requests)
+    assert requests.read_text(encoding="utf-8") == '{"prompt": "a"}'
+
+
+def test_opening_the_answers_keeps_what_is_there(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text("", encoding="utf-8")
+    (tmp_path / "out.jsonl").write_text("old", encoding="utf-8")
+    batch.open_for_answers(tmp_path / "out.jsonl", tmp_path / "in.jsonl").close()
+    assert (tmp_path / "out.jsonl").read_text(encoding="utf-8") == "old"
+    with pytest.raises(ConfigError, match="No such file or directory"):
+        batch.open_for_answers(tmp_path / "absent" / "out.jsonl", tmp_path / "in.jsonl")
+
+
 def test_a_missing_file_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="No such file"):
         batch.read(tmp_path / "absent.jsonl")
