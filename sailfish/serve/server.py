@@ -81,11 +81,11 @@ def bind(config: ServeConfig) -> socket.socket:
     return listener
 
 
-def uvicorn_config(app: ASGIApp, limits: Limits) -> uvicorn.Config:
+def uvicorn_config(app: ASGIApp, door: Door) -> uvicorn.Config:
     """Return how uvicorn serves an application of ours: guarded, silent, without extras."""
     return uvicorn.Config(
         app,
-        http=guarded(limits),
+        http=guarded(door.limits, door.counters),
         ws="none",
         lifespan="off",
         log_config=None,
@@ -93,7 +93,7 @@ def uvicorn_config(app: ASGIApp, limits: Limits) -> uvicorn.Config:
         access_log=False,
         proxy_headers=False,
         server_header=False,
-        timeout_keep_alive=int(limits.idle_s),
+        timeout_keep_alive=int(door.limits.idle_s),
         timeout_graceful_shutdown=_FAREWELL_S,
     )
 
@@ -118,7 +118,7 @@ class ApiServer(uvicorn.Server):
             limits=limits,
             vllm_metrics=config.vllm_metrics,
         )
-        super().__init__(uvicorn_config(create_app(self.site), limits))
+        super().__init__(uvicorn_config(create_app(self.site), self.site))
         self._drain_s = config.drain_s
         self._drain_ends_at_s: float | None = None
         self._on_drain = on_drain

@@ -39,7 +39,7 @@ class WaitingRoom:
             Route("/{path:path}", self._refuse, methods=["GET", "POST"]),
         ]
         app = Gate(Router(routes, redirect_slashes=False), self._door)
-        self._server = _Quiet(uvicorn_config(app, self._door.limits))
+        self._server = _Quiet(uvicorn_config(app, self._door))
         self._serving: asyncio.Task[None] | None = None
 
     def tell(self, stage: str) -> None:

@@ -9,6 +9,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 from serving import Running
 from test_bad_input import TEXT
+from test_wire import GET, HEAD
 
 from sailfish.base.config import ServeConfig
 
@@ -67,6 +68,22 @@ def test_replies_are_counted_by_route_never_by_path(start: Start) -> None:
     assert value(replies, route="/v1/completions", status="200") == 6
     assert value(replies, route="/v1/completions", status="400") == 1
     assert value(replies, route="other", status="404") == 3
-    assert value(replies, route="/v1/models/{model:path}", status="404") == 3
+    assert value(replies, route="/v1/models/{model}", status="404") == 3
     assert value(families["sailfish_http_disconnects"]) == 2
     assert all("made" not in str(sample.labels) for sample in replies.samples)
+
+
+def test_what_the_protocol_refuses_is_counted_once(start: Start) -> None:
+    running = start(header_read_s=0.5)
+    running.raw(GET + b"a:\r\n" * 200 + b"\r\n")
+    running.raw(b"\x16\x03\x01\x02")
+    running.raw(HEAD + b"Content-Length: 1073741824\r\n\r\n")
+    running.raw(b"GET /livez HTT")
+    too_large = b"10000\r\n" + b" " * 65_536 + b"\r\n"
+    running.raw(HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + too_large * 129)
+    families = scrape(running)
+    replies = families["sailfish_http_replies"]
+    found = {s.labels["status"]: s.value for s in replies.samples if s.labels["route"] == "other"}
+    assert found == {"431": 1, "400": 1, "413": 2, "408": 1}
+    assert not any(sample.labels["status"] == "499" for sample in replies.samples)
+    assert value(families["sailfish_http_disconnects"]) == 0

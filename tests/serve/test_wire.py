@@ -154,7 +154,28 @@ def test_pipelined_requests_are_answered_in_order_and_bounded(shared: Running) -
     last = b"GET /livez HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
     assert shared.raw((GET + b"\r\n") * 5 + last).count(b'{"status":"ok"}') == 6
     many = shared.raw((GET + b"\r\n") * 5000)
-    assert many.count(b"HTTP/1.1 200") <= shared.server.site.limits.pipelined_requests + 1
+    assert many.count(b"HTTP/1.1 200") == shared.server.site.limits.pipelined_requests + 1
+    assert many.count(b"HTTP/1.1 ") == many.count(b"HTTP/1.1 200") + 1
+    assert many.endswith(b"}}") and b'"code":"too_many_pipelined_requests"' in many
+    assert shared.is_fine()
+
+
+BODY = b'{"model": "fake", "prompt": "ab", "max_tokens": 2}'
+WHOLE = HEAD + b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        pytest.param(b"\x00" * 100, id="NULs"),
+        pytest.param(GET + b"A: b\r\n" * 200 + b"\r\n", id="too many headers"),
+        pytest.param(HEAD + b"Transfer-Encoding: chunked\r\n\r\nxyz", id="a body that is none"),
+    ],
+)
+def test_whole_requests_are_answered_before_what_follows_is_refused(shared: Running, garbage: bytes) -> None:
+    first, second, last = shared.raw(WHOLE + WHOLE + garbage).split(b"HTTP/1.1 ")[1:]
+    assert first.startswith(b"200") and second.startswith(b"200") and b'"text":"ab"' in second
+    assert code_of(b"HTTP/1.1 " + last)[0] in (400, 431)
     assert shared.is_fine()
 
 
@@ -177,9 +198,30 @@ def test_one_connection_too_many_is_told_to_come_back(start: Start) -> None:
     assert running.is_fine()
 
 
-def test_an_upgrade_is_answered_as_plain_http(shared: Running) -> None:
-    reply = shared.raw(GET + b"Connection: Upgrade, close\r\nUpgrade: websocket\r\n\r\n")
-    assert reply.startswith(b"HTTP/1.1 200")
+@pytest.mark.parametrize("protocol", [b"websocket", b"h2c"])
+def test_an_upgrade_is_answered_as_plain_http(shared: Running, protocol: bytes) -> None:
+    wish = (
+        b"Connection: Upgrade, HTTP2-Settings\r\nHTTP2-Settings: AAMAAABk\r\nUpgrade: " + protocol + b"\r\n"
+    )
+    framed = wish + b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY
+    chunked = wish + b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n0\r\n\r\n" % (len(BODY), BODY)
+    reply = shared.raw(
+        HEAD + framed + HEAD + chunked + GET + wish + b"\r\n" + GET + b"Connection: close\r\n\r\n"
+    )
+    assert reply.count(b'"text":"ab"') == 2 and reply.count(b'{"status":"ok"}') == 2
+    assert reply.count(b"HTTP/1.1 200") == 4
+    assert code_of(shared.raw(b"CONNECT localhost:80 HTTP/1.1\r\nHost: localhost\r\n\r\n"))[0] == 405
+
+
+def test_trailers_and_chunk_extensions_are_dropped_and_bounded(shared: Running) -> None:
+    head = HEAD + b"Connection: close\r\nTransfer-Encoding: chunked\r\n\r\n"
+    body = b"%x;name=value\r\n%s\r\n0\r\n" % (len(BODY), BODY)
+    assert b'"text":"ab"' in shared.raw(head + body + b"Host: evil\r\nContent-Encoding: gzip\r\n\r\n")
+    for endless in (body + b"X: ", b"5;", body + b"X: y\r\n" * 1000):
+        sent, reply = flood(shared, head + endless, b"y" * 65_536, 1024)
+        assert sent < 32 * 2**20
+        assert reply == b"" or code_of(reply)[0] in (400, 413)
+    assert shared.is_fine()
 
 
 SCRIPT = """
@@ -227,6 +269,7 @@ def test_no_flood_makes_the_server_grow_by_64_mebibytes() -> None:
         flood(running, GET + b"X-Long: ", b"a" * 65_536, 1024)
         piece = b"10000\r\n" + b" " * 65_536 + b"\r\n"
         flood(running, HEAD + b"Transfer-Encoding: chunked\r\n\r\n", piece, 2000)
+        flood(running, HEAD + b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\nX: ", b"y" * 65_536, 2000)
         for body in worst:
             reply = running.raw(HEAD + b"Content-Length: %d\r\nConnection: close\r\n\r\n" % len(body) + body)
             assert reply.startswith(b"HTTP/1.1 400"), reply[:200]

@@ -19,6 +19,7 @@ from sailfish.serve.site import Door
 
 PUBLIC_PATHS = frozenset({"/livez", "/readyz"})
 _REQUEST_ID = re.compile(rb"[!-~]{1,128}")
+_HOST = re.compile(r"(?:\[(?P<ip6>[0-9A-Fa-f:.]+)\]|(?P<name>[0-9A-Za-z.-]+))(?::[0-9]{1,5})?")
 _CORS_METHODS = b"GET, POST"
 _CORS_HEADERS = b"authorization, content-type, x-request-id"
 
@@ -40,6 +41,8 @@ class Gate:
         try:
             await self._serve(scope, receive, reply)
         except ClientGone:
+            if scope["state"].get("is_refused"):  # by the protocol, which has counted it
+                return
             self._door.counters.gone()
         except HTTPException as error:
             await reply.refuse(_routing_refusal(error))
@@ -61,7 +64,7 @@ class Gate:
             await self._routes(scope, receive, reply)
             return
         tenant = door.keys.tenant(scope["headers"])
-        scope["state"] = {**scope.get("state", {}), "tenant": tenant, "request_id": reply.request_id}
+        scope["state"].update(tenant=tenant, request_id=reply.request_id)
         if scope["method"] == "POST" and door.closed is not None:
             raise Refusal(
                 HTTPStatus.SERVICE_UNAVAILABLE,
@@ -135,9 +138,11 @@ class _Reply:
 def _check_host(headers: list[tuple[bytes, bytes]]) -> None:
     """Refuse other names than this machine's own: without keys, a rebound name would open the server."""
     host = next((value.decode("latin-1") for name, value in headers if name == b"host"), "")
-    name = host.rpartition("]")[0][1:] if host.startswith("[") else host.partition(":")[0]
-    if name.lower() == "localhost" or is_loopback(name):
-        return
+    found = _HOST.fullmatch(host)
+    if found is not None:
+        name = found["ip6"] or found["name"]
+        if name.lower() == "localhost" or is_loopback(name):
+            return
     raise Refusal(
         HTTPStatus.FORBIDDEN,
         "host_not_allowed",
@@ -167,4 +172,4 @@ def _routing_refusal(error: HTTPException) -> Refusal:
 def _route_name(scope: MutableMapping[str, Any]) -> str:
     """Return a route's template, never a path a client made up: labels stay few."""
     route = scope.get("route")
-    return str(getattr(route, "path", "other"))
+    return str(getattr(route, "path", "other")).replace(":path}", "}")

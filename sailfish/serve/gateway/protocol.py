@@ -13,12 +13,17 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from sailfish.serve.errors import Refusal, error_body, error_headers
 from sailfish.serve.gateway.limits import LIMITS, Limits
+from sailfish.serve.metrics.counters import Counters
+
+_FRAME_BYTES = 16
+"""What a chunk of a body needs for its size and line ends; chunk extensions and trailers come on top."""
 
 
 class GuardedProtocol(HttpToolsProtocol):
     """uvicorn's protocol with bounded headers, bodies, waits, buffers and connections."""
 
     limits: Limits = LIMITS
+    counters: Counters
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -26,7 +31,11 @@ class GuardedProtocol(HttpToolsProtocol):
         self._header_bytes = 0
         self._body_bytes = 0
         self._body_chunks = 0
+        self._framing_bytes = 0
+        """Of the request being read: what came after its headers and is not its body."""
         self._fault: Refusal | None = None
+        self._last_word: Refusal | None = None
+        """What is said once the whole requests that came before the fault are answered."""
         self._lingering = False
         self._dropped_bytes = 0
         self._active: RequestResponseCycle | None = None
@@ -57,7 +66,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Feed the parser, counting the bytes that have not become a request yet."""
-        if self._lingering:
+        if self._lingering or self._last_word is not None:
             self._dropped_bytes += len(data)
             if self._dropped_bytes > self.limits.linger_bytes:
                 self.transport.abort()
@@ -66,23 +75,42 @@ class GuardedProtocol(HttpToolsProtocol):
             self._header_bytes += len(data)
             if self._read_timer is None and not self._is_working():
                 self._allow_s(self.limits.header_read_s)
-        super().data_received(data)
-        if self._in_headers and self._header_bytes > self.limits.header_bytes and not self._lingering:
-            self._turn_away(self._headers_too_large())
+        self._unset_keepalive_if_required()
+        cycle, n_body_bytes = self.cycle, self._body_bytes
+        try:
+            self._parse(data)
+        except httptools.HttpParserError:
+            what = "these bytes are no HTTP request"
+            self._turn_away(self._fault or Refusal(HTTPStatus.BAD_REQUEST, "invalid_http", what))
+            return
+        if self._in_headers:
+            if self._header_bytes > self.limits.header_bytes:
+                self._turn_away(self._headers_too_large())
+        elif self.cycle is cycle:
+            self._framing_bytes += len(data) - (self._body_bytes - n_body_bytes)
+            if self._framing_bytes > self.limits.header_bytes + _FRAME_BYTES * self._body_chunks:
+                self._turn_away(self._body_too_large())
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Take one header field."""
+        """Take one header field; trailers, which look the same, are dropped."""
+        if not self._in_headers:
+            return
         super().on_header(name, value)
         if len(self.headers) > self.limits.headers:
             self._refuse(self._headers_too_large())
 
     def on_headers_complete(self) -> None:
         """Check what the headers announce, then start the application."""
+        if self.parser.get_method() == b"CONNECT":
+            self._refuse(Refusal(HTTPStatus.METHOD_NOT_ALLOWED, "method_not_allowed", "this is no proxy"))
+        if self.parser.should_upgrade():
+            return
         self._stop_reading_clock()
         self._in_headers = False
         self._header_bytes = 0
         self._body_bytes = 0
         self._body_chunks = 0
+        self._framing_bytes = 0
         if len(self.pipeline) >= self.limits.pipelined_requests:
             message = f"more than {self.limits.pipelined_requests} requests were sent ahead of their replies"
             self._refuse(Refusal(HTTPStatus.BAD_REQUEST, "too_many_pipelined_requests", message))
@@ -105,6 +133,8 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """Mark the request as wholly read."""
+        if self.parser.should_upgrade():
+            return
         self._stop_reading_clock()
         self._in_headers = True
         super().on_message_complete()
@@ -113,12 +143,10 @@ class GuardedProtocol(HttpToolsProtocol):
         """Go on with the next request, unless the body of this one was never read."""
         if self.cycle.response_complete and self.cycle.more_body:
             self._linger()
+        elif self._last_word is not None and not self.pipeline:
+            self._turn_away(self._last_word)
         else:
             super().on_response_complete()
-
-    def send_400_response(self, msg: str) -> None:
-        """Answer bytes that are no HTTP/1.1 request, or the fault that stopped the parser."""
-        self._turn_away(self._fault or Refusal(HTTPStatus.BAD_REQUEST, "invalid_http", msg))
 
     def pause_writing(self) -> None:
         """Give a client that does not read its reply a last chance."""
@@ -135,6 +163,17 @@ class GuardedProtocol(HttpToolsProtocol):
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._active = cycle
         super()._start_asgi_task(cycle, app)
+
+    def _parse(self, data: bytes) -> None:
+        """Feed the parser; a request that wishes for another protocol is read again without the wish."""
+        while True:
+            try:
+                self.parser.feed_data(data)
+                return
+            except httptools.HttpParserUpgrade as upgrade:
+                lines = [b"%s %s HTTP/1.1" % (self.parser.get_method(), self.url)]
+                lines += [b"%s: %s" % field for field in self.headers if field[0] != b"upgrade"]
+                data = b"\r\n".join(lines) + b"\r\n\r\n" + data[upgrade.args[0] :]
 
     def _check_headers(self) -> None:
         size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
@@ -179,7 +218,7 @@ class GuardedProtocol(HttpToolsProtocol):
         )
 
     def _refuse(self, fault: Refusal) -> NoReturn:
-        """Stop the parser from inside one of its callbacks; `send_400_response` then answers."""
+        """Stop the parser from inside one of its callbacks; `data_received` then answers."""
         self._fault = fault
         raise httptools.HttpParserError(fault.code)
 
@@ -188,14 +227,24 @@ class GuardedProtocol(HttpToolsProtocol):
         if self._lingering or self.transport.is_closing():
             return
         active = self._active
-        if active is None or active.response_complete:
-            self.transport.write(_whole_reply(fault))
-        else:
-            if active.more_body and not active.response_started:
-                self.transport.write(_whole_reply(fault))
+        if active is not None and not active.response_complete:
+            if not active.more_body:
+                self._answer_first(fault)
+                return
+            active.scope["state"]["is_refused"] = True
             active.disconnected = True
             active.message_event.set()
+        if active is None or active.response_complete or not active.response_started:
+            self.transport.write(_whole_reply(fault))
+            self.counters.reply("other", fault.http_status)
         self._linger()
+
+    def _answer_first(self, fault: Refusal) -> None:
+        """Keep the refusal until the whole requests before it are answered; drop the one it is about."""
+        self._last_word = fault
+        if self.pipeline and self.pipeline[0][0].more_body:
+            self.pipeline.popleft()
+        self._stop_reading_clock()
 
     def _is_working(self) -> bool:
         return self._active is not None and not self._active.response_complete
@@ -224,9 +273,9 @@ class GuardedProtocol(HttpToolsProtocol):
             self._read_timer = None
 
 
-def guarded(limits: Limits) -> type[GuardedProtocol]:
-    """Return the protocol class bound to these limits."""
-    return type("BoundProtocol", (GuardedProtocol,), {"limits": limits})
+def guarded(limits: Limits, counters: Counters) -> type[GuardedProtocol]:
+    """Return the protocol class bound to these limits, counting what it refuses."""
+    return type("BoundProtocol", (GuardedProtocol,), {"limits": limits, "counters": counters})
 
 
 def _whole_reply(fault: Refusal) -> bytes:
