@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ from sailfish.checkpoint.model_config import (
     MoeConfig,
     RopeConfig,
 )
-from sailfish.checkpoint.rope import LAYER_TYPES, MAX_CONTEXT, MAX_LAYERS, rope_config
+from sailfish.checkpoint.rope import LAYER_TYPES, MAX_LAYERS, context_tokens, rope_config
 from sailfish.checkpoint.safetensors_reader import Checkpoint
 
 CONFIG_FILE = "config.json"
@@ -60,6 +61,7 @@ def load_model_config(directory: Path | str) -> ModelConfig:
     d_model = config.integer("hidden_size", 1, MAX_WIDTH)
     head_dim = _head_dim(config, row, d_model, n_heads)
     vocab_size = config.integer("vocab_size", 1, MAX_VOCAB)
+    layers = _layers(config, row, head_dim)
     bias = config.flag("attention_bias", row.bias_default) if row.bias == "attention_bias" else False
     return ModelConfig(
         family=model_type,
@@ -69,9 +71,9 @@ def load_model_config(directory: Path | str) -> ModelConfig:
         head_dim=head_dim,
         d_mlp=config.integer("intermediate_size", 1, MAX_WIDTH),
         vocab_size=vocab_size,
-        context_tokens=config.integer("max_position_embeddings", 1, MAX_CONTEXT),
+        context_tokens=context_tokens(config, (layer.rope for layer in layers)),
         norm_eps=config.number_or("rms_norm_eps", 1e-12, 1.0, row.norm_eps),
-        layers=_layers(config, row, head_dim),
+        layers=layers,
         dtype=_dtype(config, directory),
         activation=_activation(config, row),
         tied_head=config.flag("tie_word_embeddings", row.is_gemma),
@@ -230,6 +232,8 @@ def _layers(config: Keys, row: Family, head_dim: int) -> tuple[LayerConfig, ...]
 
 def _ropes(config: Keys, row: Family, head_dim: int) -> tuple[RopeConfig, RopeConfig]:
     """Return the rope of local (windowed) layers and that of the others."""
+    scaling, params = config.object_or("rope_scaling"), config.object_or("rope_parameters")
+    empty = Keys({}, config.where)
 
     def rope(params: Keys, theta: float, theta_key: str = "rope_theta") -> RopeConfig:
         return rope_config(
@@ -237,8 +241,22 @@ def _ropes(config: Keys, row: Family, head_dim: int) -> tuple[RopeConfig, RopeCo
             interleaved=row.interleaved, rotary_frac=row.rotary_frac,
         )  # fmt: skip
 
-    scaling, params = config.object_or("rope_scaling"), config.object_or("rope_parameters")
-    empty = Keys({}, config.where)
+    def either(params: Keys | None, theta: float) -> RopeConfig:
+        """rope_scaling is the older name; where both stand, both must mean the same."""
+        given = [keys for keys in (scaling, params) if keys and keys.values]
+        found = [rope(keys, theta) for keys in given or [empty]]
+        if found[0] != found[-1]:
+            differing = next(
+                f.name for f in fields(RopeConfig) if len({getattr(r, f.name) for r in found}) > 1
+            )
+            values = " and ".join(shown(getattr(r, differing)) for r in found)
+            raise CheckpointError(
+                f"{config.where}: rope_scaling and rope_parameters differ in {differing}: {values}",
+                hint="remove the one that the model was not trained with",
+                param="rope_parameters",
+            )
+        return found[0]
+
     is_nested = params is not None and any(key in params.values for key in LAYER_TYPES)
     if row.nested_rope:
         if params is not None and not is_nested and params.values:
@@ -246,15 +264,14 @@ def _ropes(config: Keys, row: Family, head_dim: int) -> tuple[RopeConfig, RopeCo
                 f"{config.where}: rope_parameters must be nested by layer type in this family",
                 param="rope_parameters",
             )
-        full = params and params.object_or("full_attention") or scaling or empty
-        local = params and params.object_or("sliding_attention") or empty
-        return rope(local, row.rope_theta, "rope_local_base_freq"), rope(full, 1_000_000.0)
+        full, local = (params and params.object_or(key) for key in LAYER_TYPES)
+        return rope(local or empty, row.rope_theta, "rope_local_base_freq"), either(full, 1_000_000.0)
     if is_nested:
         raise UnsupportedModelError(
             f"{config.where}: rope_parameters is nested by layer type; this family has one rope",
             param="rope_parameters",
         )
-    one = rope(scaling if scaling is not None and scaling.values else params or empty, row.rope_theta)
+    one = either(params, row.rope_theta)
     return one, one
 
 

@@ -64,7 +64,7 @@ class ModelConfig:
     d_mlp: int
     vocab_size: int
     context_tokens: int
-    """The checkpoint's max_position_embeddings."""
+    """The checkpoint's max_position_embeddings, or what YaRN makes of it."""
     norm_eps: float
     layers: tuple[LayerConfig, ...]
     dtype: Literal["float32", "bfloat16", "float16"]

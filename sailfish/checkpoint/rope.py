@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Literal
 
 from sailfish.base.errors import CheckpointError, UnsupportedModelError
@@ -55,7 +56,7 @@ def rope_config(
             param=unknown[0],
         )
     theta = params.number_or("rope_theta", 1.0, 1e12, config.number_or(theta_key, 1.0, 1e12, theta))
-    factor, context, original = 1.0, config.integer("max_position_embeddings", 1, MAX_CONTEXT), 0
+    factor, context, original = 1.0, stated_context(config), 0
     if scaling in ("llama3", "yarn"):
         original = params.integer_or("original_max_position_embeddings", 1, MAX_CONTEXT, context)
         original = config.integer_or("original_max_position_embeddings", 1, MAX_CONTEXT, original)
@@ -83,6 +84,27 @@ def rope_config(
         beta_slow=params.number_or("beta_slow", 0.0, 1e6, 1.0) or 1.0,
         attention_factor=_attention_factor(params, factor) if scaling == "yarn" else 1.0,
     )
+
+
+def stated_context(config: Keys) -> int:
+    """Return max_position_embeddings; a model generates only where a prompt leaves room for a token."""
+    return config.integer("max_position_embeddings", 2, MAX_CONTEXT)
+
+
+def context_tokens(config: Keys, ropes: Iterable[RopeConfig]) -> int:
+    """Return the longest context: what the config states, or what YaRN stretches the original one to.
+
+    Published configs state either length (Qwen2.5: 32768 beside a factor of 4; DeepSeek-V3: all 163840).
+    """
+    stretched = [rope.factor * rope.original_context_tokens for rope in ropes if rope.scaling == "yarn"]
+    longest = max([stated_context(config), *map(int, stretched)])
+    if longest > MAX_CONTEXT:
+        raise CheckpointError(
+            f"{config.where}: YaRN's factor makes a context of {longest} tokens; "
+            f"it must be at most {MAX_CONTEXT}",
+            param="factor",
+        )
+    return longest
 
 
 def _rotary_dim(config: Keys, params: Keys, head_dim: int, rotary_frac: float) -> int:

@@ -14,6 +14,7 @@ import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from twins import TWINS, make_twin
 
 from sailfish.checkpoint.families import FAMILIES
@@ -23,6 +24,7 @@ from sailfish.checkpoint.names import check_tensors, tensor_specs
 from sailfish.checkpoint.safetensors_reader import Checkpoint
 from sailfish.checkpoint.template import ChatTemplate, encode_chat
 from sailfish.checkpoint.tokenizer import Tokenizer
+from sailfish.models.layers.rope import rope_table
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "notorch"))
 from checkpoint_fixtures import (
@@ -100,6 +102,27 @@ def test_yarn_attention_factors_agree(tmp_path: Path, extra: dict[str, Any]) -> 
     ours, theirs = both(tmp_path, "llama", rope_theta=1e4, rope_scaling=scaling)
     _, factor = ROPE_INIT_FUNCTIONS["yarn"](theirs)
     assert ours.layers[0].rope.attention_factor == pytest.approx(factor)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "stated"), [("qwen2", 32768), ("qwen3", 40960), ("llama", 32768), ("llama", 131072)]
+)
+def test_yarn_rotates_as_theirs_does_to_the_end_of_the_longer_context(
+    tmp_path: Path, model_type: str, stated: int
+) -> None:
+    """Qwen2.5's and Qwen3's published form: the context is four times the original 32768."""
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    ours, theirs = both(
+        tmp_path, model_type, max_position_embeddings=stated, head_dim=128, hidden_size=512,
+        rope_theta=1e6, rope_scaling=scaling,
+    )  # fmt: skip
+    assert ours.context_tokens == 131072
+    table_C2F = rope_table(ours.layers[0].rope, ours.context_tokens, torch.device("cpu"))
+    positions = torch.tensor([[0, 1, stated - 1, stated, 100_000, 131_071]]).clamp(max=131_071)
+    cos, sin = LlamaRotaryEmbedding(theirs)(torch.zeros(1), positions)
+    expected = torch.stack((cos[0, :, :64], sin[0, :, :64]), dim=1)
+    # the last bit of a float32 angle of 1e5 radians is 1/128
+    torch.testing.assert_close(table_C2F[positions[0]], expected, rtol=0, atol=1 / 64)
 
 
 @pytest.mark.parametrize("family", sorted(TWINS))

@@ -162,6 +162,46 @@ def test_yarn_scales_cos_and_sin_by_its_paper_or_as_told(tmp_path: Path) -> None
     assert inferred.layers[0].rope.factor == 4.0
 
 
+def yarn(factor: float, original: int) -> dict[str, Any]:
+    return {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
+
+
+@pytest.mark.parametrize(
+    ("stated", "scaling", "tokens"),
+    [
+        pytest.param(32768, yarn(4.0, 32768), 131072, id="Qwen2.5"),
+        pytest.param(40960, yarn(4.0, 32768), 131072, id="Qwen3"),
+        pytest.param(163840, yarn(40, 4096), 163840, id="DeepSeek-V3"),
+        pytest.param(
+            131072, {"type": "yarn", "original_max_position_embeddings": 4096}, 131072, id="inferred"
+        ),
+        pytest.param(32768, {"type": "yarn", "factor": 2.0}, 65536, id="of-the-stated"),
+        pytest.param(16384, {"type": "linear", "factor": 4.0}, 16384, id="linear"),
+        pytest.param(131072, {"rope_type": "llama3", **LLAMA3}, 131072, id="llama3"),
+    ],
+)
+def test_the_context_is_the_one_that_yarn_makes(
+    tmp_path: Path, stated: int, scaling: dict[str, Any], tokens: int
+) -> None:
+    assert load(tmp_path, max_position_embeddings=stated, rope_scaling=scaling).context_tokens == tokens
+    newer = load(tmp_path, max_position_embeddings=stated, rope_parameters={"rope_theta": 1e4, **scaling})
+    assert newer.context_tokens == tokens
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
+def test_two_ropes_are_read_only_if_they_mean_the_same(tmp_path: Path, model_type: str) -> None:
+    def both(factor: float) -> dict[str, Any]:
+        params: dict[str, Any] = {"rope_type": "linear", "factor": factor}
+        if model_type == "gemma3_text":
+            params = {"full_attention": params, "sliding_attention": {"rope_type": "default"}}
+        return {"rope_scaling": {"type": "linear", "factor": 8.0}, "rope_parameters": params}
+
+    rope = load(tmp_path, model_type, layer_types=["full_attention"] * 2, **both(8)).layers[0].rope
+    assert rope.factor == 8.0
+    error = refusal(tmp_path, model_type, **both(4))
+    assert "rope_scaling and rope_parameters differ in factor: 8.0 and 4.0 (remove the one" in str(error)
+
+
 def test_dtype_comes_from_either_key_or_from_the_weights(tmp_path: Path) -> None:
     assert load(tmp_path, dtype=..., torch_dtype="bfloat16").dtype == "bfloat16"
     assert load(tmp_path, dtype="torch.float16").dtype == "float16"
@@ -214,6 +254,12 @@ def test_wrong_generation_defaults_are_named(tmp_path: Path, generation: dict[st
         ({"rms_norm_eps": 0}, "rms_norm_eps is 0"),
         ({"vocab_size": "64"}, "vocab_size is '64'"),
         ({"tie_word_embeddings": 1}, "tie_word_embeddings is 1; it must be true or false"),
+        ({"max_position_embeddings": 1}, "max_position_embeddings is 1; it must be an integer from 2 to"),
+        ({"max_position_embeddings": 0}, "max_position_embeddings is 0; it must be an integer from 2 to"),
+        (
+            {"max_position_embeddings": 2**27, "rope_scaling": {"rope_type": "yarn", "factor": 4}},
+            "YaRN's factor makes a context of 536870912 tokens; it must be at most 134217728",
+        ),
         ({"rope_theta": -1}, "rope_theta is -1"),
         ({"rope_theta": 1e300}, "rope_theta is 1e+300"),
         ({"rope_scaling": 3}, "rope_scaling is 3; it must be an object"),
