@@ -17,10 +17,12 @@ log = logging.getLogger(__name__)
 
 ALLOWED_FILES = ("*.safetensors", "*.json", "*.jinja")
 """What a download may bring: weights, configs and templates; no pickles, no code."""
+SKIPPED_FILES = ("consolidated*", "*/*")
+"""What would bring the weights a second time, in their maker's own layout or in another format's folder."""
 
 _PART = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_-])?"
 _HUB_ID = re.compile(rf"{_PART}/{_PART}")
-_REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}(?:/[A-Za-z0-9_][A-Za-z0-9._-]{0,99}){0,5}")
+_OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 _TRUE = {"1", "true", "yes", "on"}
 
 
@@ -30,32 +32,32 @@ class HubEnv:
 
     cache: Path
     """Directory that holds models--org--name."""
-    offline: bool = False
-    """HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) is on."""
+    offline_variable: str | None = None
+    """The variable that forbids downloads, where one does."""
     token: str | None = None
 
     @classmethod
     def of(cls, variables: Mapping[str, str]) -> HubEnv:
-        """Read HF_HUB_CACHE, HF_HOME, XDG_CACHE_HOME, HOME, HF_HUB_OFFLINE and HF_TOKEN."""
+        """Read HF_HUB_CACHE, HF_HOME, XDG_CACHE_HOME, HOME, HF_TOKEN and the two that forbid downloads."""
         home = Path(variables.get("HOME") or Path.home())
         hf_home = (
             variables.get("HF_HOME")
             or Path(variables.get("XDG_CACHE_HOME") or home / ".cache") / "huggingface"
         )
         cache = variables.get("HF_HUB_CACHE") or Path(hf_home) / "hub"
-        offline = any(
-            variables.get(key, "").lower() in _TRUE for key in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+        forbidding = (key for key in _OFFLINE_VARIABLES if variables.get(key, "").lower() in _TRUE)
+        return cls(
+            cache=Path(cache).expanduser(),
+            offline_variable=next(forbidding, None),
+            token=variables.get("HF_TOKEN") or None,
         )
-        return cls(cache=Path(cache).expanduser(), offline=offline, token=variables.get("HF_TOKEN") or None)
 
 
-def resolve(
-    name: str, *, env: HubEnv, offline: bool = False, download: bool = False, revision: str | None = None
-) -> Path:
+def resolve(name: str, *, env: HubEnv, offline: bool = False, download: bool = False) -> Path:
     """Return the directory of a checkpoint.
 
-    `name` is a directory, or a Hub id `org/name`, looked up at `revision` (default: main) in the local
-    cache. Only with `download`, and never when `offline` or `env.offline`, is it fetched.
+    `name` is a directory, or a Hub id `org/name`, whose main branch is looked up in the local cache. Only
+    with `download`, and never when `offline` or when the environment forbids it, is it fetched.
     """
     directory = _directory(name)
     if directory is not None:
@@ -64,42 +66,36 @@ def resolve(
         raise CheckpointError(
             f"{name[:200]!r} is neither a directory nor a Hub id", hint="give a path, or org/name"
         )
-    if revision is not None and (not _REVISION.fullmatch(revision) or ".." in revision):
-        raise CheckpointError(
-            f"{revision[:200]!r} is not a revision", hint="give a branch, a tag or a commit"
-        )
-    snapshot = _cached(name, env, revision or "main")
+    snapshot = _cached(name, env)
     if snapshot is not None:
         return snapshot
-    if download and not offline and not env.offline:
-        return _download(name, env, revision)
     if offline:
-        why = "this is offline"
-    elif env.offline:
-        why = "HF_HUB_OFFLINE is set"
+        why, hint = "--offline was given", "leave out --offline, and add --download"
+    elif env.offline_variable is not None:
+        why = f"{env.offline_variable} is set"
+        hint = f"unset {env.offline_variable}, and add --download"
+    elif not download:
+        why = "downloads happen only when asked for"
+        hint = f"add --download, or run sailfish inspect {name} --download once"
     else:
-        why = "downloads happen only when asked"
-    at = f" at revision {revision}" if revision else ""
-    raise CheckpointError(
-        f"{name}{at} is not, or not wholly, in the cache {env.cache}, and {why}",
-        hint="download it, e.g. with --download",
-    )
+        return _download(name, env)
+    raise CheckpointError(f"{name} is not, or not wholly, in the cache {env.cache}, and {why}", hint=hint)
 
 
 def _directory(name: str) -> Path | None:
     try:
         path = Path(name).expanduser()
-        return path if path.is_dir() else None
+        return path if name and path.is_dir() else None  # pathlib takes "" for the current directory
     except (OSError, ValueError, RuntimeError):  # too long, a NUL, the home of nobody
         return None
 
 
-def _cached(name: str, env: HubEnv, revision: str) -> Path | None:
-    """Return the snapshot a branch, tag or commit points to, if its config and weights are all there."""
+def _cached(name: str, env: HubEnv) -> Path | None:
+    """Return the snapshot that the main branch points to, if its config and weights are all there."""
     repo = env.cache / f"models--{name.replace('/', '--')}"
-    ref = repo / "refs" / revision
+    ref = repo / "refs" / "main"
     try:
-        commit = ref.read_text(encoding="ascii")[:100].strip() if ref.is_file() else revision
+        commit = ref.read_text(encoding="ascii")[:100].strip() if ref.is_file() else ""
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{ref} cannot be read: {error}", hint="delete it and download again") from None
     if not re.fullmatch(r"[A-Za-z0-9]{1,64}", commit):
@@ -113,7 +109,7 @@ def _cached(name: str, env: HubEnv, revision: str) -> Path | None:
     return snapshot if all((snapshot / file).exists() for file in files) else None
 
 
-def _download(name: str, env: HubEnv, revision: str | None) -> Path:
+def _download(name: str, env: HubEnv) -> Path:
     try:
         import huggingface_hub
         from huggingface_hub.errors import HfHubHTTPError
@@ -126,12 +122,15 @@ def _download(name: str, env: HubEnv, revision: str | None) -> Path:
         return Path(
             huggingface_hub.snapshot_download(
                 name,
-                revision=revision,
                 cache_dir=env.cache,
                 token=env.token,
                 allow_patterns=list(ALLOWED_FILES),
+                ignore_patterns=list(SKIPPED_FILES),
             )
         )
     except (HfHubHTTPError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"{name} could not be downloaded: {reason}") from None
+        raise CheckpointError(
+            f"{name} could not be downloaded: {reason}",
+            hint="check the name, the network and HF_TOKEN, or give a directory",
+        ) from None
