@@ -26,7 +26,8 @@ START_S = 30.0
 WORKER_MEMORY_BYTES = 768 << 20
 _MAX_REPLY_BYTES = 8 * MAX_RENDERED_BYTES
 _MAX_REASON_CHARS = 300
-_RESERVED = ("messages", "add_generation_prompt")
+_OWN = {"tools": None, "documents": None}
+"""Variables that templates ask for and that are empty here."""
 
 Message = Mapping[str, Any]
 
@@ -34,9 +35,19 @@ Message = Mapping[str, Any]
 class ChatTemplate:
     """A model's chat template. Safe to share between threads; renders one conversation at a time."""
 
-    def __init__(self, source: str, variables: Mapping[str, str], *, render_s: float = RENDER_S) -> None:
+    def __init__(
+        self,
+        source: str,
+        variables: Mapping[str, str],
+        *,
+        origin: str = "the chat template",
+        render_s: float = RENDER_S,
+    ) -> None:
         """Take the Jinja source, and bos_token, eos_token ... as the template sees them."""
         self.source = source
+        self._origin = origin
+        self._reads: frozenset[str] = frozenset()
+        """Names that the template looks up; known once it is compiled."""
         self._variables = dict(variables)
         self._render_s = render_s
         self._lock = threading.Lock()
@@ -54,7 +65,13 @@ class ChatTemplate:
                 raise CheckpointError(f"{path} is not UTF-8") from None
         else:
             source = _configured(directory / TOKENIZER_CONFIG_FILE)
-        return None if source is None else cls(source, special_token_texts(directory))
+            path = directory / TOKENIZER_CONFIG_FILE
+        return None if source is None else cls(source, special_token_texts(directory), origin=str(path))
+
+    def check(self) -> None:
+        """Compile the template; raise CheckpointError naming its file when that fails."""
+        with self._lock:
+            self._started()
 
     def render(
         self,
@@ -64,17 +81,16 @@ class ChatTemplate:
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> str:
         """Return the text of a conversation, or raise RequestError in the template's own words."""
-        for key in _RESERVED:
-            if key in (template_kwargs or {}):
-                raise RequestError(f"chat_template_kwargs may not set {key}", param="chat_template_kwargs")
-        variables = {
+        own = {
+            **_OWN,
             **self._variables,
-            "tools": None,
-            "documents": None,
-            **(template_kwargs or {}),
             "messages": messages,
             "add_generation_prompt": add_generation_prompt,
         }
+        kwargs = dict(template_kwargs or {})
+        if kwargs:
+            self._check_kwargs(kwargs, own)
+        variables = own | kwargs
         try:
             request = json.dumps(variables, allow_nan=False).encode()
         except (ValueError, TypeError, RecursionError) as error:
@@ -87,8 +103,13 @@ class ChatTemplate:
                 param="messages",
             )
         with self._lock:
-            reply = self._ask(request)
-        return _text(reply)
+            reply = self._started().ask(request, self._render_s)
+        if reply is None:
+            raise RequestError(
+                f"the chat template did not finish within {self._render_s:g} s on these messages",
+                param="messages",
+            )
+        return self._text(reply)
 
     def close(self) -> None:
         """End the subprocess; a later render starts another."""
@@ -97,8 +118,20 @@ class ChatTemplate:
                 self._worker.stop()
                 self._worker = None
 
-    def _ask(self, request: bytes) -> dict[str, Any]:
-        """Ask the subprocess, starting it if need be; one that did not answer in time is gone."""
+    def _check_kwargs(self, kwargs: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+        """Refuse what would replace our own variables, and what the template would silently ignore."""
+        self.check()
+        open_names = sorted(self._reads - own.keys())
+        for key in kwargs:
+            if key not in open_names:
+                why = "is not for requests to set" if key in own else "is nothing this model's template reads"
+                raise RequestError(
+                    f"chat_template_kwargs: {shown(key)} {why}; it takes {', '.join(open_names) or 'none'}",
+                    param="chat_template_kwargs",
+                )
+
+    def _started(self) -> _Worker:
+        """Return the subprocess with the template compiled; one that did not answer in time is gone."""
         if self._worker is None or not self._worker.is_alive:
             self._worker = _Worker()
             setup = {
@@ -107,15 +140,37 @@ class ChatTemplate:
                 "max_bytes": MAX_RENDERED_BYTES,
                 "alarm_s": 2 * self._render_s,
             }
-            if self._worker.ask(json.dumps(setup).encode(), START_S) is None:
-                raise CheckpointError("the chat template's process did not start")
-        reply = self._worker.ask(request, self._render_s)
-        if reply is None:
-            raise RequestError(
-                f"the chat template did not finish within {self._render_s:g} s on these messages",
-                param="messages",
-            )
-        return reply
+            reply = self._worker.ask(json.dumps(setup).encode(), START_S)
+            if reply is None:
+                raise CheckpointError(f"{self._origin}: the chat template's process did not start")
+            if "error" in reply:
+                self._worker.stop()
+                raise self._unusable(reply)
+            self._reads = frozenset(reply["reads"])
+        return self._worker
+
+    def _text(self, reply: Mapping[str, Any]) -> str:
+        if "text" in reply:
+            return str(reply["text"])
+        match reply.get("error"):
+            case "raised":
+                raise RequestError(
+                    f"the chat template refused the messages: {_reason(reply)}", param="messages"
+                )
+            case "bad_template":
+                raise self._unusable(reply)
+            case "too_large":
+                raise RequestError(
+                    f"the chat template made more than {MAX_RENDERED_BYTES} bytes of these messages",
+                    param="messages",
+                )
+            case _:
+                raise RequestError(
+                    f"the chat template failed on these messages: {_reason(reply)}", param="messages"
+                )
+
+    def _unusable(self, reply: Mapping[str, Any]) -> CheckpointError:
+        return CheckpointError(f"{self._origin}: the chat template is not usable: {_reason(reply)}")
 
 
 class _Worker:
@@ -261,19 +316,5 @@ def _configured(path: Path) -> str | None:
     return template
 
 
-def _text(reply: Mapping[str, Any]) -> str:
-    if "text" in reply:
-        return str(reply["text"])
-    reason = " ".join(str(reply.get("message")).split())[:_MAX_REASON_CHARS]
-    match reply.get("error"):
-        case "raised":
-            raise RequestError(f"the chat template refused the messages: {reason}", param="messages")
-        case "bad_template":
-            raise CheckpointError(f"the chat template is not usable: {reason}")
-        case "too_large":
-            raise RequestError(
-                f"the chat template made more than {MAX_RENDERED_BYTES} bytes of these messages",
-                param="messages",
-            )
-        case _:
-            raise RequestError(f"the chat template failed on these messages: {reason}", param="messages")
+def _reason(reply: Mapping[str, Any]) -> str:
+    return " ".join(str(reply.get("message")).split())[:_MAX_REASON_CHARS]

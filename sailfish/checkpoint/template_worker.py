@@ -1,7 +1,8 @@
 """Render one chat template, request after request, in a process of its own that may be killed at any time.
 
 Run as a script by `template.py`; it imports nothing of Sailfish. Frames on stdin and stdout are a 4-byte
-big-endian length and a JSON object. The first frame in holds the template and the limits.
+big-endian length and a JSON object. The first frame in holds the template and the limits; the first one out,
+which names the template reads.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any, BinaryIO, NoReturn
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
 from jinja2.exceptions import SecurityError
@@ -80,14 +82,18 @@ def main() -> None:
     stdin, stdout = sys.stdin.buffer, sys.stdout.buffer
     setup = read_frame(stdin)
     _limit_resources(setup["memory_bytes"])
-    write_frame(stdout, {})
-    template: jinja2.Template | None = None
+    sandbox = environment()
+    try:
+        reads = sorted(jinja2.meta.find_undeclared_variables(sandbox.parse(setup["template"])))
+        template = sandbox.from_string(setup["template"])
+    except Exception as error:  # noqa: BLE001 - process edge: whatever is wrong with it becomes a reply
+        write_frame(stdout, {"error": "bad_template", "message": f"{type(error).__name__}: {error}"[:2000]})
+        return
+    write_frame(stdout, {"reads": reads})
     while (variables := read_frame(stdin)) is not None:
         # Should the parent die meanwhile, nobody else would end an endless template.
         signal.setitimer(signal.ITIMER_REAL, setup["alarm_s"])
         try:
-            if template is None:
-                template = environment().from_string(setup["template"])
             reply = {"text": render(template, variables, setup["max_bytes"])}
         except Exception as error:  # noqa: BLE001 - process edge: whatever a template raises becomes a reply
             reply = {"error": _kind(error), "message": f"{type(error).__name__}: {error}"[:2000]}
@@ -102,7 +108,7 @@ def _kind(error: Exception) -> str:
         return "raised"
     if isinstance(error, _TooLarge | MemoryError):
         return "too_large"
-    if isinstance(error, jinja2.TemplateSyntaxError | SecurityError):
+    if isinstance(error, SecurityError):
         return "bad_template"
     return "failed"
 

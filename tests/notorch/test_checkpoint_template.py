@@ -68,17 +68,33 @@ def test_hugging_face_conventions_hold(source: str, expected: str) -> None:
     assert render(source) == expected
 
 
-def test_template_kwargs_are_variables_but_cannot_replace_the_messages() -> None:
-    assert (
-        render(
-            "{{ enable_thinking }}{{ tokenize }}", template_kwargs={"enable_thinking": 1, "tokenize": True}
-        )
-        == "1True"
+def test_template_kwargs_are_variables_that_the_template_reads() -> None:
+    source = (
+        "{% if enable_thinking is defined %}{{ enable_thinking }}{% endif %}{{ style | default('plain') }}"
+        "{{ messages[0].content }}{{ bos_token }}{% if tools %}{{ tools }}{% endif %}"
+        "{% if false %}{{ raise_exception('no') }}{% endif %}{{ add_generation_prompt }}"
     )
-    for key in ("messages", "add_generation_prompt"):
-        with pytest.raises(RequestError, match=f"may not set {key}") as caught:
-            render("x", template_kwargs={key: []})
+    assert render(source, template_kwargs={"enable_thinking": 1}) == "1plainhi<s>True"
+    ours = ("messages", "add_generation_prompt", "bos_token", "eos_token", "tools", "documents")
+    for key in (*ours, "raise_exception", "strftime_now", "range", "nonsense", "tokenize"):
+        words = "is not for requests to set" if key in ours else "is nothing this model's template reads"
+        with pytest.raises(RequestError, match=f"{words}; it takes enable_thinking, style$") as caught:
+            render(source, template_kwargs={key: 1})
         assert caught.value.param == "chat_template_kwargs"
+
+
+def test_a_template_that_cannot_be_compiled_is_found_before_any_message(tmp_path: Path) -> None:
+    path = tmp_path / "mine.jinja"
+    path.write_text("{% if %}")
+    template = ChatTemplate.load(tmp_path, path)
+    assert template is not None
+    with pytest.raises(CheckpointError, match=r"mine\.jinja: .*TemplateSyntaxError"):
+        template.check()
+    path.write_text("{{ messages }}")
+    template = ChatTemplate.load(tmp_path, path)
+    assert template is not None
+    template.check()
+    template.close()
 
 
 def test_a_refusal_arrives_in_the_templates_words() -> None:
