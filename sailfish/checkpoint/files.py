@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 from sailfish.base.errors import CheckpointError
 
 MAX_JSON_BYTES = 16 << 20
+DOWNLOAD_AGAIN = "download it again"
+_MEND = "mend it, or download it again"
 _SHOWN_CHARS = 100
 
 T = TypeVar("T")
@@ -30,11 +32,17 @@ def file_size(path: Path) -> int:
     try:
         status = path.stat()
     except FileNotFoundError:
-        raise CheckpointError(f"{path.name} is missing in {path.parent}") from None
+        if path.is_symlink():
+            raise CheckpointError(
+                f"{path} is a link to {path.readlink()}, which is not there", hint=DOWNLOAD_AGAIN
+            ) from None
+        raise CheckpointError(
+            f"{path.name} is missing in {path.parent}", hint="check the path, or download all of its files"
+        ) from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise CheckpointError(f"{path} cannot be read: {error}") from None
     if not stat.S_ISREG(status.st_mode):
-        raise CheckpointError(f"{path} is not a regular file")
+        raise CheckpointError(f"{path} is not a regular file", hint=DOWNLOAD_AGAIN)
     return status.st_size
 
 
@@ -42,11 +50,13 @@ def read_bytes(path: Path, max_bytes: int) -> bytes:
     """Return a file's bytes, or raise CheckpointError when it is absent, unreadable or too large."""
     size = file_size(path)
     if size > max_bytes:
-        raise CheckpointError(f"{path} has {size} bytes, at most {max_bytes} are read")
+        raise CheckpointError(f"{path} has {size} bytes, at most {max_bytes} are read", hint=DOWNLOAD_AGAIN)
     try:
         return path.read_bytes()
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+        raise CheckpointError(
+            f"{path} cannot be read: {error.strerror}", hint="check its permissions"
+        ) from None
 
 
 def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
@@ -59,11 +69,11 @@ def parse_object(data: bytes, where: str) -> dict[str, Any]:
     try:
         value = json.loads(data.decode(), object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
     except RecursionError:
-        raise CheckpointError(f"{where} is nested too deeply") from None
+        raise CheckpointError(f"{where} is nested too deeply", hint=_MEND) from None
     except ValueError as error:  # also bad UTF-8 and integers of too many digits
-        raise CheckpointError(f"{where} is not valid JSON: {shown(str(error))}") from None
+        raise CheckpointError(f"{where} is not valid JSON: {shown(str(error))}", hint=_MEND) from None
     if not isinstance(value, dict):
-        raise CheckpointError(f"{where} holds a JSON {type(value).__name__}, not an object")
+        raise CheckpointError(f"{where} holds a JSON {type(value).__name__}, not an object", hint=_MEND)
     return value
 
 

@@ -70,10 +70,10 @@ def resolve(name: str, *, env: HubEnv, offline: bool = False, download: bool = F
     if snapshot is not None:
         return snapshot
     if offline:
-        why, hint = "--offline was given", "leave out --offline, and add --download"
+        why, hint = "--offline was given", "leave it out to allow --download"
     elif env.offline_variable is not None:
         why = f"{env.offline_variable} is set"
-        hint = f"unset {env.offline_variable}, and add --download"
+        hint = "unset it to allow --download"
     elif not download:
         why = "downloads happen only when asked for"
         hint = f"add --download, or run sailfish inspect {name} --download once"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sailfish.base.errors import CheckpointError
-from sailfish.checkpoint.files import file_size, parse_object, read_json, shown
+from sailfish.checkpoint.files import DOWNLOAD_AGAIN, file_size, parse_object, read_json, shown
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -61,10 +61,10 @@ class Checkpoint:
     def open(cls, directory: Path | str) -> Checkpoint:
         """Read every header of a directory with one or many safetensors files, or raise CheckpointError."""
         directory = Path(directory)
-        if (directory / SINGLE_FILE).exists():
+        if _is_there(directory / SINGLE_FILE):
             tensors = read_header(directory / SINGLE_FILE)
             return cls(directory, tensors, {SINGLE_FILE: file_size(directory / SINGLE_FILE)})
-        if (directory / INDEX_FILE).exists():
+        if _is_there(directory / INDEX_FILE):
             return _open_sharded(directory)
         raise _no_weights(directory)
 
@@ -89,6 +89,11 @@ class Checkpoint:
         return self._maps[file]
 
 
+def _is_there(path: Path) -> bool:
+    """Say whether there is a file of this name, even a link to nothing: reading it then names the link."""
+    return path.exists() or path.is_symlink()
+
+
 def read_header(path: Path) -> dict[str, TensorRef]:
     """Return the tensors that one safetensors file declares, or raise CheckpointError."""
     size = file_size(path)
@@ -99,7 +104,7 @@ def read_header(path: Path) -> dict[str, TensorRef]:
             if len(prefix) < 8 or n_header > size - 8:
                 raise CheckpointError(
                     f"{path} is truncated: it has {size} bytes and its header alone needs {8 + n_header}",
-                    hint="download it again",
+                    hint=DOWNLOAD_AGAIN,
                 )
             if n_header > MAX_HEADER_BYTES:
                 raise CheckpointError(
@@ -107,9 +112,13 @@ def read_header(path: Path) -> dict[str, TensorRef]:
                 )
             raw = stream.read(n_header)
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+        raise CheckpointError(
+            f"{path} cannot be read: {error.strerror}", hint="check its permissions"
+        ) from None
     if raw[:1] != b"{":
-        raise CheckpointError(f"{path} is not a safetensors file: its header does not start with '{{'")
+        raise CheckpointError(
+            f"{path} is not a safetensors file: its header does not start with '{{'", hint=DOWNLOAD_AGAIN
+        )
     header = parse_object(raw, f"{path}: header")
     _check_metadata(header.pop("__metadata__", {}), path)
     tensors = {name: _tensor(name, entry, path, 8 + n_header) for name, entry in header.items()}
@@ -137,7 +146,8 @@ def _tensor(name: str, entry: Any, path: Path, data_start: int) -> TensorRef:
     n_bits = math.prod(shape) * DTYPE_BITS[dtype]
     if n_bits != (end - begin) * 8:
         raise CheckpointError(
-            f"{where} has {end - begin} bytes, but {dtype} of shape {shown(shape)} needs {-(-n_bits // 8)}"
+            f"{where} has {end - begin} bytes, but {dtype} of shape {shown(shape)} needs {-(-n_bits // 8)}",
+            hint=DOWNLOAD_AGAIN,
         )
     return TensorRef(
         name=name,
@@ -161,16 +171,17 @@ def _check_layout(tensors: Mapping[str, TensorRef], path: Path, data_start: int,
             raise CheckpointError(
                 f"{path} is truncated: tensor {shown(ref.name)} ends at byte {ref.offset + ref.n_bytes} "
                 f"of a file of {size}",
-                hint="download it again",
+                hint=DOWNLOAD_AGAIN,
             )
         if ref.offset != end:
             kind = "overlaps" if ref.offset < end else "leaves a hole after"
             raise CheckpointError(
-                f"{path}: tensor {shown(ref.name)} {kind} {before} (byte {ref.offset}, not {end})"
+                f"{path}: tensor {shown(ref.name)} {kind} {before} (byte {ref.offset}, not {end})",
+                hint=DOWNLOAD_AGAIN,
             )
         end, before = ref.offset + ref.n_bytes, shown(ref.name)
     if end != size:
-        raise CheckpointError(f"{path} has {size - end} bytes after its last tensor")
+        raise CheckpointError(f"{path} has {size - end} bytes after its last tensor", hint=DOWNLOAD_AGAIN)
 
 
 def _open_sharded(directory: Path) -> Checkpoint:
@@ -205,7 +216,10 @@ def _is_shard_name(file: Any) -> bool:
 
 def _check_shard(index: Path, file: str, listed: set[str], found: Any) -> None:
     if missing := sorted(listed - found):
-        raise CheckpointError(f"{index} places tensor {shown(missing[0])} in {file}, which does not hold it")
+        raise CheckpointError(
+            f"{index} places tensor {shown(missing[0])} in {file}, which does not hold it",
+            hint=DOWNLOAD_AGAIN,
+        )
     if extra := sorted(found - listed):
         raise CheckpointError(
             f"{file} holds tensor {shown(extra[0])}, which {index} does not place there",
@@ -222,4 +236,7 @@ def _no_weights(directory: Path) -> CheckpointError:
             f"{directory} holds {shown(foreign[0])} but no safetensors; other formats are never loaded",
             hint="convert it: AutoModelForCausalLM.from_pretrained(dir).save_pretrained(new_dir)",
         )
-    return CheckpointError(f"{directory} holds neither {SINGLE_FILE} nor {INDEX_FILE}")
+    return CheckpointError(
+        f"{directory} holds neither {SINGLE_FILE} nor {INDEX_FILE}",
+        hint="give the directory that holds a checkpoint's config.json and weights",
+    )

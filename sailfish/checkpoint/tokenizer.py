@@ -13,7 +13,7 @@ from typing import Protocol
 import tokenizers
 
 from sailfish.base.errors import CheckpointError, ContextTooLong, RequestError
-from sailfish.checkpoint.files import read_bytes, read_json, shown
+from sailfish.checkpoint.files import DOWNLOAD_AGAIN, read_bytes, read_json, shown
 from sailfish.checkpoint.hf_config import MAX_VOCAB
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -76,7 +76,7 @@ class Tokenizer:
             other = " but tokenizer.model" if (directory / "tokenizer.model").exists() else ""
             raise CheckpointError(
                 f"{directory} has no {TOKENIZER_FILE}{other}",
-                hint="make it: AutoTokenizer.from_pretrained(dir).save_pretrained(dir)",
+                hint="copy it there, or make it: AutoTokenizer.from_pretrained(dir).save_pretrained(dir)",
             )
         data = read_bytes(path, MAX_TOKENIZER_BYTES)
         special = special_token_texts(directory)
@@ -94,7 +94,7 @@ class Tokenizer:
             raise
         except BaseException as error:  # noqa: BLE001 - on a bad file the library raises bare Exception, or panics
             raise CheckpointError(
-                f"{path} is not a tokenizer: {shown(str(error))}", hint="download it again"
+                f"{path} is not a tokenizer: {shown(str(error))}", hint=DOWNLOAD_AGAIN
             ) from None
 
     def encode(
@@ -237,7 +237,7 @@ def special_token_texts(directory: Path) -> dict[str, str]:
 def _check_ids(vocab: Mapping[str, int], path: Path) -> None:
     """Refuse what no model has; a backend is cloned in time that grows with the largest id."""
     if not vocab:
-        raise CheckpointError(f"{path} holds no tokens", hint="download it again")
+        raise CheckpointError(f"{path} holds no tokens", hint=DOWNLOAD_AGAIN)
     text, largest = max(vocab.items(), key=lambda item: item[1])
     if largest >= MAX_VOCAB:
         raise CheckpointError(

@@ -78,6 +78,14 @@ def test_symlinks_as_in_the_hub_cache_are_followed(tmp_path: Path) -> None:
     assert Checkpoint.open(tmp_path / "snapshot").tensors.keys() == TENSORS.keys()
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json"])
+def test_a_link_to_nothing_is_named_with_its_aim(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).symlink_to("../../blobs/0a1b")
+    assert f"{name} is a link to ../../blobs/0a1b, which is not there (download it again)" in refusal(
+        tmp_path
+    )
+
+
 def entry(**changes: Any) -> dict[str, Any]:
     return {"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} | changes}
 
@@ -109,7 +117,7 @@ def entry(**changes: Any) -> dict[str, Any]:
         (safetensors_bytes(entry(data_offsets=[8, 0]), 8), "must be [begin, end]"),
         (safetensors_bytes(entry(data_offsets=[0, 8, 9]), 8), "must be [begin, end]"),
         (safetensors_bytes(entry(), 7), "truncated: tensor 'w' ends at byte"),
-        (safetensors_bytes(entry(), 9), "1 bytes after its last tensor"),
+        (safetensors_bytes(entry(), 9), "1 bytes after its last tensor (download it again)"),
         (safetensors_bytes(entry(data_offsets=[4, 12]), 12), "leaves a hole after the header"),
         (
             safetensors_bytes(entry() | {"v": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}}, 12),
@@ -166,7 +174,8 @@ def test_pickles_are_refused_with_the_way_out(tmp_path: Path) -> None:
 
 
 def test_an_empty_directory_and_no_directory_are_told_apart(tmp_path: Path) -> None:
-    assert "holds neither model.safetensors nor model.safetensors.index.json" in refusal(tmp_path)
+    words = "holds neither model.safetensors nor model.safetensors.index.json (give the directory that holds"
+    assert words in refusal(tmp_path)
     assert "is not a directory" in refusal(tmp_path / "absent")
 
 

@@ -260,10 +260,14 @@ def test_a_mangled_tokenizer_works_or_is_refused(tmp_path: Path, data: st.DataOb
 
 
 def test_a_missing_tokenizer_is_named_with_the_way_out(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"has no tokenizer\.json \(make it: .*save_pretrained"):
+    with pytest.raises(
+        CheckpointError, match=r"has no tokenizer\.json \(copy it there, or make it: .*save_pretrained"
+    ):
         Tokenizer.load(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"has no tokenizer\.json but tokenizer\.model.*save_pretrained"):
+    with pytest.raises(
+        CheckpointError, match=r"has no tokenizer\.json but tokenizer\.model.*save_pretrained"
+    ):
         Tokenizer.load(tmp_path)
 
 
