@@ -8,30 +8,38 @@ from typing import Annotated
 import typer
 
 from sailfish.cli import opening
-from sailfish.cli.options import ENGINE, Download, Offline, Settings, with_settings
-
-_TARGET_HELP = "cpu, sm_80, sm_86, sm_89 or sm_90, present here or not. Default: this machine."
+from sailfish.cli.options import ENGINE, Download, Offline, Settings, Target, with_settings
 
 
 @with_settings(ENGINE)
 def build(
     checkpoint: Annotated[
-        str, typer.Argument(help="A checkpoint directory, a hub id, or books-4m (packaged).")
+        str,
+        typer.Argument(
+            metavar="CHECKPOINT", help="A directory, a Hugging Face id org/name, or books-4m (packaged)."
+        ),
     ],
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="The engine directory. Default: ./<name>.engine.")
+        Path | None,
+        typer.Option(
+            "--out", "-o", metavar="DIR", help="The engine directory. Default: NAME.engine, in this one."
+        ),
     ] = None,
-    target: Annotated[str | None, typer.Option("--target", help=_TARGET_HELP)] = None,
+    target: Target = None,
     bundle: Annotated[
-        bool, typer.Option("--bundle", help="Copy the weights in, instead of naming them.")
+        bool,
+        typer.Option("--bundle", help="Copy the weights in; else the checkpoint has to stay where it is."),
     ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace an engine of that name.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the engine that is there.")] = False,
     offline: Offline = False,
     download: Download = False,
     *,
     settings: Settings,
 ) -> None:
-    """Build an engine: plan, choose, digest, commit. Works on a machine without the target device."""
+    """Turn a checkpoint into an engine directory: its settings planned, its ops chosen, its bytes digested.
+
+    serve, generate and chat do this by themselves, in a cache; build to keep, check or ship an engine.
+    """
     from sailfish.build.builder import build_engine, model_name
 
     source = opening.locate(checkpoint, offline=offline, download=download)

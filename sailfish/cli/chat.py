@@ -19,13 +19,15 @@ _HELP = "/reset forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops 
 @with_settings(_SAMPLING, ENGINE)
 def chat(
     model: Model,
-    system: str = typer.Option("", "--system", help="What the conversation begins with."),
+    system: str = typer.Option(
+        "", "--system", metavar="TEXT", help="The system message.", show_default=False
+    ),
     offline: Offline = False,
     download: Download = False,
     *,
     settings: Settings,
 ) -> None:
-    """Talk to a model; answers stream. `/reset` forgets, `/exit` ends."""
+    """Talk to a model. /reset forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops an answer."""
     engine_dir = opening.find(model, settings, offline=offline, download=download)
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - gives input() its history and editing keys

@@ -12,7 +12,9 @@ from sailfish.hardware import doctor as checks
 
 
 def doctor(
-    port: int = typer.Option(8000, "--port", min=0, max=65535, help="The port you mean to serve on."),
+    port: int = typer.Option(
+        8000, "--port", metavar="PORT", min=0, max=65535, help="The port you mean to serve on."
+    ),
     as_json: AsJson = False,
 ) -> None:
     """Check CPU, torch, CUDA, Triton, memory, port and caches; the exit status is 1 when a check fails."""

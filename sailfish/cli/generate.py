@@ -20,19 +20,32 @@ from sailfish.engine.sync import Engine
 def generate(
     model: Model,
     prompt: Annotated[
-        str | None, typer.Argument(help="The text to continue; - reads standard input.")
+        str | None,
+        typer.Argument(
+            metavar="PROMPT", help="The text to continue; without it, or for -, standard input is read."
+        ),
     ] = None,
-    file: Annotated[Path | None, typer.Option("--file", "-f", help="Read the prompt from a file.")] = None,
+    file: Annotated[
+        Path | None, typer.Option("--file", "-f", metavar="FILE", help="Read the prompt from a file.")
+    ] = None,
     jsonl_in: Annotated[
-        Path | None, typer.Option("--jsonl-in", help="Read a request from each line.")
+        Path | None, typer.Option("--jsonl-in", metavar="FILE", help="Answer a batch: one request a line.")
     ] = None,
-    jsonl_out: Annotated[Path | None, typer.Option("--jsonl-out", help="Write an answer a line.")] = None,
+    jsonl_out: Annotated[
+        Path | None,
+        typer.Option("--jsonl-out", metavar="FILE", help="Where a batch's answers go, as they finish."),
+    ] = None,
     offline: Offline = False,
     download: Download = False,
     *,
     settings: Settings,
 ) -> None:
-    """Continue a prompt (argument, file or standard input), streaming; or answer a batch of JSON lines."""
+    """Continue a prompt (argument, file or standard input) as a stream, or answer a batch of JSON lines.
+
+    A batch's line is {"prompt": "It was"} or {"messages": [{"role": "user", "content": "Hello"}]}, with an
+    "id" and sampling parameters ("max_tokens": 9) if need be. Answers carry the id, or else the request's
+    number from 0. The exit status is 1 when a request failed.
+    """
     if jsonl_in is None and jsonl_out is None:
         text = _prompt(prompt, file)
         engine_dir = opening.find(model, settings, offline=offline, download=download)
@@ -47,7 +60,7 @@ def generate(
     with batch.open_for_answers(jsonl_out, jsonl_in) as out:
         engine_dir = opening.find(model, settings, offline=offline, download=download)
         n_failed = asyncio.run(batch.answer_all(engine_dir, requests, out, settings))
-    opening.say(f"{len(requests) - n_failed} requests answered, {n_failed} failed: {jsonl_out}")
+    opening.say(f"requests: {len(requests) - n_failed} answered, {n_failed} failed; see {jsonl_out}")
     if n_failed:
         raise typer.Exit(1)
 

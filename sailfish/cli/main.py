@@ -12,26 +12,30 @@ from sailfish.version import __version__
 
 COMMANDS = {
     "serve": "Serve a model over HTTP with OpenAI's API.",
-    "generate": "Continue a prompt, a file, or a batch of JSON lines.",
+    "generate": "Continue a prompt, or answer a batch of JSON lines.",
     "chat": "Talk to a model in the terminal.",
     "build": "Turn a checkpoint into an engine directory.",
-    "plan": "Show the memory a model needs, before reading any weight.",
-    "explain": "Show every setting as asked for and as active, and why.",
+    "plan": "Show the memory a model needs, here or on another device.",
+    "explain": "Show every setting and op as asked for, as active, and why.",
     "inspect": "Describe a checkpoint or an engine directory.",
-    "verify": "Check every byte of an engine against its digests.",
+    "verify": "Check every byte of an engine directory.",
     "doctor": "Check this machine; say what to fix and how.",
-    "bench": "Measure prefill and decode, and store the figures.",
+    "bench": "Measure a model's speed and memory; store the figures.",
     "walk": "Print the code that one request passes through.",
-    "demo": "Build, serve and ask the packaged model; show the figures.",
+    "demo": "Build, serve and ask the packaged model: the place to start.",
     "version": "Print the version.",
 }
+
+_EPILOG = """Begin with `sailfish demo`; `sailfish COMMAND --help` tells what a command does and takes.
+Exit status: 2 for what you can mend, 3 when a build failed, 4 when an engine did, else 0 or 1."""
 
 
 def application(argv: list[str]) -> typer.Typer:
     """Return the command line: the command that `argv` names is loaded, the others are only named."""
     app = typer.Typer(
         name="sailfish",
-        help="Turn a Hugging Face checkpoint into a proven engine and serve it.",
+        help="Serve Hugging Face language models over HTTP, or use them here in the terminal.",
+        epilog=_EPILOG,
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,
@@ -42,9 +46,9 @@ def application(argv: list[str]) -> typer.Typer:
     for name, summary in COMMANDS.items():
         if name == wanted:
             module = importlib.import_module(f"sailfish.cli.{name}")
-            app.command(name, help=summary)(getattr(module, name))
+            app.command(name, short_help=summary)(getattr(module, name))
         else:
-            app.command(name, help=summary)(_unloaded)
+            app.command(name, short_help=summary)(_unloaded)
     app.callback()(_root)
     return app
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sailfish.artifact.reader import Artifact
+from sailfish.base.errors import ConfigError
 from sailfish.base.sources import environment
 from sailfish.build import cache
 from sailfish.cli.options import Settings
@@ -25,6 +26,8 @@ def say(text: str) -> None:
 
 def locate(model: str, *, offline: bool = False, download: bool = False) -> Path:
     """Return the directory of a model: a path, a hub id, or the packaged model's name."""
+    if offline and download:
+        raise ConfigError("--offline and --download were both given", hint="give one of them")
     return cache.locate(model, environment(), offline=offline, download=download)
 
 

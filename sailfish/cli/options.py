@@ -15,11 +15,16 @@ from sailfish.base import sources
 from sailfish.base.config import EngineConfig, ServeConfig
 from sailfish.engine.api import SamplingParams
 
-MODEL_HELP = "An engine or checkpoint directory, a hub id, or books-4m (packaged)."
-Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
-Offline = Annotated[bool, typer.Option("--offline", help="Never download; use what the cache holds.")]
-Download = Annotated[bool, typer.Option("--download", help="Fetch a hub model that the cache lacks.")]
+_MODEL_HELP = "A checkpoint or engine directory, a Hugging Face id org/name, or books-4m (packaged)."
+_TARGET_HELP = "cpu, sm_90 and the like, or a card such as h200; need not be here. Default: this machine."
+_DOWNLOAD_HELP = "Fetch a Hugging Face model that is not in the cache; else nothing is downloaded."
+Model = Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL_HELP)]
+Target = Annotated[str | None, typer.Option("--target", metavar="NAME", help=_TARGET_HELP)]
+Offline = Annotated[bool, typer.Option("--offline", help="Never download.")]
+Download = Annotated[bool, typer.Option("--download", help=_DOWNLOAD_HELP)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+_ORIGINS = """A setting without its flag is taken from SAILFISH_* (SAILFISH_CONTEXT_TOKENS for --ctx), then
+from --config, and is else chosen for model and device: `sailfish explain MODEL` shows each one and why."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,53 +35,187 @@ class Setting:
     flag: str
     """One spelling; "--x/--no-x" for a switch."""
     help: str
+    metavar: str | None = None
+    """What stands for the value in the help."""
     kind: Any = str
     """What the terminal's text becomes: text for configurations, which parse every source alike."""
 
 
 ENGINE = (
-    Setting(field="device", flag="--device", help="cpu or cuda. Default: cuda when there is one."),
-    Setting(field="dtype", flag="--dtype", help="float32 or bfloat16."),
-    Setting(field="context_tokens", flag="--ctx", help="Longest prompt plus answer, e.g. 8k."),
-    Setting(field="max_sequences", flag="--concurrency", help="Sequences that run at once."),
-    Setting(field="step_tokens", flag="--step-tokens", help="Token budget of one step."),
     Setting(
-        field="max_queue", flag="--max-queue", help="Requests that may wait before new ones are refused."
+        field="device",
+        flag="--device",
+        metavar="cpu|cuda",
+        help="Where the model runs. Default: cuda when there is a GPU.",
     ),
-    Setting(field="memory_bytes", flag="--memory", help="Upper bound on device memory, e.g. 20GiB."),
-    Setting(field="kv_bytes", flag="--kv-memory", help="Memory for KV blocks, e.g. 4GiB."),
-    Setting(field="page_tokens", flag="--page-tokens", help="Tokens per KV block."),
     Setting(
-        field="prefix_cache", flag="--prefix-cache/--no-prefix-cache", help="Reuse equal prompt beginnings."
+        field="dtype",
+        flag="--dtype",
+        metavar="float32|bfloat16",
+        help="Number format of weights and KV cache.",
     ),
-    Setting(field="lag", flag="--lag", help="Steps planned ahead of known tokens: 0 or 1."),
-    Setting(field="strict", flag="--strict/--no-strict", help="Make every fallback an error."),
+    Setting(
+        field="context_tokens", flag="--ctx", metavar="TOKENS", help="Longest prompt plus answer, e.g. 8k."
+    ),
+    Setting(
+        field="max_sequences",
+        flag="--concurrency",
+        metavar="N",
+        help="Sequences that run at once; more wait.",
+    ),
+    Setting(
+        field="step_tokens",
+        flag="--step-tokens",
+        metavar="TOKENS",
+        help="Tokens that one step computes at most.",
+    ),
+    Setting(
+        field="max_queue",
+        flag="--max-queue",
+        metavar="N",
+        help="Requests that may wait before new ones are refused.",
+    ),
+    Setting(
+        field="memory_bytes",
+        flag="--memory",
+        metavar="BYTES",
+        help="Upper bound on device memory, e.g. 20GiB.",
+    ),
+    Setting(
+        field="kv_bytes", flag="--kv-memory", metavar="BYTES", help="Memory for the KV cache, e.g. 4GiB."
+    ),
+    Setting(
+        field="page_tokens",
+        flag="--page-tokens",
+        metavar="TOKENS",
+        help="Tokens in one block of the KV cache.",
+    ),
+    Setting(
+        field="prefix_cache",
+        flag="--prefix-cache/--no-prefix-cache",
+        help="Compute equal prompt beginnings once. Default: on.",
+    ),
+    Setting(
+        field="lag", flag="--lag", metavar="0|1", help="Steps planned before the last one's tokens are known."
+    ),
+    Setting(
+        field="strict", flag="--strict/--no-strict", help="Fail rather than fall back to less. Default: off."
+    ),
 )
 SERVE = (
-    Setting(field="host", flag="--host", help="Address to bind. Default: 127.0.0.1."),
-    Setting(field="port", flag="--port", help="TCP port; 0 takes a free one. Default: 8000."),
-    Setting(field="served_model_name", flag="--served-model-name", help="Name that requests use."),
-    Setting(field="api_keys", flag="--api-key", help="Accepted keys, comma-separated; a file is safer."),
-    Setting(field="api_keys_file", flag="--api-keys-file", help="File with one name:key a line."),
-    Setting(field="api_processes", flag="--api-processes", help="Processes that speak HTTP."),
-    Setting(field="drain_s", flag="--drain", help="Time running requests may take after SIGTERM, e.g. 30s."),
-    Setting(field="cors_origins", flag="--cors-origins", help="Allowed origins, comma-separated."),
     Setting(
-        field="vllm_metrics", flag="--vllm-metrics/--no-vllm-metrics", help="Export vLLM's metric names too."
+        field="host",
+        flag="--host",
+        metavar="ADDRESS",
+        help="Address to bind. Default: 127.0.0.1, this machine only.",
+    ),
+    Setting(field="port", flag="--port", metavar="PORT", help="TCP port; 0 takes a free one. Default: 8000."),
+    Setting(
+        field="served_model_name",
+        flag="--served-model-name",
+        metavar="NAME",
+        help="What requests call the model. Default: its directory's name.",
+    ),
+    Setting(
+        field="api_keys",
+        flag="--api-key",
+        metavar="KEYS",
+        help="Accepted keys, comma-separated; a file is safer.",
+    ),
+    Setting(
+        field="api_keys_file",
+        flag="--api-keys-file",
+        metavar="FILE",
+        help="File with one key, or name:key, a line.",
+    ),
+    Setting(
+        field="api_processes",
+        flag="--api-processes",
+        metavar="N",
+        help="Processes that speak HTTP. Default: 1.",
+    ),
+    Setting(
+        field="drain_s",
+        flag="--drain",
+        metavar="TIME",
+        help="What running requests get to end after SIGTERM. Default: 30s.",
+    ),
+    Setting(
+        field="cors_origins",
+        flag="--cors-origins",
+        metavar="ORIGINS",
+        help="Web pages that may ask, comma-separated. Default: none.",
+    ),
+    Setting(
+        field="vllm_metrics",
+        flag="--vllm-metrics/--no-vllm-metrics",
+        help="Export vLLM's metric names too. Default: on.",
     ),
 )
 SAMPLING = (
-    Setting(field="max_tokens", flag="--max-tokens", kind=int, help="Tokens to generate at most."),
-    Setting(field="min_tokens", flag="--min-tokens", kind=int, help="Tokens before the text may end."),
-    Setting(field="temperature", flag="--temperature", kind=float, help="0 takes the likeliest token."),
-    Setting(field="top_k", flag="--top-k", kind=int, help="Draw among the k likeliest tokens."),
-    Setting(field="top_p", flag="--top-p", kind=float, help="Draw among the likeliest tokens of this mass."),
-    Setting(field="min_p", flag="--min-p", kind=float, help="Drop tokens below this share of the likeliest."),
-    Setting(field="repetition_penalty", flag="--repetition-penalty", kind=float, help="1 is neutral."),
-    Setting(field="seed", flag="--seed", kind=int, help="Draw the same tokens again."),
-    Setting(field="stop", flag="--stop", kind=list[str], help="End the text here; may be repeated."),
-    Setting(field="n", flag="--n", kind=int, help="Answers to each prompt."),
-    Setting(field="ignore_eos", flag="--ignore-eos/--heed-eos", help="Go on past the end of the text."),
+    Setting(
+        field="max_tokens",
+        flag="--max-tokens",
+        metavar="N",
+        kind=int,
+        help="Tokens to generate at most. Default: until the context is full.",
+    ),
+    Setting(
+        field="min_tokens",
+        flag="--min-tokens",
+        metavar="N",
+        kind=int,
+        help="Tokens to generate before the text may end.",
+    ),
+    Setting(
+        field="temperature",
+        flag="--temperature",
+        metavar="T",
+        kind=float,
+        help="0 takes the likeliest token, 2 is wildest. Default: the model's, else 1.",
+    ),
+    Setting(field="top_k", flag="--top-k", metavar="N", kind=int, help="Draw among the N likeliest tokens."),
+    Setting(
+        field="top_p",
+        flag="--top-p",
+        metavar="P",
+        kind=float,
+        help="Draw among the likeliest tokens that have P of all probability.",
+    ),
+    Setting(
+        field="min_p",
+        flag="--min-p",
+        metavar="P",
+        kind=float,
+        help="Drop tokens that are less than P times as likely as the likeliest.",
+    ),
+    Setting(
+        field="repetition_penalty",
+        flag="--repetition-penalty",
+        metavar="X",
+        kind=float,
+        help="Above 1, tokens that came before are less likely.",
+    ),
+    Setting(
+        field="seed",
+        flag="--seed",
+        metavar="N",
+        kind=int,
+        help="Draw the same tokens whenever N is the same.",
+    ),
+    Setting(
+        field="stop",
+        flag="--stop",
+        metavar="TEXT",
+        kind=list[str],
+        help="End the answer before this text; may be repeated.",
+    ),
+    Setting(field="n", flag="--n", metavar="N", kind=int, help="Answers to each prompt. Default: 1."),
+    Setting(
+        field="ignore_eos",
+        flag="--ignore-eos/--heed-eos",
+        help="Go on past the end of the text. Default: heed it.",
+    ),
 )
 
 
@@ -91,7 +230,10 @@ class Settings:
 
 
 def with_settings(*tables: tuple[Setting, ...]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command the flags of these tables, `--config` with them, and a parameter `settings`."""
+    """Give a command the flags of these tables, `--config` with them, and a parameter `settings`.
+
+    Its help says in the end where settings come from.
+    """
     rows = [setting for table in tables for setting in table]
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
@@ -106,6 +248,7 @@ def with_settings(*tables: tuple[Setting, ...]) -> Callable[[Callable[..., None]
             command(**values, settings=_load(file, given))
 
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__doc__ = f"{inspect.getdoc(command)}\n\n{_ORIGINS}"
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         return run
 
@@ -134,7 +277,9 @@ def _flags(rows: tuple[Setting, ...], given: dict[str, Any]) -> dict[str, source
 
 def _parameter(row: Setting) -> inspect.Parameter:
     kind: Any = bool if "/" in row.flag else row.kind
-    annotation = Annotated[kind | None, typer.Option(row.flag, help=row.help, show_default=False)]
+    annotation = Annotated[
+        kind | None, typer.Option(row.flag, metavar=row.metavar, help=row.help, show_default=False)
+    ]
     return inspect.Parameter(row.field, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
@@ -143,6 +288,9 @@ _CONFIG = inspect.Parameter(
     inspect.Parameter.KEYWORD_ONLY,
     default=None,
     annotation=Annotated[
-        Path | None, typer.Option("--config", help="TOML file with [engine] and [serve].", show_default=False)
+        Path | None,
+        typer.Option(
+            "--config", metavar="FILE", help="TOML file with tables [engine] and [serve].", show_default=False
+        ),
     ],
 )

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import typer
-
 from sailfish.artifact.reader import Artifact, is_engine
 from sailfish.base.sources import environment
 from sailfish.build.builder import target_profile
 from sailfish.checkpoint.hf_config import load_model_config
 from sailfish.cli import opening, tables
-from sailfish.cli.options import ENGINE, AsJson, Download, Model, Offline, Settings, with_settings
+from sailfish.cli.options import ENGINE, AsJson, Download, Model, Offline, Settings, Target, with_settings
 from sailfish.plan import make_plan, render
-
-_TARGET_HELP = "cpu, sm_90 and the like, or a card such as h200; need not be here. Default: this machine."
 
 
 @with_settings(ENGINE)
 def plan(
     model: Model,
-    target: Annotated[str | None, typer.Option("--target", help=_TARGET_HELP)] = None,
+    target: Target = None,
     as_json: AsJson = False,
     offline: Offline = False,
     download: Download = False,

@@ -13,8 +13,8 @@ from sailfish.base.units import format_bytes
 from sailfish.cli import opening
 
 
-def verify(engine: Annotated[Path, typer.Argument(help="An engine directory.")]) -> None:
-    """Read every file that an engine names and compare full digests."""
+def verify(engine: Annotated[Path, typer.Argument(metavar="ENGINE", help="An engine directory.")]) -> None:
+    """Read every file of an engine and compare it with its digest; the exit status is 2 when one changed."""
     artifact = Artifact.open(engine)
     with opening.progress() as tell:
         checks = artifact.verify(lambda done, total: tell("verify", done, total))

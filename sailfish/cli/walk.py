@@ -12,10 +12,12 @@ from sailfish.data import DEMO_MODEL_NAME
 
 
 def walk(
-    model: Annotated[str, typer.Argument(help="The model that is served meanwhile.")] = DEMO_MODEL_NAME,
-    limit: Annotated[int, typer.Option("--limit", help="Fail above this many lines.")] = measured.MAX_LINES,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="The model that is asked.")] = DEMO_MODEL_NAME,
+    limit: Annotated[
+        int, typer.Option("--limit", metavar="LINES", help="Exit with status 1 above it.")
+    ] = measured.MAX_LINES,
 ) -> None:
-    """Trace one plain streamed chat request in every process; print the functions it entered."""
+    """Serve a model, trace one streamed chat request in every process, and print the functions it entered."""
     entered = measured.walk(model)
     for row in entered:
         if any(other.holds(row) for other in entered if other is not row):

@@ -65,7 +65,7 @@ def test_a_batch_answers_every_line_and_names_the_ones_that_failed(typed: Typed,
     (tmp_path / "out.jsonl").write_text("an older answer\n", encoding="utf-8")
     done = typed(*BATCH, *GREEDY)
     assert done.returncode == 1, done.stderr
-    assert done.stderr.endswith("3 requests answered, 3 failed: out.jsonl\n")
+    assert done.stderr.endswith("requests: 3 answered, 3 failed; see out.jsonl\n")
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert sorted(row["id"] for row in rows) == ["chat", "dict", "ids", "ids", "text", "wizard", "wrong"]
     by_id = {row["id"]: row for row in rows}
@@ -82,7 +82,10 @@ def test_old_answers_outlive_a_batch_whose_engine_does_not_start(typed: Typed, t
     assert typed(*BATCH, "--ctx", "1m").returncode == 2
     assert (tmp_path / "out.jsonl").read_text(encoding="utf-8") == "an older answer\n"
     done = typed(*BATCH, *GREEDY)
-    assert (done.returncode, done.stderr.splitlines()[-1]) == (0, "1 requests answered, 0 failed: out.jsonl")
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (
+        0,
+        "requests: 1 answered, 0 failed; see out.jsonl",
+    )
     assert json.loads((tmp_path / "out.jsonl").read_text(encoding="utf-8"))["text"]
 
 
@@ -138,6 +141,7 @@ def test_a_plan_and_an_explanation_are_data_too(typed: Typed) -> None:
         (BATCH[:2] + ("x",) + BATCH[2:], 2, "a batch and another prompt were both given"),
         ((*BATCH, "--file", "f"), 2, "a batch and another prompt were both given"),
         (BATCH, 2, "requests in.jsonl: No such file"),
+        (("inspect", "org/name", "--offline", "--download"), 2, "--offline and --download"),
         (("verify", "absent.engine"), 2, "absent.engine"),
         (("plan", "books-4m", "--target", "sm_12"), 2, "sm_12"),
         (("bench", "books-4m", "--batches", "a"), 2, "--batches 'a'"),

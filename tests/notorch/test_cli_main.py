@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import sys
 
 import pytest
@@ -91,3 +93,15 @@ def test_a_port_that_cannot_be_is_refused_before_anything_is_looked_at(
 ) -> None:
     assert _run(monkeypatch, "doctor", "--port", port) == 2
     assert "Invalid value for '--port'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_commands_help_is_its_own_words_and_the_list_has_the_short_ones(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    assert _run(monkeypatch, name, "--help") == 0
+    help_text = " ".join(capsys.readouterr().out.split())
+    command = getattr(importlib.import_module(f"sailfish.cli.{name}"), name)
+    assert " ".join((inspect.getdoc(command) or "").split()) in help_text
+    assert _run(monkeypatch, "--help") == 0
+    assert f"  {name.ljust(8)}  {COMMANDS[name]}\n" in capsys.readouterr().out

@@ -41,6 +41,11 @@ def test_every_sampling_flag_sets_a_sampling_parameter() -> None:
     assert {row.field for row in SAMPLING} <= set(SamplingParams.__struct_fields__)
 
 
+def test_every_flag_with_a_value_names_it_and_no_switch_does() -> None:
+    for row in (*ENGINE, *SERVE, *SAMPLING):
+        assert (row.metavar is None) == ("/" in row.flag), row.flag
+
+
 def test_no_flags_mean_all_defaults() -> None:
     settings = _parsed()
     assert settings.engine == EngineConfig()
