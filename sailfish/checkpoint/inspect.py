@@ -59,8 +59,7 @@ def inspect_checkpoint(directory: Path | str) -> CheckpointReport:
     warnings: list[str] = []
     tokenizer = _tokenizer(directory, warnings)
     template = ChatTemplate.load(directory)
-    if template is None:
-        warnings.append("no chat template: /v1/chat/completions needs one")
+    _check_template(template, warnings)
     _check_agreement(directory, config, tokenizer, warnings)
     n_bytes: Counter[str] = Counter()
     for ref in checkpoint.tensors.values():
@@ -95,6 +94,18 @@ def _tokenizer(directory: Path, warnings: list[str]) -> TokenizerFacts | None:
     )
 
 
+def _check_template(template: ChatTemplate | None, warnings: list[str]) -> None:
+    if template is None:
+        warnings.append("no chat template: /v1/chat/completions needs one")
+        return
+    try:
+        template.check()
+    except CheckpointError as error:
+        warnings.append(f"/v1/chat/completions cannot be served: {error}")
+    finally:
+        template.close()
+
+
 def _check_agreement(
     directory: Path, config: ModelConfig, tokenizer: TokenizerFacts | None, warnings: list[str]
 ) -> None:
@@ -105,7 +116,13 @@ def _check_agreement(
         )
     if not config.eos_token_ids:
         warnings.append("no end-of-text token: answers end only at max_tokens or a stop string")
-    if read_json(directory / CONFIG_FILE).get("auto_map") is not None:
+    keys = read_json(directory / CONFIG_FILE)
+    if keys.get("dual_chunk_attention_config") is not None:
+        warnings.append(
+            "config.json sets dual_chunk_attention_config; it is ignored, so answers to very long prompts "
+            "may be worse"
+        )
+    if keys.get("auto_map") is not None:
         warnings.append(
             f"config.json names Python code in auto_map; it is ignored, {config.family} is built in"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +46,35 @@ def test_a_whole_checkpoint_is_reported_without_warnings(tmp_path: Path) -> None
 
 
 def test_what_deserves_a_second_look_is_said(tmp_path: Path) -> None:
-    write_model(tmp_path, auto_map={"AutoModel": "m.M"})
+    write_model(tmp_path, auto_map={"AutoModel": "m.M"}, dual_chunk_attention_config={"chunk_size": 64})
     write_tokenizer(tmp_path, byte_level_tokenizer())
     warnings = "; ".join(inspect_checkpoint(tmp_path).warnings)
-    for words in ("no chat template", "the model 64", "no end-of-text token", "auto_map; it is ignored"):
+    for words in (
+        "no chat template",
+        "the model 64",
+        "no end-of-text token",
+        "auto_map; it is ignored",
+        "dual_chunk_attention_config; it is ignored",
+    ):
         assert words in warnings
+
+
+def test_a_template_that_does_not_compile_is_said(tmp_path: Path) -> None:
+    write_model(tmp_path, eos_token_id=2)
+    write_tokenizer(tmp_path, byte_level_tokenizer(), chat_template="{% for m in messages %}")
+    report = inspect_checkpoint(tmp_path)
+    assert report.has_chat_template
+    [warning] = [warning for warning in report.warnings if "/v1/chat/completions" in warning]
+    assert warning.startswith("/v1/chat/completions cannot be served") and "endfor" in warning
+
+
+def test_a_tokenizer_without_tokens_is_said(tmp_path: Path) -> None:
+    write_json(write_model(tmp_path) / "tokenizer.json", {})
+    assert "only token ids can be served" in inspect_checkpoint(tmp_path).warnings[0]
+    empty = json.loads(byte_level_tokenizer().to_str())
+    empty |= {"model": {"type": "BPE", "vocab": {}, "merges": []}, "added_tokens": []}
+    write_json(tmp_path / "tokenizer.json", empty)
+    assert "holds no tokens" in inspect_checkpoint(tmp_path).warnings[0]
 
 
 def test_a_checkpoint_without_a_tokenizer_can_still_be_inspected(tmp_path: Path) -> None:
