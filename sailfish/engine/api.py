@@ -5,6 +5,7 @@ No torch and no tokenizer here: the server, the command line and the tests share
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from typing import Any, Literal
 
 import msgspec
@@ -192,6 +193,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     page_tokens: int
     n_blocks: int
     max_sequences: int
+    max_queue: int
+    """Sequences that may wait beside those that run."""
     step_tokens: int
     prefix_cache: bool
     eos_token_ids: list[int]
@@ -226,15 +229,10 @@ class Histogram(msgspec.Struct):
         """Return an empty histogram with these upper bounds."""
         return cls(bounds=bounds, counts=[0] * (len(bounds) + 1))
 
-    def observe(self, value: float) -> None:
-        """Count one value."""
-        for i, bound in enumerate(self.bounds):
-            if value <= bound:
-                self.counts[i] += 1
-                break
-        else:
-            self.counts[-1] += 1
-        self.total += value
+    def observe(self, value: float, count: int = 1) -> None:
+        """Count a value `count` times."""
+        self.counts[bisect_left(self.bounds, value)] += count
+        self.total += value * count
 
 
 _LATENCY_S = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0]
@@ -271,6 +269,8 @@ class EngineStats(msgspec.Struct, kw_only=True):
     queue_s: Histogram = msgspec.field(default_factory=lambda: Histogram.of(_LATENCY_S))
     prefill_s: Histogram = msgspec.field(default_factory=lambda: Histogram.of(_LATENCY_S))
     decode_s: Histogram = msgspec.field(default_factory=lambda: Histogram.of(_LATENCY_S))
+    time_per_output_token_s: Histogram = msgspec.field(default_factory=lambda: Histogram.of(_LATENCY_S))
+    """Mean time between the tokens of one sequence."""
     step_tokens: Histogram = msgspec.field(default_factory=lambda: Histogram.of(_TOKENS))
     clients: dict[str, dict[str, float]] = {}
     """Counters that each attached API process last reported of itself, by process name."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
-
-from sailfish.engine.api import EngineStats, Histogram
+from sailfish.engine.api import EngineStats
 from sailfish.engine.sequence import Sequence
 from sailfish.engine.wire import Finish
 
@@ -22,7 +20,7 @@ class Ledger:
     def plan(self, n_tokens: int) -> None:
         """Count a step."""
         self.stats.steps += 1
-        _observe(self.stats.step_tokens, n_tokens)
+        self.stats.step_tokens.observe(n_tokens)
 
     def start(self, sequence: Sequence, now_s: float, *, prefix_cache: bool) -> None:
         """Note that a sequence leaves the queue; later starts, after a preemption, do not count."""
@@ -30,7 +28,7 @@ class Ledger:
             return
         sequence.scheduled_s = now_s
         sequence.n_cached = sequence.n_computed
-        _observe(self.stats.queue_s, now_s - sequence.arrival_s)
+        self.stats.queue_s.observe(now_s - sequence.arrival_s)
         self.stats.prompt_tokens += sequence.n_prompt
         self.stats.prefix_hit_tokens += sequence.n_cached
         if prefix_cache:
@@ -47,21 +45,18 @@ class Ledger:
                 gaps[last_s] = gaps.get(last_s, 0) + 1
                 continue
             sequence.first_token_s = now_s
-            _observe(self.stats.time_to_first_token_s, now_s - sequence.arrival_s)
+            self.stats.time_to_first_token_s.observe(now_s - sequence.arrival_s)
             if sequence.scheduled_s is not None:
-                _observe(self.stats.prefill_s, now_s - sequence.scheduled_s)
+                self.stats.prefill_s.observe(now_s - sequence.scheduled_s)
         for last_s, count in gaps.items():
-            _observe(self.stats.inter_token_s, now_s - last_s, count)
+            self.stats.inter_token_s.observe(now_s - last_s, count)
 
     def end(self, sequence: Sequence, finish: Finish, now_s: float) -> None:
         """Count the end of a sequence; only whole answers have a latency."""
         self.stats.finished[finish.reason] = self.stats.finished.get(finish.reason, 0) + 1
         if not finish.code and sequence.first_token_s is not None:
-            _observe(self.stats.end_to_end_s, now_s - sequence.arrival_s)
-            _observe(self.stats.decode_s, now_s - sequence.first_token_s)
-
-
-def _observe(histogram: Histogram, value: float, count: int = 1) -> None:
-    """Count a value `count` times; the loop over rows cannot afford one over the bounds too."""
-    histogram.counts[bisect_left(histogram.bounds, value)] += count
-    histogram.total += value * count
+            self.stats.end_to_end_s.observe(now_s - sequence.arrival_s)
+            decode_s = now_s - sequence.first_token_s
+            self.stats.decode_s.observe(decode_s)
+            if sequence.n_output > 1:
+                self.stats.time_per_output_token_s.observe(decode_s / (sequence.n_output - 1))
