@@ -10,12 +10,13 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from sailfish.artifact.manifest import FORMAT
 from sailfish.artifact.reader import Artifact, header_digest, is_engine
 from sailfish.base.config import EngineConfig
-from sailfish.base.errors import ArtifactError, BuildError
+from sailfish.base.errors import ArtifactError, BuildError, PlanError
 from sailfish.base.sources import environment
 from sailfish.build.builder import COPIED_FILES, Progress, build_engine, model_name, target_profile
 from sailfish.checkpoint.hub import HubEnv, resolve
@@ -85,15 +86,19 @@ def locate_engine(
             except ArtifactError as error:
                 why = f"built again, since {error.message}"
                 log.warning("cached engine is built again: %s", error.message)
-        build_engine(
+        build = partial(
+            build_engine,
             directory,
             path,
-            planned_for=config,
             target=hardware.target,
             force=True,
             progress=progress,
             environ=environ,
         )
+        try:
+            build()
+        except PlanError:  # without settings it would not fit; with these it may
+            build(planned_for=config)
     return FoundEngine(path=path, is_built=True, why=why)
 
 

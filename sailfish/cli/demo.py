@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from sailfish.artifact.reader import Artifact
 from sailfish.base import units
 from sailfish.base.config import EngineConfig, ServeConfig
 from sailfish.bench import demo as measured
@@ -19,7 +20,7 @@ def demo() -> None:
     engine_dir = opening.find(DEMO_MODEL_NAME, settings)
     opening.say("serving it with `sailfish serve`, asking with the openai client:\n")
     figures = measured.run(engine_dir, lambda text: typer.echo(text, nl=False))
-    plan = opening.plan_of(engine_dir)
+    plan = opening.start_of(Artifact.open(engine_dir), settings.engine).plan
     kv_tokens = plan.n_blocks * plan.page_tokens
     rows = (
         ("weights", units.format_bytes(plan.memory_bytes("weights"))),

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 from sailfish.artifact.reader import Artifact
-from sailfish.artifact.start import plan_start
-from sailfish.base.sources import environment
-from sailfish.build.builder import target_profile
 from sailfish.cli import opening, tables
 from sailfish.cli.options import ENGINE, AsJson, Download, Model, Offline, Settings, with_settings
 from sailfish.plan import render
@@ -23,8 +20,7 @@ def explain(
     """Show what was asked, where that came from, what is active and why; and why each other op lost."""
     artifact = Artifact.open(opening.find(model, settings, offline=offline, download=download))
     manifest = artifact.manifest
-    hardware = target_profile(manifest.target, settings.engine.device, environment())
-    start = plan_start(artifact, settings.engine, hardware)
+    start = opening.start_of(artifact, settings.engine)
     used = {"moe": any(layer.moe for layer in manifest.model.layers), "softcap": manifest.model.logit_softcap}
     decisions = [
         {

@@ -12,11 +12,13 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sailfish.artifact.reader import Artifact
+from sailfish.artifact.start import Start, plan_start
+from sailfish.base.config import EngineConfig
 from sailfish.base.errors import ConfigError
 from sailfish.base.sources import environment
 from sailfish.build import cache
+from sailfish.build.builder import target_profile
 from sailfish.cli.options import Settings
-from sailfish.plan import Plan
 
 
 def say(text: str) -> None:
@@ -40,9 +42,10 @@ def find(model: str, settings: Settings, *, offline: bool = False, download: boo
     return found.path
 
 
-def plan_of(engine_dir: Path) -> Plan:
-    """Return the plan an engine was built with."""
-    return Artifact.open(engine_dir).manifest.plan
+def start_of(artifact: Artifact, config: EngineConfig) -> Start:
+    """Return what an engine would obey if it started on its target now."""
+    hardware = target_profile(artifact.manifest.target, config.device, environment())
+    return plan_start(artifact, config, hardware)
 
 
 @contextlib.contextmanager
