@@ -10,9 +10,8 @@ from pathlib import Path
 from types import TracebackType
 
 from sailfish.base.errors import EngineError
+from sailfish.serve.server import READY
 
-READY = "READY "
-"""What the line that names the server's address begins with."""
 _STOP_S = 30.0
 
 

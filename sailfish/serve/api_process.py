@@ -14,9 +14,7 @@ from sailfish.base import log
 from sailfish.base.config import ServeConfig
 from sailfish.checkpoint.template import ChatTemplate
 from sailfish.engine.client import AsyncEngine
-from sailfish.serve.server import ApiServer
-
-READY = b"ready\n"
+from sailfish.serve.server import READY, ApiServer
 
 
 def main() -> None:
@@ -53,7 +51,7 @@ async def _serve(
 
 
 def _say_ready() -> None:
-    sys.stdout.buffer.write(READY)
+    sys.stdout.buffer.write(READY.encode() + b"\n")
     sys.stdout.buffer.flush()
 
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 from msgspec import Struct
-from starlette.requests import Request
-from starlette.responses import Response
 
 from sailfish.serve.errors import ErrorReply
 from sailfish.serve.gateway.gate import PUBLIC_PATHS
 from sailfish.serve.openai.requests import REFUSED, ChatRequest, TokenizeChat
+from sailfish.serve.operation import Operation
 from sailfish.serve.site import Site
 from sailfish.version import __version__
 
@@ -37,35 +36,7 @@ _ERRORS = {
 }
 
 
-class Described(Protocol):
-    """What a route tells of itself."""
-
-    @property
-    def method(self) -> str:
-        """HTTP method."""
-
-    @property
-    def path(self) -> str:
-        """Path template."""
-
-    @property
-    def endpoint(self) -> Callable[[Site, Request], Awaitable[Response]]:
-        """The function whose docstring is the summary."""
-
-    @property
-    def takes(self) -> tuple[type[Struct], ...]:
-        """Forms of the request body."""
-
-    @property
-    def gives(self) -> type[Struct] | None:
-        """The reply as JSON, or None for text."""
-
-    @property
-    def streams(self) -> type[Struct] | None:
-        """The events when the reply is streamed."""
-
-
-def describe(site: Site, operations: Sequence[Described]) -> Json:
+def describe(site: Site, operations: Sequence[Operation]) -> Json:
     """Return the document of a server with these routes."""
     kinds: list[type[Struct]] = [ErrorReply]
     if site.engine.template is None:
@@ -91,7 +62,7 @@ def describe(site: Site, operations: Sequence[Described]) -> Json:
     return document
 
 
-def _operation(site: Site, operation: Described) -> Json:
+def _operation(site: Site, operation: Operation) -> Json:
     about: Json = {
         "operationId": getattr(operation.endpoint, "__name__", "") + operation.path.replace("/", "_"),
         "summary": inspect.getdoc(operation.endpoint),
@@ -155,6 +126,12 @@ def _narrow(schemas: dict[str, Json], site: Site) -> None:
     schemas["CompletionRequest"]["properties"]["best_of"] = {"enum": [1, None]}
     schemas["CompletionRequest"]["allOf"].append(
         {"if": _given("best_of", "integer"), "then": {"properties": {"n": {"enum": [1, None]}}}}
+    )
+    schemas["CompletionRequest"]["allOf"].append(
+        {
+            "if": {"required": ["max_tokens"], "properties": {"max_tokens": {"const": 0}}},
+            "then": {"required": ["echo"], "properties": {"echo": {"const": True}}},
+        }
     )
     most = site.limits.prompts
     schemas["CompletionRequest"]["properties"]["prompt"] = {

@@ -15,7 +15,7 @@ import msgspec
 
 from sailfish.base.config import ServeConfig
 from sailfish.base.errors import EngineError
-from sailfish.serve.api_process import READY
+from sailfish.serve.server import READY
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ class ApiProcesses:
         process.stdin.write(msgspec.json.encode(self._config) + b"\n")
         await process.stdin.drain()
         said = await asyncio.wait_for(process.stdout.readline(), _START_S)
-        if said != READY:
+        if said.decode().strip() != READY:
             raise EngineError(f"an API process ended at its start with status {await process.wait()}")
         return process
 

@@ -1,12 +1,9 @@
-"""Every route: method, path, the function that answers, and what goes in and comes out."""
+"""Every route there is, and the application made of them."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from functools import partial
 
-from msgspec import Struct
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route, Router
@@ -15,23 +12,8 @@ from sailfish.serve import health
 from sailfish.serve.gateway.gate import Gate
 from sailfish.serve.openai import chat, completions, models, replies, requests, tokens
 from sailfish.serve.openapi import describe
+from sailfish.serve.operation import Operation
 from sailfish.serve.site import Site
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Operation:
-    """One route."""
-
-    method: str
-    path: str
-    endpoint: Callable[[Site, Request], Awaitable[Response]]
-    takes: tuple[type[Struct], ...] = ()
-    """Forms of the request body."""
-    gives: type[Struct] | None = None
-    """The reply as JSON."""
-    streams: type[Struct] | None = None
-    """The events when the reply is streamed."""
-
 
 OPERATIONS: tuple[Operation, ...] = (
     Operation(

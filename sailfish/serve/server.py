@@ -24,6 +24,8 @@ from sailfish.serve.port import EnginePort
 from sailfish.serve.routes import create_app
 from sailfish.serve.site import Door, Site
 
+READY = "READY"
+"""How a process says on standard output that it serves; a server's address follows."""
 _REPORT_S = 1.0
 _FAREWELL_S = 5
 """After the drain's end, what interrupted replies may take to say so."""
