@@ -123,6 +123,7 @@ def _info(booted: Booted, name: str | None, started_s: float) -> EngineInfo:
         page_tokens=plan.page_tokens,
         n_blocks=plan.n_blocks,
         max_sequences=plan.max_sequences,
+        max_queue=plan.max_queue,
         step_tokens=plan.step_tokens,
         prefix_cache=plan.prefix_cache,
         eos_token_ids=list(manifest.model.eos_token_ids),

@@ -417,6 +417,8 @@ def test_the_figures_add_up() -> None:
     assert sum(stats.time_to_first_token_s.counts) == sum(stats.end_to_end_s.counts) == 3
     assert sum(stats.inter_token_s.counts) == 4
     assert stats.inter_token_s.total == 4.0
+    assert sum(stats.time_per_output_token_s.counts) == 2
+    assert stats.time_per_output_token_s.total == 2.0
     assert stats.queue_s.total == 0.0 + 3.0 + 0.0
     assert stats.step_tokens.total == rig.runner.n_tokens
     assert stats.blocks_total == 128 and stats.blocks_used == 0

@@ -141,6 +141,11 @@ METRICS: tuple[Metric, ...] = (
         read=lambda s: s.decode_s, vllm="vllm:request_decode_time_seconds",
     ),
     Metric(
+        name="sailfish_time_per_output_token_seconds", kind="histogram", unit="s",
+        help="Mean time between the tokens of a sequence.",
+        read=lambda s: s.time_per_output_token_s, vllm="vllm:request_time_per_output_token_seconds",
+    ),
+    Metric(
         name="sailfish_step_tokens", kind="histogram", unit="tokens",
         help="Tokens computed in a step.", read=lambda s: s.step_tokens, vllm="vllm:iteration_tokens_total",
     ),
