@@ -86,9 +86,9 @@ def known_fields(
             kept[name] = given
         elif name not in neutral:
             short = str(name)[:_MAX_NAME_CHARS]
-            near = difflib.get_close_matches(short, [*known, *neutral], n=1, cutoff=0.0)
+            near = difflib.get_close_matches(short, known, n=1)
             raise RequestError(
-                f"unknown field {where + short!r}; the nearest known one is {near[0]!r}",
+                f"unknown field {where + short!r}" + (f"; did you mean {near[0]!r}?" if near else ""),
                 param=where + short,
                 code="unknown_parameter",
             )

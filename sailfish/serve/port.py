@@ -8,6 +8,24 @@ from typing import Any, Protocol
 from sailfish.engine.api import Chunk, EngineInfo, EngineStats, Options, SamplingParams
 
 
+class TextStream(Protocol):
+    """Turns tokens into text one by one; the pieces add up to the whole text."""
+
+    def push(self, token_id: int) -> str:
+        """Return the whole characters that a token completes."""
+
+    def flush(self) -> str:
+        """Return what is left at the end."""
+
+
+class TemplatePort(Protocol):
+    """A chat template."""
+
+    @property
+    def source(self) -> str:
+        """Its Jinja text."""
+
+
 class TokenizerPort(Protocol):
     """The part of a tokenizer that the server calls itself."""
 
@@ -22,6 +40,12 @@ class TokenizerPort(Protocol):
     @property
     def bos_token(self) -> str | None:
         """Text of the beginning-of-text token."""
+
+    def encode(self, text: str, *, special: bool = False, add_special: bool = True) -> list[int]:
+        """Return the ids of a text; `special` reads special-token texts in it as those tokens."""
+
+    def stream(self, *, skip_special: bool = True) -> TextStream:
+        """Return a decoder for one text."""
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """Return the text of token ids."""
@@ -52,7 +76,7 @@ class EnginePort(Protocol):
         """The model's tokenizer."""
 
     @property
-    def template(self) -> object | None:
+    def template(self) -> TemplatePort | None:
         """The model's chat template, or None when it has none."""
 
     @property

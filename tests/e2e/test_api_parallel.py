@@ -27,6 +27,7 @@ from live import (
     metrics,
     ready_reason,
     streams,
+    typed,
     until,
 )
 
@@ -238,6 +239,37 @@ def test_the_async_openai_client_streams_many_at_once(server: ServerProcess) -> 
 
     alone = [ask(server.url, prompt, max_tokens=16).json()["choices"][0]["text"] for prompt in PROMPTS]
     assert asyncio.run(main()) == alone
+
+
+def test_offsets_point_at_the_tokens_in_the_text(server: ServerProcess) -> None:
+    prompt = "It was é a 漢字 girl"
+    choice = ask(server.url, prompt, echo=True, logprobs=0).json()["choices"][0]
+    scored = choice["logprobs"]
+    starts = list(zip(scored["tokens"], scored["text_offset"], strict=True))
+    assert any(token.startswith("bytes:") for token, _ in starts)
+    assert all(choice["text"].startswith(t, at) for t, at in starts if not t.startswith("bytes:"))
+    zero = ask(server.url, prompt, echo=True, logprobs=0, max_tokens=0).json()
+    assert zero["choices"][0]["text"] == prompt and zero["usage"]["completion_tokens"] == 0
+    scores = zero["choices"][0]["logprobs"]["token_logprobs"]
+    assert scores[1:] == pytest.approx(scored["token_logprobs"][1 : len(scores)], abs=1e-4)
+
+
+def test_variables_that_the_template_does_not_read_are_refused(server: ServerProcess) -> None:
+    for name in ("nonsense", "bos_token", "raise_exception", "messages"):
+        body = {"model": "books-4m", "messages": [{"role": "user", "content": "Hello"}]}
+        reply = httpx.post(
+            f"{server.url}/v1/chat/completions",
+            json=body | {"chat_template_kwargs": {name: 1}},
+            timeout=WAIT_S,
+        )
+        assert (reply.status_code, reply.json()["error"]["param"]) == (400, "chat_template_kwargs")
+
+
+def test_a_wrong_template_is_found_before_the_engine_starts(tmp_path: Path) -> None:
+    (tmp_path / "bad.jinja").write_text("{% if %}")
+    ended = typed("serve", "books-4m", "--port", "0", "--chat-template", "bad.jinja", cwd=tmp_path)
+    assert ended.returncode == 2 and "bad.jinja: the chat template is not usable" in ended.stderr
+    assert "Traceback" not in ended.stderr and "weights" not in ended.stderr
 
 
 def takes_part(pid: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import codecs
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +31,14 @@ class FakeTokenizer:
     bos_token = "<s>"
     eos_token = "</s>"
 
+    def encode(self, text: str, *, special: bool = False, add_special: bool = True) -> list[int]:
+        """Return the text's bytes."""
+        return list(text.encode())
+
+    def stream(self, *, skip_special: bool = True) -> FakeStreamOfText:
+        """Return a decoder."""
+        return FakeStreamOfText(skip_special=skip_special)
+
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """Return the text of ids."""
         pieces = [b"" if skip_special and token >= 256 else self.token_bytes(token) for token in ids]
@@ -38,6 +47,30 @@ class FakeTokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         """Return one token's bytes."""
         return bytes([token_id]) if token_id < 256 else (b"<s>", b"</s>")[token_id - 256]
+
+
+class FakeTemplate:
+    """A chat template that only has its text."""
+
+    source = "{{ messages }}"
+
+
+class FakeStreamOfText:
+    """Decodes bytes one by one."""
+
+    def __init__(self, *, skip_special: bool) -> None:
+        self._skip_special = skip_special
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token_id: int) -> str:
+        """Return the character that a byte completes."""
+        if token_id >= 256 and self._skip_special:
+            return ""
+        return self._utf8.decode(FakeTokenizer().token_bytes(token_id))
+
+    def flush(self) -> str:
+        """Return what half a character leaves."""
+        return self._utf8.decode(b"", final=True)
 
 
 @dataclass
@@ -110,7 +143,7 @@ def _prompt_chances(
 class FakeEngine:
     """Implements the server's port."""
 
-    template: object | None = "a template"
+    template: FakeTemplate | None = field(default_factory=FakeTemplate)
     ready: str | None = None
     default_tokens: int = 5
     hold_after: int | None = None
@@ -138,6 +171,7 @@ class FakeEngine:
             page_tokens=16,
             n_blocks=64,
             max_sequences=8,
+            max_queue=256,
             step_tokens=256,
             prefix_cache=True,
             eos_token_ids=[EOS],
@@ -176,7 +210,7 @@ class FakeEngine:
         if len(prompt_ids) + (params.max_tokens or 1) > CONTEXT_TOKENS:
             raise ContextTooLong(
                 f"{len(prompt_ids)} prompt tokens and {params.max_tokens or 1} more exceed {CONTEXT_TOKENS}",
-                param="prompt",
+                param="prompt" if len(prompt_ids) >= CONTEXT_TOKENS else "max_tokens",
             )
         submission = Submission(prompt_ids, params, options)
         self.submissions.append(submission)

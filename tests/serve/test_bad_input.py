@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import pytest
 from fake_engine import CONTEXT_TOKENS, FakeEngine
 from serving import Running
@@ -165,6 +166,17 @@ def test_too_many_answers_in_all_are_refused(shared: Running) -> None:
     check_error(reply, 400, "invalid_value", "n")
 
 
+def test_more_answers_than_can_ever_be_at_work_are_no_reason_to_come_again(start: Start) -> None:
+    engine = FakeEngine()
+    engine.info = msgspec.structs.replace(engine.info, max_sequences=4, max_queue=4)
+    with start(engine).client() as client:
+        for fields, param in (({"n": 9}, "n"), ({"prompt": ["a"] * 9}, "prompt")):
+            reply = client.post("/v1/completions", json=TEXT | fields)
+            check_error(reply, 400, "invalid_value", param)
+            assert "8 answers" in reply.json()["error"]["message"]
+        assert client.post("/v1/completions", json=TEXT | {"n": 8}).status_code == 200
+
+
 @pytest.mark.parametrize("prompt", [[97] * (CONTEXT_TOKENS + 1), "x" * CONTEXT_TOKENS])
 def test_a_prompt_longer_than_the_context_has_openais_code(shared: Running, prompt: Any) -> None:
     with shared.client() as client:
@@ -263,12 +275,38 @@ def test_an_unknown_field_is_answered_with_the_nearest_known_one(shared: Running
     assert "max_tokens" in reply.json()["error"]["message"]
 
 
-@pytest.mark.parametrize("name", ["tokenize", "chat_template", "add_generation_prompt", "messages"])
-def test_template_variables_cannot_take_over_the_rendering(shared: Running, name: str) -> None:
+def test_a_field_like_no_other_gets_no_hint_and_no_hint_names_what_is_not_here(shared: Running) -> None:
     with shared.client() as client:
-        reply = client.post("/v1/chat/completions", json={**CHAT, "chat_template_kwargs": {name: True}})
-        check_error(reply, 400, "invalid_value", "chat_template_kwargs")
+        for name in ("zzz", "guided_json", "toolz"):
+            reply = client.post("/v1/chat/completions", json={**CHAT, name: 5})
+            check_error(reply, 400, "unknown_parameter", name)
+            assert reply.json()["error"]["message"] == f"unknown field {name!r}"
+
+
+def test_template_variables_are_plain_values(shared: Running) -> None:
+    with shared.client() as client:
         reply = client.post("/v1/chat/completions", json={**CHAT, "chat_template_kwargs": {"a": [1]}})
+    assert reply.status_code == 400
+
+
+def test_the_cap_that_was_sent_is_the_one_that_is_named(shared: Running) -> None:
+    with shared.client() as client:
+        for caps, name in (
+            ({"max_completion_tokens": 5000}, "max_completion_tokens"),
+            ({"max_completion_tokens": 5000, "max_tokens": 6000}, "max_completion_tokens"),
+            ({"max_completion_tokens": 6000, "max_tokens": 5000}, "max_tokens"),
+            ({"max_tokens": 5000}, "max_tokens"),
+        ):
+            reply = client.post("/v1/chat/completions", json=CHAT | caps)
+            check_error(reply, 400, "context_length_exceeded", name)
+
+
+def test_nothing_to_generate_needs_an_echo(shared: Running) -> None:
+    with shared.client() as client:
+        check_error(
+            client.post("/v1/completions", json=TEXT | {"max_tokens": 0}), 400, "invalid_value", "max_tokens"
+        )
+        reply = client.post("/v1/chat/completions", json=CHAT | {"max_tokens": 0})
         assert reply.status_code == 400
 
 

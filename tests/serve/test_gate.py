@@ -203,6 +203,14 @@ def test_tokens_go_there_and_back(shared: Running) -> None:
         check_error(client.post("/tokenize", json={}), 400, "missing_required_parameter", "prompt")
         info = client.get("/tokenizer_info").json()
         assert (info["eos_token"], info["bos_token"]) == ("</s>", "<s>")
+        assert info["chat_template"] == "{{ messages }}"
+
+
+def test_a_text_to_tokenise_need_not_fit_the_context(shared: Running) -> None:
+    with shared.client() as client:
+        assert client.post("/tokenize", json={"prompt": "a" * 100_000}).json()["count"] == 100_000
+        too_long = {"prompt": "a" * (shared.server.site.limits.tokenize_chars + 1)}
+        check_error(client.post("/tokenize", json=too_long), 400, "invalid_value", "prompt")
 
 
 def test_readiness_tells_why_not(start: Start) -> None:

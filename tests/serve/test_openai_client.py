@@ -92,6 +92,34 @@ def test_echo_with_logprobs_scores_the_prompt(start: Start) -> None:
         assert logprobs.top_logprobs[1:] == [{"b": -0.5, "c": -1.5}, {"a": -0.5, "b": -1.5}]
 
 
+def test_a_prompt_is_scored_without_an_answer(start: Start) -> None:
+    with client_of(start()) as client:
+        wanted = {"model": "fake", "prompt": ["ab", "c"], "max_tokens": 0, "echo": True, "logprobs": 1}
+        reply = client.completions.create(**wanted)
+        pieces = list(client.completions.create(**wanted, stream=True))
+    for choices in (reply.choices, [piece.choices[0] for piece in pieces]):
+        assert {(c.index, c.text, c.finish_reason) for c in choices} == {
+            (0, "ab", "length"),
+            (1, "c", "length"),
+        }
+        scores = {c.index: c.logprobs.token_logprobs for c in choices if c.logprobs}
+        assert scores == {0: [None, -0.5], 1: [None]}
+    assert reply.usage is not None
+    assert (reply.usage.prompt_tokens, reply.usage.completion_tokens, reply.usage.total_tokens) == (3, 0, 3)
+
+
+def test_offsets_count_the_characters_of_the_text(start: Start) -> None:
+    prompt = [256, *"é€x".encode(), 0xC3]
+    with client_of(start()) as client:
+        wanted = {"model": "fake", "prompt": prompt, "max_tokens": 7, "echo": True, "logprobs": 0}
+        whole = client.completions.create(**wanted).choices[0]
+        pieces = [piece.choices[0] for piece in client.completions.create(**wanted, stream=True)]
+    expected = [0, 3, 3, 4, 4, 4, 5, 6, 7, 7, 7, 8, 8, 8, 9]  # <s>, é, €, x, half a character; then again
+    assert whole.logprobs is not None and whole.logprobs.text_offset == expected
+    streamed = [offset for piece in pieces if piece.logprobs for offset in piece.logprobs.text_offset or []]
+    assert streamed == expected
+
+
 def test_half_a_character_is_shown_as_bytes(start: Start) -> None:
     with client_of(start()) as client:
         reply = client.completions.create(model="fake", prompt=[0xC3], max_tokens=1, logprobs=0)

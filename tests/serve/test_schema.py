@@ -10,10 +10,11 @@ from pathlib import Path
 
 import httpx
 import pytest
-from fake_engine import FakeEngine
+from fake_engine import FakeEngine, FakeTemplate
 from serving import Running
 
 from sailfish.base.config import ServeConfig
+from sailfish.engine.api import MAX_STOP_CHARS, MAX_STOP_STRINGS
 from sailfish.serve.openapi import pattern_up_to
 
 Start = Callable[..., Running]
@@ -25,7 +26,7 @@ def test_schemathesis_finds_nothing_in_positive_and_negative_mode(
     start: Start, has_template: bool, tmp_path: Path
 ) -> None:
     running = start(
-        FakeEngine(template="a template" if has_template else None),
+        FakeEngine(template=FakeTemplate() if has_template else None),
         config=ServeConfig(api_keys="judge:judge-key"),
     )
     result = subprocess.run(
@@ -52,7 +53,9 @@ def test_a_model_without_a_chat_template_does_not_offer_chat(start: Start) -> No
 
 def test_the_limits_are_part_of_the_description(start: Start) -> None:
     document = httpx.get(start().url + "/openapi.json").json()
-    assert document["info"]["x-limits"]["body_bytes"] == 8 * 2**20
+    limits = document["info"]["x-limits"]
+    assert limits["body_bytes"] == 8 * 2**20
+    assert (limits["stop_strings"], limits["stop_chars"]) == (MAX_STOP_STRINGS, MAX_STOP_CHARS)
 
 
 @pytest.mark.parametrize("last", [0, 5, 9, 10, 99, 257, 1000, 8191, 20_305])

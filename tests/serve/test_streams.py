@@ -85,7 +85,8 @@ def test_without_the_option_no_chunk_has_usage(shared: Running) -> None:
         reply = client.post("/v1/completions", json=TEXT | {"stream": True})
     pieces = [json.loads(event) for event in events_of(reply.text)[:-1]]
     assert all("usage" not in piece and len(piece["choices"]) == 1 for piece in pieces)
-    assert pieces[-1]["choices"][0]["finish_reason"] == "stop"
+    assert len(pieces) == 16, "as many tokens as OpenAI generates unasked"
+    assert pieces[-1]["choices"][0]["finish_reason"] == "length"
 
 
 def test_echoed_offsets_go_on_from_chunk_to_chunk(shared: Running) -> None:
@@ -150,11 +151,11 @@ def test_a_client_that_leaves_while_a_second_request_waits_frees_the_first(start
 
 
 def test_a_client_that_never_reads_is_held_back_then_dropped(start: Start) -> None:
-    engine = FakeEngine(default_tokens=4000, text_repeat=4000)
+    engine = FakeEngine(text_repeat=4000)
     running = start(engine, write_stall_s=0.3, write_buffer_bytes=65_536)
     with running.connect() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        connection.sendall(request_bytes("/v1/completions", TEXT | {"stream": True}))
+        connection.sendall(request_bytes("/v1/completions", TEXT | {"stream": True, "max_tokens": 4000}))
         running.wait(engine.aborted)
         assert not engine.submissions[0].ended
     engine.text_repeat = 1

@@ -13,6 +13,16 @@ from sailfish.engine.api import (
     MAX_STOP_TOKEN_IDS,
 )
 
+_ENGINES_OWN = (
+    ("n", MAX_N),
+    ("stop_strings", MAX_STOP_STRINGS),
+    ("stop_chars", MAX_STOP_CHARS),
+    ("stop_token_ids", MAX_STOP_TOKEN_IDS),
+    ("logit_bias", MAX_LOGIT_BIAS),
+    ("logprobs", MAX_LOGPROBS),
+)
+"""What the engine takes, whoever asks."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
@@ -38,16 +48,8 @@ class Limits:
     """Prompts of one completion request."""
     sequences: int = 256
     """Prompts times n of one request."""
-    n: int = MAX_N
-    """Answers per prompt."""
-    stop_strings: int = MAX_STOP_STRINGS
-    stop_chars: int = MAX_STOP_CHARS
-    """Characters of one stop string."""
-    stop_token_ids: int = MAX_STOP_TOKEN_IDS
-    logit_bias: int = MAX_LOGIT_BIAS
-    """Entries of logit_bias."""
-    logprobs: int = MAX_LOGPROBS
-    """Alternatives reported per token."""
+    tokenize_chars: int = 2**20
+    """Characters of one text to tokenise, which need not fit the context."""
     connections: int = 1024
     """Open connections of one API process."""
     requests_per_key: int = 1024
@@ -73,7 +75,7 @@ class Limits:
 
     def rows(self) -> list[tuple[str, float]]:
         """Return (name, value) of every cap."""
-        return [(field.name, getattr(self, field.name)) for field in fields(self)]
+        return [(field.name, getattr(self, field.name)) for field in fields(self)] + list(_ENGINES_OWN)
 
 
 LIMITS = Limits()

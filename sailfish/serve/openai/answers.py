@@ -7,6 +7,9 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
+from typing import TypedDict
+
+import msgspec
 
 from sailfish.base.errors import RequestError
 from sailfish.engine.api import Chunk, Completion, Options, SamplingParams, Usage
@@ -16,8 +19,7 @@ from sailfish.serve.port import AnswerStream
 from sailfish.serve.site import Site
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Envelope:
+class Envelope(TypedDict):
     """What all chunks of a reply have in common."""
 
     id: str
@@ -25,15 +27,15 @@ class Envelope:
     model: str
     system_fingerprint: str
 
-    @classmethod
-    def fresh(cls, site: Site, prefix: str) -> Envelope:
-        """Return a new one for a request that begins now."""
-        return cls(
-            id=f"{prefix}-{secrets.token_hex(12)}",
-            created=int(time.time()),
-            model=site.model,
-            system_fingerprint=f"fp_{site.engine.info.digest.rpartition(':')[2][:12]}",
-        )
+
+def fresh_envelope(site: Site, prefix: str) -> Envelope:
+    """Return a new one for a request that begins now."""
+    return Envelope(
+        id=f"{prefix}-{secrets.token_hex(12)}",
+        created=int(time.time()),
+        model=site.model,
+        system_fingerprint=f"fp_{site.engine.info.digest.rpartition(':')[2][:12]}",
+    )
 
 
 @dataclass(slots=True)
@@ -65,8 +67,9 @@ class Tally:
 class Answers:
     """One engine stream per prompt, read as one; `close` ends what still runs."""
 
-    def __init__(self, streams: list[AnswerStream]) -> None:
+    def __init__(self, streams: list[AnswerStream], *, is_scoring: bool = False) -> None:
         self._streams = streams
+        self._is_scoring = is_scoring
         self.tally = Tally()
 
     @classmethod
@@ -78,15 +81,22 @@ class Answers:
         params: SamplingParams,
         *,
         tenant: str,
+        is_scoring: bool = False,
     ) -> Answers:
-        """Submit every prompt, or none: when one is refused, those before it are aborted."""
-        if len(prompts) * params.n > site.limits.sequences:
+        """Submit every prompt, or none: when one is refused, those before it are aborted.
+
+        `is_scoring`: the prompts' log-probabilities are all that is wanted; what is drawn is dropped.
+        """
+        info = site.engine.info
+        most = min(site.limits.sequences, info.max_sequences + info.max_queue)
+        if len(prompts) * params.n > most:
             raise RequestError(
-                f"{len(prompts)} prompts times n {params.n} are more than {site.limits.sequences} answers",
-                param="n",
+                f"{len(prompts)} prompts times n {params.n} are more than the {most} answers this server "
+                "can ever have at work; send several requests",
+                param="n" if params.n > 1 else "prompt",
             )
         salt = tenant if request.cache_salt is None else f"{tenant}:{request.cache_salt}"
-        answers = cls([])
+        answers = cls([], is_scoring=is_scoring)
         try:
             for prompt_ids in prompts:
                 stream = await site.engine.submit(
@@ -102,9 +112,14 @@ class Answers:
 
     async def chunks(self) -> AsyncGenerator[tuple[int, Chunk], None]:
         """Yield (prompt, chunk) as they come; raise what ended the request early."""
+        async for prompt, drawn in self._drawn():
+            chunk = _without_answer(drawn) if self._is_scoring else drawn
+            self.tally.add(prompt, chunk.usage)
+            yield prompt, chunk
+
+    async def _drawn(self) -> AsyncGenerator[tuple[int, Chunk], None]:
         if len(self._streams) == 1:
             async for chunk in self._streams[0]:
-                self.tally.add(0, chunk.usage)
                 yield 0, chunk
             return
         iterators = [aiter(stream) for stream in self._streams]
@@ -119,7 +134,6 @@ class Answers:
                     except StopAsyncIteration:
                         continue
                     pending[asyncio.ensure_future(anext(iterators[prompt]))] = prompt
-                    self.tally.add(prompt, chunk.usage)
                     yield prompt, chunk
         finally:
             for task in pending:
@@ -137,6 +151,19 @@ class Answers:
         """Abort what has not ended."""
         for stream in self._streams:
             await stream.abort()
+
+
+def _without_answer(chunk: Chunk) -> Chunk:
+    usage = chunk.usage
+    return msgspec.structs.replace(
+        chunk,
+        text="",
+        token_ids=[],
+        logprobs=None if chunk.logprobs is None else [],
+        finish_reason=None if chunk.finish_reason is None else "length",
+        stop_reason=None,
+        usage=None if usage is None else msgspec.structs.replace(usage, completion_tokens=0),
+    )
 
 
 def _join(chunks: list[Chunk]) -> Completion:

@@ -13,7 +13,7 @@ from sailfish.checkpoint.messages import Message
 from sailfish.engine.api import Chunk, Completion
 from sailfish.serve.gateway.strict_json import read_object
 from sailfish.serve.openai import logprobs
-from sailfish.serve.openai.answers import Answers, Envelope
+from sailfish.serve.openai.answers import Answers, fresh_envelope
 from sailfish.serve.openai.endpoint import check_common, json_reply, whole_reply
 from sailfish.serve.openai.replies import (
     ChatChoice,
@@ -46,7 +46,12 @@ async def create_chat_completion(site: Site, http: Request) -> Response:
         site, request.messages, request.add_generation_prompt, request.chat_template_kwargs
     )
     shaper = _Shaper(site, request)
-    answers = await Answers.start(site, request, [prompt_ids], params, tenant=http.state.tenant)
+    try:
+        answers = await Answers.start(site, request, [prompt_ids], params, tenant=http.state.tenant)
+    except RequestError as error:
+        if error.param == "max_tokens" and request.max_completion_tokens == params.max_tokens:
+            error.param = "max_completion_tokens"  # the engine knows one name only
+        raise
     if request.stream:
         events = pieces(
             answers, shaper.opening(params.n), shaper.piece, shaper.closing, request.stream_options
@@ -81,7 +86,7 @@ class _Shaper:
         self._tokenizer = site.engine.tokenizer
         options = request.stream_options
         self._usage = None if options and options.include_usage else UNSET
-        self.envelope = Envelope.fresh(site, "chatcmpl")
+        self._envelope = fresh_envelope(site, "chatcmpl")
 
     def opening(self, n: int) -> list[ChatChunk]:
         """Return the first event of every answer: whose turn it is."""
@@ -119,10 +124,7 @@ class _Shaper:
         ]
         prompt = completions[0].prompt_logprobs
         return ChatReply(
-            id=self.envelope.id,
-            created=self.envelope.created,
-            model=self.envelope.model,
-            system_fingerprint=self.envelope.system_fingerprint,
+            **self._envelope,
             choices=choices,
             usage=usage,
             prompt_logprobs=UNSET if prompt is None else logprobs.for_prompt(self._tokenizer, prompt),
@@ -134,12 +136,4 @@ class _Shaper:
         usage: UsageReply | None | UnsetType,
         prompt_logprobs: PromptLogprobs | UnsetType = UNSET,
     ) -> ChatChunk:
-        return ChatChunk(
-            id=self.envelope.id,
-            created=self.envelope.created,
-            model=self.envelope.model,
-            system_fingerprint=self.envelope.system_fingerprint,
-            choices=choices,
-            usage=usage,
-            prompt_logprobs=prompt_logprobs,
-        )
+        return ChatChunk(**self._envelope, choices=choices, usage=usage, prompt_logprobs=prompt_logprobs)

@@ -13,12 +13,15 @@ from sailfish.base.errors import RequestError
 from sailfish.engine.api import Chunk, Completion, FinishReason, TokenLogprob
 from sailfish.serve.gateway.strict_json import read_object
 from sailfish.serve.openai import logprobs
-from sailfish.serve.openai.answers import Answers, Envelope
+from sailfish.serve.openai.answers import Answers, fresh_envelope
 from sailfish.serve.openai.endpoint import check_common, json_reply, whole_reply
 from sailfish.serve.openai.replies import TextChoice, TextReply, UsageReply
 from sailfish.serve.openai.requests import CompletionRequest, read
 from sailfish.serve.openai.stream import EventStream, pieces
 from sailfish.serve.site import Site
+
+_DEFAULT_TOKENS = 16
+"""What OpenAI generates when not told how much."""
 
 
 async def create_completion(site: Site, http: Request) -> Response:
@@ -30,12 +33,19 @@ async def create_completion(site: Site, http: Request) -> Response:
     wants_prompt = request.prompt_logprobs
     if request.echo and request.logprobs is not None:
         wants_prompt = max(request.logprobs, wants_prompt or 0)
+    max_tokens = _DEFAULT_TOKENS if request.max_tokens is None else request.max_tokens
+    if max_tokens == 0 and not request.echo:
+        raise RequestError(
+            "max_tokens 0 needs echo to be true: there is no text otherwise", param="max_tokens"
+        )
     params = request.sampling(
-        max_tokens=request.max_tokens, logprobs=request.logprobs, prompt_logprobs=wants_prompt
+        max_tokens=max(max_tokens, 1), logprobs=request.logprobs, prompt_logprobs=wants_prompt
     )
     prompts = await _encode_prompts(site, request.prompt)
     shaper = _Shaper(site, request, prompts, params.n)
-    answers = await Answers.start(site, request, prompts, params, tenant=http.state.tenant)
+    answers = await Answers.start(
+        site, request, prompts, params, tenant=http.state.tenant, is_scoring=max_tokens == 0
+    )
     if request.stream:
         events = pieces(answers, [], shaper.piece, shaper.closing, request.stream_options)
         return EventStream(site, answers, events)
@@ -89,10 +99,10 @@ class _Shaper:
         self._n = n
         options = request.stream_options
         self._usage = None if options and options.include_usage else UNSET
-        self._offsets: dict[int, int] = {}
-        """Characters that each choice has sent already."""
+        self._offsets: dict[int, logprobs.Offsets] = {}
+        """Where each choice's next token begins."""
         self._prompt_logprobs: dict[int, list[TokenLogprob | None]] = {}
-        self.envelope = Envelope.fresh(site, "cmpl")
+        self._envelope = fresh_envelope(site, "cmpl")
 
     def piece(self, prompt: int, chunk: Chunk) -> TextReply:
         """Return one event with new text."""
@@ -110,19 +120,24 @@ class _Shaper:
     def _choice(self, prompt: int, part: Chunk | Completion, finish: FinishReason | None) -> TextChoice:
         index = prompt * self._n + part.index
         is_first = index not in self._offsets
-        offset = self._offsets.setdefault(index, 0)
+        if is_first:
+            skips = self._request.skip_special_tokens is not False
+            self._offsets[index] = logprobs.Offsets(self._tokenizer, skip_special=skips)
+        offsets = self._offsets[index]
         text = part.text
         entries: list[TokenLogprob | None] = list(part.logprobs or [])
         ids = list(part.token_ids)
+        starts: list[int] = []
         if is_first and self._request.echo:
             prompt_ids = self._prompts[prompt]
             text = self._tokenizer.decode(prompt_ids, skip_special=False) + text
             entries = [*self._prompt_entries(prompt, part), *entries]
             ids = prompt_ids + ids
+            starts = offsets.of_prompt(prompt_ids)
         shaped = None
         if self._request.logprobs is not None:
-            shaped = logprobs.for_text(self._tokenizer, entries, ids, offset)
-            self._offsets[index] += sum(len(token) for token in shaped.tokens)
+            starts += [offsets.push(entry.token_id) for entry in part.logprobs or []]
+            shaped = logprobs.for_text(self._tokenizer, entries, ids, starts)
         wanted = self._request.prompt_logprobs is not None and part.prompt_logprobs is not None
         return TextChoice(
             index=index,
@@ -142,11 +157,4 @@ class _Shaper:
         return list(self._prompt_logprobs.get(prompt) or [None] * len(self._prompts[prompt]))
 
     def _reply(self, choices: list[TextChoice], usage: UsageReply | None | UnsetType) -> TextReply:
-        return TextReply(
-            id=self.envelope.id,
-            created=self.envelope.created,
-            model=self.envelope.model,
-            system_fingerprint=self.envelope.system_fingerprint,
-            choices=choices,
-            usage=usage,
-        )
+        return TextReply(**self._envelope, choices=choices, usage=usage)

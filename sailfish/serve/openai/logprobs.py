@@ -48,19 +48,42 @@ def for_chat(tokenizer: TokenizerPort, entries: Sequence[TokenLogprob] | None) -
     return ChatLogprobs(content=content)
 
 
+class Offsets:
+    """Where the tokens of one text begin in it, in characters: a token may be part of one, or skipped."""
+
+    def __init__(self, tokenizer: TokenizerPort, *, skip_special: bool) -> None:
+        self._tokenizer = tokenizer
+        self._stream = tokenizer.stream(skip_special=skip_special)
+        self._n_chars = 0
+
+    def of_prompt(self, ids: Sequence[int]) -> list[int]:
+        """Return the offsets of a prompt that is echoed whole before the answer."""
+        answer, self._stream = self._stream, self._tokenizer.stream(skip_special=False)
+        starts = [self.push(token_id) for token_id in ids]
+        self._n_chars += len(self._stream.flush())
+        self._stream = answer
+        return starts
+
+    def push(self, token_id: int) -> int:
+        """Return the offset of the next token."""
+        start = self._n_chars
+        self._n_chars += len(self._stream.push(token_id))
+        return start
+
+
 def for_text(
-    tokenizer: TokenizerPort, entries: Sequence[TokenLogprob | None], ids: Sequence[int], offset: int
+    tokenizer: TokenizerPort,
+    entries: Sequence[TokenLogprob | None],
+    ids: Sequence[int],
+    offsets: list[int],
 ) -> TextLogprobs:
     """Return the text completions' shape: parallel lists. `ids` name the tokens of entries that are None."""
     tokens: list[str] = []
     chances: list[float | None] = []
     tops: list[dict[str, float] | None] = []
-    offsets: list[int] = []
     for i, entry in enumerate(entries):
         token = token_string(tokenizer, ids[i] if entry is None else entry.token_id)
         tokens.append(token)
-        offsets.append(offset)
-        offset += len(token)
         if entry is None:
             chances.append(None)
             tops.append(None)

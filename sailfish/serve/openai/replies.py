@@ -190,6 +190,7 @@ class TokenizerInfo(Struct, frozen=True, kw_only=True):
     eos_token: str | None
     bos_token: str | None
     pad_token: str | None
+    chat_template: str | None
     vocab_size: int
     max_model_len: int
 

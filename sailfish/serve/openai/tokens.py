@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -23,7 +25,12 @@ async def tokenize(site: Site, http: Request) -> Response:
     if isinstance(request, TokenizeChat):
         ids = await encode_messages(site, request.messages, request.add_generation_prompt, None)
     else:
-        ids = await site.engine.encode(request.prompt, add_special=request.add_special_tokens is not False)
+        ids = await asyncio.to_thread(
+            site.engine.tokenizer.encode,
+            request.prompt,
+            special=True,
+            add_special=request.add_special_tokens is not False,
+        )
     texts = (
         [token_string(site.engine.tokenizer, token) for token in ids] if request.return_token_strs else None
     )
@@ -47,13 +54,14 @@ async def detokenize(site: Site, http: Request) -> Response:
 
 
 async def tokenizer_info(site: Site, _: Request) -> Response:
-    """Return the special tokens."""
-    tokenizer = site.engine.tokenizer
+    """Return the special tokens and the chat template."""
+    tokenizer, template = site.engine.tokenizer, site.engine.template
     return json_reply(
         TokenizerInfo(
             eos_token=tokenizer.eos_token,
             bos_token=tokenizer.bos_token,
             pad_token=tokenizer.eos_token,
+            chat_template=None if template is None else template.source,
             vocab_size=site.engine.info.vocab_size,
             max_model_len=site.engine.info.context_tokens,
         )
