@@ -14,7 +14,6 @@ import typer
 from sailfish.base.config import ServeConfig
 from sailfish.base.errors import EngineError, WorkerDied
 from sailfish.base.units import format_bytes
-from sailfish.bench.server import READY
 from sailfish.checkpoint.template import ChatTemplate
 from sailfish.cli.options import Settings
 from sailfish.engine.api import EngineInfo
@@ -41,6 +40,11 @@ def serve_engine(
     log_json: bool = False,
 ) -> None:
     """Start the engine process, serve on the listening socket until a signal came, and end cleanly."""
+    template = None
+    if chat_template is not None:
+        template = ChatTemplate.load(engine_dir, override=chat_template)
+        assert template is not None
+        template.check()
     room = WaitingRoom(settings.serve, listener)
 
     def tell(progress: Progress) -> None:
@@ -65,7 +69,8 @@ def serve_engine(
         on_progress=tell,
         on_give_up=give_up,
     )
-    asyncio.run(_serve(process, room, settings.serve, listener, chat_template))
+    others = ApiProcesses(settings.serve, listener, process.socket_path, chat_template=chat_template)
+    asyncio.run(_serve(process, room, settings.serve, listener, others, template))
     if gave_up.is_set():
         raise WorkerDied("the engine process died again and again", hint="its log says why")
 
@@ -75,23 +80,23 @@ async def _serve(
     room: WaitingRoom,
     config: ServeConfig,
     listener: socket.socket,
-    chat_template: Path | None,
+    others: ApiProcesses,
+    template: ChatTemplate | None,
 ) -> None:
     async with room:
         await _start(process)
     host, port = listener.getsockname()[:2]
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    others = ApiProcesses(config, listener, process.socket_path, chat_template=chat_template)
     async with await AsyncEngine.attach(process.socket_path, process=process) as engine, others:
-        if chat_template is not None:
-            engine.template = ChatTemplate.load(Path(engine.info.engine_dir), override=chat_template)
+        if template is not None:
+            engine.template = template
         _log_memory(engine.info)
         _log_security(config, host)
         await server.run(
             engine,
             config,
             [listener],
-            on_ready=lambda: typer.echo(f"{READY}{url}"),
+            on_ready=lambda: typer.echo(f"{server.READY} {url}"),
             on_drain=others.drain,
         )
     log.info("ended")
