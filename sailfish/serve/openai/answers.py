@@ -97,7 +97,7 @@ class Answers:
             )
         if params.n > info.max_queue:
             raise RequestError(
-                f"n is {params.n}; a prompt's answers queue up together, and the queue holds {info.max_queue}",
+                f"n is {params.n}; its answers queue up together, and the queue holds {info.max_queue}",
                 param="n",
             )
         salt = tenant if request.cache_salt is None else f"{tenant}:{request.cache_salt}"
