@@ -176,6 +176,23 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
     prompt_logprobs: list[TokenLogprob | None] | None
     usage: Usage
 
+    @classmethod
+    def joined(cls, chunks: list[Chunk]) -> Completion:
+        """Return the whole answer that all chunks of one index make; the last has a finish_reason."""
+        last = chunks[-1]
+        assert last.finish_reason is not None and last.usage is not None
+        has_logprobs = any(chunk.logprobs is not None for chunk in chunks)
+        return cls(
+            index=last.index,
+            text="".join(chunk.text for chunk in chunks),
+            token_ids=[token for chunk in chunks for token in chunk.token_ids],
+            finish_reason=last.finish_reason,
+            stop_reason=last.stop_reason,
+            logprobs=[entry for chunk in chunks for entry in chunk.logprobs or []] if has_logprobs else None,
+            prompt_logprobs=next((c.prompt_logprobs for c in chunks if c.prompt_logprobs is not None), None),
+            usage=last.usage,
+        )
+
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What a running engine is; constant from READY on."""

@@ -112,7 +112,7 @@ class Scheduler:
                 raise RequestError(f"sequence {sequence.key} is already running; choose another key")
             self._admission.check(
                 sequence,
-                n_waiting=len(self._waiting),
+                n_waiting=max(0, len(self._waiting) - len(self._free_rows)),  # the rest starts at once
                 backlog_tokens=self._waiting_tokens + sum(s.n_left for s in self._running),
                 now_s=now_s,
             )

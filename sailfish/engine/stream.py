@@ -81,20 +81,4 @@ async def collect(chunks: AsyncIterator[Chunk]) -> list[Completion]:
     parts: dict[int, list[Chunk]] = {}
     async for chunk in chunks:
         parts.setdefault(chunk.index, []).append(chunk)
-    return [_join(parts[index]) for index in sorted(parts)]
-
-
-def _join(chunks: list[Chunk]) -> Completion:
-    last = chunks[-1]
-    assert last.finish_reason is not None and last.usage is not None
-    has_logprobs = any(chunk.logprobs is not None for chunk in chunks)
-    return Completion(
-        index=last.index,
-        text="".join(chunk.text for chunk in chunks),
-        token_ids=[token for chunk in chunks for token in chunk.token_ids],
-        finish_reason=last.finish_reason,
-        stop_reason=last.stop_reason,
-        logprobs=[p for chunk in chunks for p in chunk.logprobs or []] if has_logprobs else None,
-        prompt_logprobs=next((c.prompt_logprobs for c in chunks if c.prompt_logprobs is not None), None),
-        usage=last.usage,
-    )
+    return [Completion.joined(parts[index]) for index in sorted(parts)]

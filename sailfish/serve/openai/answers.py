@@ -150,7 +150,7 @@ class Answers:
         parts: dict[tuple[int, int], list[Chunk]] = {}
         async for prompt, chunk in self.chunks():
             parts.setdefault((prompt, chunk.index), []).append(chunk)
-        return [(prompt, _join(chunks)) for (prompt, _), chunks in sorted(parts.items())]
+        return [(prompt, Completion.joined(chunks)) for (prompt, _), chunks in sorted(parts.items())]
 
     async def close(self) -> None:
         """Abort what has not ended."""
@@ -168,20 +168,4 @@ def _without_answer(chunk: Chunk) -> Chunk:
         finish_reason=None if chunk.finish_reason is None else "length",
         stop_reason=None,
         usage=None if usage is None else msgspec.structs.replace(usage, completion_tokens=0),
-    )
-
-
-def _join(chunks: list[Chunk]) -> Completion:
-    last = chunks[-1]
-    assert last.finish_reason is not None and last.usage is not None
-    has_logprobs = any(chunk.logprobs is not None for chunk in chunks)
-    return Completion(
-        index=last.index,
-        text="".join(chunk.text for chunk in chunks),
-        token_ids=[token for chunk in chunks for token in chunk.token_ids],
-        finish_reason=last.finish_reason,
-        stop_reason=last.stop_reason,
-        logprobs=[entry for chunk in chunks for entry in chunk.logprobs or []] if has_logprobs else None,
-        prompt_logprobs=next((c.prompt_logprobs for c in chunks if c.prompt_logprobs is not None), None),
-        usage=last.usage,
     )
