@@ -95,11 +95,6 @@ class Answers:
                 "can ever have at work; send several requests",
                 param="n" if params.n > 1 else "prompt",
             )
-        if params.n > info.max_queue:
-            raise RequestError(
-                f"n is {params.n}; its answers queue up together, and the queue holds {info.max_queue}",
-                param="n",
-            )
         salt = tenant if request.cache_salt is None else f"{tenant}:{request.cache_salt}"
         answers = cls([], is_scoring=is_scoring)
         try:
