@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import stat
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -31,8 +33,8 @@ async def answer_all(
     with Progress(*columns, console=Console(stderr=True)) as progress:
         bar = progress.add_task("requests", total=len(requests))
         async with await AsyncEngine.start(engine_dir, config=settings.engine) as engine:
-            if out.seekable():
-                out.truncate(0)
+            if stat.S_ISREG(os.fstat(out.fileno()).st_mode):
+                out.truncate(0)  # only now, that there will be new answers
             places = asyncio.Semaphore(engine.info.max_sequences)
 
             async def answer(number: int, request: dict[str, Any]) -> bool:
