@@ -16,6 +16,7 @@ from sailfish.base.errors import ConfigError, RequestError, SailfishError
 from sailfish.cli.options import Settings
 from sailfish.engine.api import Completion, SamplingParams
 from sailfish.engine.client import AsyncEngine
+from sailfish.engine.pace import Pace
 
 _SAMPLING = set(SamplingParams.__struct_fields__)
 _KNOWN = _SAMPLING | {"id", "prompt", "messages"}
@@ -35,10 +36,10 @@ async def answer_all(
         async with await AsyncEngine.start(engine_dir, config=settings.engine) as engine:
             if stat.S_ISREG(os.fstat(out.fileno()).st_mode):
                 out.truncate(0)  # only now, that there will be new answers
-            places = asyncio.Semaphore(engine.info.max_sequences)
+            pace = Pace(engine.info.max_sequences)
 
             async def answer(number: int, request: dict[str, Any]) -> bool:
-                async with places:
+                async with pace.places(_n_answers(request, settings.sampling)):
                     rows = await _answer(engine, number, request, settings.sampling)
                 for row in rows:
                     out.write(msgspec.json.encode(row).decode() + "\n")
@@ -62,6 +63,12 @@ async def _answer(
     except SailfishError as error:
         return [{"id": name, "error": {"code": error.code, "message": str(error)}}]
     return [_row(name, completion) for completion in completions]
+
+
+def _n_answers(request: dict[str, Any], defaults: SamplingParams) -> int:
+    """Return how many answers a request asks for; a wrong number is refused when it is submitted."""
+    n = request.get("n", defaults.n)
+    return n if isinstance(n, int) and n > 0 else 1
 
 
 def _row(name: Any, completion: Completion) -> dict[str, Any]:

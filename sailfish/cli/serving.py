@@ -83,47 +83,48 @@ async def _serve(
     others: ApiProcesses,
     template: ChatTemplate | None,
 ) -> None:
-    async with room:
-        await _start(process)
-    host, port = listener.getsockname()[:2]
-    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    async with await AsyncEngine.attach(process.socket_path, process=process) as engine, others:
-        if template is not None:
-            engine.template = template
-        _log_memory(engine.info)
-        _log_security(config, host)
-        await server.run(
-            engine,
-            config,
-            [listener],
-            on_ready=lambda: typer.echo(f"{server.READY} {url}"),
-            on_drain=others.drain,
-        )
+    asked = _watch_signals(process)
+    try:
+        async with room:
+            await asyncio.to_thread(process.start)
+        async with await AsyncEngine.attach(process.socket_path, process=process) as engine, others:
+            if template is not None:
+                engine.template = template
+            _log_memory(engine.info)
+            _log_security(config, listener.getsockname()[0])
+            await server.run(
+                engine,
+                config,
+                [listener],
+                on_ready=lambda: typer.echo(f"{server.READY} {_url(listener)}"),
+                on_drain=others.drain,
+            )
+    except EngineError:
+        if not asked:
+            raise
+    if asked:
+        await asyncio.to_thread(process.stop)
+        raise SystemExit(128 + asked[0])
     log.info("ended")
 
 
-async def _start(process: EngineProcess) -> None:
-    """Start the engine process; a signal meanwhile ends it and this command."""
-    loop, signals = asyncio.get_running_loop(), server.draining_signals()
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _watch_signals(process: EngineProcess) -> list[int]:
+    """End the engine process at a signal, until the server takes signals itself; return those that came."""
+    loop = asyncio.get_running_loop()
     asked: list[int] = []
 
     def stop(number: int) -> None:
         asked.append(number)
         threading.Thread(target=process.stop, daemon=True).start()
 
-    for number in signals:
+    for number in server.draining_signals():
         loop.add_signal_handler(number, stop, number)
-    try:
-        await asyncio.to_thread(process.start)
-    except EngineError:
-        if not asked:
-            raise
-    finally:
-        for number in signals:
-            loop.remove_signal_handler(number)
-    if asked:
-        await asyncio.to_thread(process.stop)
-        raise SystemExit(128 + asked[0])
+    return asked
 
 
 def _log_memory(info: EngineInfo) -> None:

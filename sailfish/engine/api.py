@@ -5,8 +5,10 @@ No torch and no tokenizer here: the server, the command line and the tests share
 
 from __future__ import annotations
 
+import operator
 from bisect import bisect_left
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeVar
 
 import msgspec
 
@@ -58,10 +60,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 
     def checked(self, vocab_size: int) -> SamplingParams:
         """Return the same parameters with `stop` as a tuple; raise RequestError naming a bad field."""
-        try:
-            typed = msgspec.convert(msgspec.to_builtins(self), SamplingParams)
-        except (msgspec.ValidationError, TypeError) as error:
-            raise RequestError(f"a sampling parameter is of the wrong type: {error}") from None
+        typed = _typed(self, SamplingParams, "sampling parameters")
         typed = msgspec.structs.replace(typed, stop=(self.stop,) if isinstance(self.stop, str) else self.stop)
         typed.check(vocab_size)
         return typed
@@ -118,6 +117,12 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds from now after which the answer is worthless."""
     tenant: str = ""
     """Tenants never share cached prefixes."""
+
+    def checked(self) -> Options:
+        """Return the same options; raise RequestError naming the first field that is wrong."""
+        typed = _typed(self, Options, "options")
+        typed.check()
+        return typed
 
     def check(self) -> None:
         """Raise RequestError naming the first field out of range."""
@@ -291,6 +296,34 @@ class EngineStats(msgspec.Struct, kw_only=True):
     step_tokens: Histogram = msgspec.field(default_factory=lambda: Histogram.of(_TOKENS))
     clients: dict[str, dict[str, float]] = {}
     """Counters that each attached API process last reported of itself, by process name."""
+
+
+def token_ids(prompt: Sequence[int], vocab_size: int) -> list[int]:
+    """Return the prompt as plain ints; raises RequestError for what is no token id."""
+    if isinstance(prompt, bytes | bytearray | Mapping):
+        raise RequestError("the prompt must be text or token ids", param="prompt")
+    try:
+        ids = [operator.index(token_id) for token_id in prompt]
+    except TypeError:
+        raise RequestError("the prompt must be text or token ids", param="prompt") from None
+    wrong = next((token_id for token_id in ids if not 0 <= token_id < vocab_size), None)
+    if wrong is not None:
+        raise RequestError(f"the prompt has token id {wrong}; ids are 0 to {vocab_size - 1}", param="prompt")
+    return ids
+
+
+T = TypeVar("T", bound=msgspec.Struct)
+
+
+def _typed(value: T, kind: type[T], what: str) -> T:
+    """Return the value with every field of the type it declares: a constructor checks none."""
+    try:
+        msgspec.msgpack.encode(value)  # a lone surrogate fails here, not on the wire
+        if not isinstance(value, kind):
+            raise TypeError(f"{type(value).__name__} is not {kind.__name__}")
+        return msgspec.convert(msgspec.to_builtins(value), kind)
+    except (msgspec.ValidationError, TypeError, UnicodeEncodeError, OverflowError) as error:
+        raise RequestError(f"{what} are of the wrong type: {error}") from None
 
 
 def _range(name: str, value: Any, low: float, high: float, *, open_low: bool = False) -> None:

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import itertools
 import logging
-import operator
 import os
 import secrets
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -21,8 +20,9 @@ from sailfish.checkpoint.messages import read_messages
 from sailfish.checkpoint.template import ChatTemplate, encode_chat
 from sailfish.checkpoint.tokenizer import Tokenizer
 from sailfish.engine import wire
-from sailfish.engine.api import Chunk, Completion, EngineInfo, EngineStats, Options, SamplingParams
+from sailfish.engine.api import Chunk, Completion, EngineInfo, EngineStats, Options, SamplingParams, token_ids
 from sailfish.engine.launch import EngineProcess, Progress
+from sailfish.engine.pace import Pace
 from sailfish.engine.step import RowSampling
 from sailfish.engine.stream import AnswerStream, collect
 
@@ -101,6 +101,12 @@ class AsyncEngine:
         if self._process is not None:
             await asyncio.to_thread(self._process.stop)
 
+    def end_process(self) -> None:
+        """End the engine process from any thread; what is left to do is `close`."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.stop()
+
     async def __aenter__(self) -> AsyncEngine:
         return self
 
@@ -126,6 +132,27 @@ class AsyncEngine:
     ) -> list[Completion]:
         """Return the `n` whole answers to one prompt."""
         return await collect(self.stream(prompt, params, options))
+
+    async def generate_many(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | None = None,
+        options: Options = Options(),
+    ) -> list[list[Completion]]:
+        """Return the answers to several prompts, generated together; when one fails, the others end."""
+        params = params or SamplingParams()
+        pace = Pace(self.info.max_sequences)
+
+        async def one(prompt: Prompt) -> list[Completion]:
+            async with pace.places(params.n):
+                return await self.generate(prompt, params, options)
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(one(prompt)) for prompt in prompts]
+        except BaseExceptionGroup as failures:
+            raise failures.exceptions[0] from None
+        return [task.result() for task in tasks]
 
     async def chat(
         self,
@@ -200,9 +227,12 @@ class AsyncEngine:
         options: Options = Options(),
     ) -> AnswerStream:
         """Have the engine accept one prompt; raises RequestError, Overloaded or WorkerDied."""
-        params = params.checked(self.info.vocab_size)
-        prompt_ids = _ids(prompt_ids, self.info.vocab_size)
-        options.check()
+        params = SamplingParams.checked(params, self.info.vocab_size)
+        options = Options.checked(options)
+        prompt_ids = token_ids(prompt_ids, self.info.vocab_size)
+        most = self.info.max_sequences + self.info.max_queue
+        if params.n > most:
+            raise RequestError(f"n is {params.n}; this engine can have {most} answers at work", param="n")
         if self._writer is None:
             raise WorkerDied("the engine process is gone", retry_after_s=1.0)
         keys = [next(self._keys) for _ in range(params.n)]
@@ -210,22 +240,22 @@ class AsyncEngine:
         loop = asyncio.get_running_loop()
         admissions = [loop.create_future() for _ in keys]
         seed = secrets.randbits(63) if params.seed is None else params.seed
-        for i, (key, admission) in enumerate(zip(keys, admissions, strict=True)):
-            self._streams[key] = answers
-            self._admissions[key] = admission
-            sampling = self._resolve(params, seed + i, wants_prompt=i == 0)
-            self._send(
-                wire.Submit(
-                    key,
-                    prompt_ids,
-                    sampling,
-                    params.max_tokens,
-                    options.priority,
-                    options.deadline_s,
-                    options.tenant,
-                )
-            )
         try:
+            for i, (key, admission) in enumerate(zip(keys, admissions, strict=True)):
+                self._streams[key] = answers
+                self._admissions[key] = admission
+                sampling = self._resolve(params, seed + i, wants_prompt=i == 0)
+                self._send(
+                    wire.Submit(
+                        key,
+                        prompt_ids,
+                        sampling,
+                        params.max_tokens,
+                        options.priority,
+                        options.deadline_s,
+                        options.tenant,
+                    )
+                )
             await asyncio.gather(*admissions)
         except BaseException:
             answers.end()
@@ -355,15 +385,3 @@ class AsyncEngine:
                 future.set_exception(WorkerDied(why, retry_after_s=1.0))
         for key, stream in list(self._streams.items()):
             stream.put(key, WorkerDied(f"{why} before the answer was complete"))
-
-
-def _ids(prompt: Sequence[int], vocab_size: int) -> list[int]:
-    """Return the prompt as plain ints; raises RequestError for what is no token id."""
-    try:
-        ids = [operator.index(token_id) for token_id in prompt]
-    except TypeError:
-        raise RequestError("the prompt must be text or token ids", param="prompt") from None
-    wrong = next((token_id for token_id in ids if not 0 <= token_id < vocab_size), None)
-    if wrong is not None:
-        raise RequestError(f"the prompt has token id {wrong}; ids are 0 to {vocab_size - 1}", param="prompt")
-    return ids

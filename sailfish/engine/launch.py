@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 
 from sailfish.base.config import EngineConfig
-from sailfish.base.errors import EngineError, SailfishError, error_from_code
+from sailfish.base.errors import ConfigError, EngineError, SailfishError, error_from_code
 from sailfish.base.sources import environment
 
 log = logging.getLogger(__name__)
@@ -76,6 +76,12 @@ class EngineProcess:
         on_give_up: Callable[[], None] | None = None,
     ) -> None:
         """Name what to run; with `restart`, `on_give_up` is called when starting it again is hopeless."""
+        if not isinstance(config, EngineConfig):
+            raise ConfigError(f"an engine's configuration is an EngineConfig, not {type(config).__name__}")
+        try:
+            config = msgspec.convert(msgspec.to_builtins(config), EngineConfig)
+        except (msgspec.ValidationError, TypeError) as error:
+            raise ConfigError(f"the engine's configuration is wrong: {error}") from None
         self._dir = Path(tempfile.mkdtemp(prefix="sailfish-"))  # mode 0700
         self.socket_path = self._dir / "engine.sock"
         self._command = [

@@ -78,13 +78,7 @@ class Engine:
         options: Options = Options(),
     ) -> list[list[Completion]]:
         """Return the answers to several prompts, generated together."""
-
-        async def run() -> list[list[Completion]]:
-            return await asyncio.gather(
-                *(self._engine.generate(prompt, params, options) for prompt in prompts)
-            )
-
-        return self._call(run())
+        return self._call(self._engine.generate_many(prompts, params, options))
 
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, options: Options = Options()
@@ -168,7 +162,9 @@ _open: weakref.WeakSet[Engine] = weakref.WeakSet()
 
 
 @atexit.register
-def _close_all() -> None:
-    """End the engine processes of a script that ends without closing them."""
+def _end_all() -> None:
+    """End the engines of a script that ends without closing them."""
     for engine in list(_open):
-        engine.close()
+        if not engine._is_closed:
+            engine._engine.end_process()  # here, since asyncio's own threads are gone by now
+            engine.close()

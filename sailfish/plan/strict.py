@@ -11,7 +11,10 @@ from sailfish.plan.types import Plan
 
 
 def downgrades(plan: Plan, ops: Iterable[Choice]) -> list[str]:
-    """Return every downgrade in words, as in "dtype is bfloat16: the checkpoint stores float16"."""
+    """Return every downgrade in words, as in "dtype is bfloat16: the checkpoint stores float16".
+
+    A default that is smaller than it could be, such as a CPU's context, is none.
+    """
     settings = [f"{d.name} is {d.active}: {d.why}" for d in plan.decisions if d.is_downgrade]
     slower = [
         f"{choice.op} is {choice.implementation}: {'; '.join(reason for _, reason in choice.declined[:1])}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import logging
 import socket
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import msgspec
 
 from sailfish.base import log
 from sailfish.base.config import ServeConfig
+from sailfish.base.errors import SailfishError
 from sailfish.checkpoint.template import ChatTemplate
 from sailfish.engine.client import AsyncEngine
 from sailfish.serve.server import READY, ApiServer
@@ -31,7 +33,11 @@ def main() -> None:
     log.configure(level=args.log_level)
     config = msgspec.json.decode(sys.stdin.buffer.readline(), type=ServeConfig)
     with socket.socket(fileno=args.fd) as listener:
-        asyncio.run(_serve(config, listener, args.engine_socket, args.chat_template))
+        try:
+            asyncio.run(_serve(config, listener, args.engine_socket, args.chat_template))
+        except SailfishError as error:
+            logging.getLogger("sailfish.serve").error("%s", error)
+            sys.exit(error.exit_code)
 
 
 async def _serve(

@@ -15,6 +15,7 @@ from sailfish.base.errors import (
     RequestAborted,
     RequestError,
     SailfishError,
+    WorkerDied,
 )
 
 log = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ def error_object(error: SailfishError) -> ErrorObject:
     """Describe an error without what only the operator may see."""
     status = status_of(error)
     message = " ".join(str(error).split())
-    if not isinstance(error, RequestError | Overloaded | DeadlineExceeded | RequestAborted):
+    if not isinstance(error, RequestError | Overloaded | DeadlineExceeded | RequestAborted | WorkerDied):
         log.error("%s, which its client is not told: %s", error.code, error)
         message = "the engine could not do this request; the server's log says why"
     if len(message) > MAX_MESSAGE_CHARS:

@@ -7,9 +7,12 @@ import contextlib
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +36,7 @@ from live import (
 
 import sailfish
 from sailfish.base.config import EngineConfig
-from sailfish.base.errors import SailfishError, WorkerDied
+from sailfish.base.errors import RequestError, SailfishError, WorkerDied
 from sailfish.bench.server import ServerProcess
 from sailfish.build.cache import find_or_build
 from sailfish.data import DEMO_MODEL_NAME, demo_model
@@ -307,3 +310,25 @@ def test_both_api_processes_answer_and_their_metrics_add_up() -> None:
         engine = engine_of(server.pid)
         assert server.stop() == 0
         assert not is_alive(engine) and not is_alive(other)
+
+
+def test_many_prompts_are_paced_and_a_wrong_one_ends_the_others(engine_dir: Path) -> None:
+    with sailfish.Engine(engine_dir, config=replace(CONFIG, max_queue=2)) as engine:
+        few = SamplingParams(max_tokens=2, temperature=0.0, n=3)
+        answers = engine.generate_many(["It was"] * 40, few)
+        assert [len(answer) for answer in answers] == [3] * 40
+        with pytest.raises(RequestError):
+            engine.generate_many(["It was", [10**6], "It was"], ENDLESS)
+        until(lambda: engine.stats().running + engine.stats().waiting == 0, "the others end")
+
+
+def test_a_script_that_forgets_to_close_ends_cleanly(engine_dir: Path) -> None:
+    script = (
+        "import sys, sailfish\n"
+        "engine = sailfish.Engine(sys.argv[1])\n"
+        "print(engine.info.pid, len(engine.generate('It was', sailfish.SamplingParams(max_tokens=3))))\n"
+    )
+    command = [sys.executable, "-c", script, str(engine_dir)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=WAIT_S)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert not psutil.pid_exists(int(done.stdout.split()[0]))

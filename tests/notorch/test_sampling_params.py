@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from sailfish.base.errors import RequestError
-from sailfish.engine.api import Options, SamplingParams
+from sailfish.engine.api import Options, SamplingParams, token_ids
 
 
 @pytest.mark.parametrize(
@@ -57,8 +57,26 @@ def test_whole_parameters_come_back_as_they_were() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [Options(priority=2**70), Options(deadline_s=math.nan), Options(deadline_s=0.0)]
+    "options",
+    [
+        Options(priority=2**70),
+        Options(priority=True),
+        Options(priority=1.5),  # type: ignore[arg-type]
+        Options(deadline_s=math.nan),
+        Options(deadline_s=0.0),
+        Options(deadline_s="5"),  # type: ignore[arg-type]
+        Options(tenant=5),  # type: ignore[arg-type]
+        Options(tenant="\ud800"),
+        {},
+        None,
+    ],
 )
-def test_an_option_out_of_range_is_refused(options: Options) -> None:
+def test_a_wrong_option_is_refused(options: Any) -> None:
     with pytest.raises(RequestError):
-        options.check()
+        Options.checked(options)
+
+
+@pytest.mark.parametrize("prompt", [b"It", {}, [1.5], ["a"], [100], [-1]])
+def test_what_is_no_token_id_is_refused(prompt: Any) -> None:
+    with pytest.raises(RequestError):
+        token_ids(prompt, vocab_size=100)

@@ -210,6 +210,9 @@ def test_an_upgrade_is_answered_as_plain_http(shared: Running, protocol: bytes) 
     )
     assert reply.count(b'"text":"ab"') == 2 and reply.count(b'{"status":"ok"}') == 2
     assert reply.count(b"HTTP/1.1 200") == 4
+    last = b"Connection: close, Upgrade\r\nUpgrade: h2c\r\n"
+    assert b'"text":"ab"' in shared.raw(HEAD + last + b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY)
+    assert b"HTTP/1.1 200" in shared.raw(GET + b"Connection: upgrade, close\r\nUpgrade: x\r\n\r\n")
     assert code_of(shared.raw(b"CONNECT localhost:80 HTTP/1.1\r\nHost: localhost\r\n\r\n"))[0] == 405
 
 

@@ -171,9 +171,11 @@ class GuardedProtocol(HttpToolsProtocol):
                 self.parser.feed_data(data)
                 return
             except httptools.HttpParserUpgrade as upgrade:
-                lines = [b"%s %s HTTP/1.1" % (self.parser.get_method(), self.url)]
+                version = self.parser.get_http_version().encode()
+                lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, version)]
                 lines += [b"%s: %s" % field for field in self.headers if field[0] != b"upgrade"]
                 data = b"\r\n".join(lines) + b"\r\n\r\n" + data[upgrade.args[0] :]
+                self.parser = httptools.HttpRequestParser(self)  # the old one may count itself closed
 
     def _check_headers(self) -> None:
         size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
