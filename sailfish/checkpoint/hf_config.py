@@ -252,7 +252,7 @@ def _ropes(config: Keys, row: Family, head_dim: int) -> tuple[RopeConfig, RopeCo
             values = " and ".join(shown(getattr(r, differing)) for r in found)
             raise CheckpointError(
                 f"{config.where}: rope_scaling and rope_parameters differ in {differing}: {values}",
-                hint="remove the one that the model was not trained with",
+                hint="say it once: put what holds into rope_parameters and remove rope_scaling",
                 param="rope_parameters",
             )
         return found[0]

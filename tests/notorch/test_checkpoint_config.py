@@ -199,7 +199,7 @@ def test_two_ropes_are_read_only_if_they_mean_the_same(tmp_path: Path, model_typ
     rope = load(tmp_path, model_type, layer_types=["full_attention"] * 2, **both(8)).layers[0].rope
     assert rope.factor == 8.0
     error = refusal(tmp_path, model_type, **both(4))
-    assert "rope_scaling and rope_parameters differ in factor: 8.0 and 4.0 (remove the one" in str(error)
+    assert "rope_scaling and rope_parameters differ in factor: 8.0 and 4.0 (say it once" in str(error)
 
 
 def test_dtype_comes_from_either_key_or_from_the_weights(tmp_path: Path) -> None:
