@@ -7,6 +7,7 @@ BIN := $(VENV)/bin
 DEVICE := $(if $(shell command -v nvidia-smi 2>/dev/null),cuda,cpu)
 CONSTRAINTS := constraints/$(DEVICE).txt
 MODEL ?= books-4m
+export GOMP_SPINCOUNT ?= 500# OpenMP threads park soon: spinning ones cost a busy machine far more than they gain
 
 .PHONY: demo test check quick static serve bench gpu clean
 
