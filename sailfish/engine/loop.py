@@ -188,7 +188,9 @@ class EngineLoop:
                 )
             )
         for client, items in by_client.items():
-            large = [item for item in items if item.prompt_logprobs is not None]
-            for item in large:  # one may fill half a frame
-                self._send(client, wire.Events([item]))
-            self._send(client, wire.Events([item for item in items if item.prompt_logprobs is None]))
+            small = [item for item in items if item.prompt_logprobs is None]
+            for item in items if len(small) < len(items) else ():
+                if item.prompt_logprobs is not None:  # alone: it may fill half a frame
+                    self._send(client, wire.Events([item]))
+            if small:
+                self._send(client, wire.Events(small))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import random
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -254,6 +257,23 @@ def test_a_device_that_fails_every_step_ends_the_engine_with_a_last_word_for_eve
     assert len(engine.heard) == 40
     assert {len(heard.finishes) for heard in engine.heard.values()} == {1}
     assert {heard.finishes[0].reason for heard in engine.heard.values()} == {"error", "abort"}
+
+
+def test_an_engine_that_cannot_be_written_to_starts_and_says_what_it_could_not_keep(
+    books_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(books_engine, tmp_path / "engine")
+    for overlay in (tmp_path / "engine").glob("overlay-*"):
+        overlay.unlink()
+
+    def read_only(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(tempfile, "mkstemp", read_only)  # a real one would not stop root
+    engine = LocalEngine(tmp_path / "engine", EngineConfig(max_sequences=2))
+    assert "Read-only file system; the next start measures again" in caplog.text
+    engine.submit(0, [5, 6, 7], greedy(8192), 4)
+    assert len(engine.run()[0].token_ids) == 4
 
 
 def test_nan_logits_end_only_their_own_sequence(books_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
