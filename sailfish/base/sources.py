@@ -52,6 +52,15 @@ def environment() -> Mapping[str, str]:
     return os.environ
 
 
+def cache_dir(environ: Mapping[str, str] | None = None) -> Path:
+    """Return where what can be made again is kept: $XDG_CACHE_HOME/sailfish, or ~/.cache/sailfish."""
+    environ = environment() if environ is None else environ
+    base = environ.get("XDG_CACHE_HOME")
+    if base and Path(base).is_absolute():
+        return Path(base) / "sailfish"
+    return Path(environ.get("HOME") or Path.home()) / ".cache" / "sailfish"
+
+
 def load(
     kind: type[Config],
     *,

@@ -17,7 +17,7 @@ from sailfish.artifact.manifest import FORMAT
 from sailfish.artifact.reader import Artifact, header_digest, is_engine
 from sailfish.base.config import EngineConfig
 from sailfish.base.errors import ArtifactError, BuildError, PlanError
-from sailfish.base.sources import environment
+from sailfish.base.sources import cache_dir, environment
 from sailfish.build.builder import COPIED_FILES, Progress, build_engine, model_name, target_profile
 from sailfish.checkpoint.hub import HubEnv, resolve
 from sailfish.checkpoint.safetensors_reader import Checkpoint
@@ -104,13 +104,7 @@ def locate_engine(
 
 def cache_root(environ: Mapping[str, str]) -> Path:
     """Return where cached engines lie: $XDG_CACHE_HOME/sailfish/engines."""
-    base = environ.get("XDG_CACHE_HOME")
-    home = (
-        Path(base)
-        if base and Path(base).is_absolute()
-        else Path(environ.get("HOME") or Path.home()) / ".cache"
-    )
-    return home / "sailfish" / "engines"
+    return cache_dir(environ) / "engines"
 
 
 def _entry_name(directory: Path, target: str) -> str:
