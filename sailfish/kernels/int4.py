@@ -1,0 +1,162 @@
+"""The INT4 weight: its packed layout, packing, unpacking and the reference product.
+
+A weight of O outputs and I inputs is cut into units of 16 outputs x 64 inputs, 512 contiguous bytes each;
+the units of one strip of 16 outputs follow each other along the inputs. The unit is made for the tensor
+cores' m16n8k16 product with the weight as its *A* operand (outputs are rows, tokens are columns), and for
+wgmma m64k16, whose four warps each hold 16 such rows:
+
+    lane l of a warp owns 16 contiguous bytes of a unit: 4 words, one for each 16 x 16 tile along the inputs
+    nibble j of a word (bits 4j and up) is the low half of the lane's A register j, nibble j + 4 the high half
+
+so `(word >> 4 * j) & 0x000f000f` is register j, two codes in its halves; or-ing 0x43004300 makes them the
+bfloat16 pair 128 + code, exactly. With g = l // 4 and t = l % 4, register j holds row g + 8 * (j % 2) and
+columns 2 * t + 8 * (j // 2) (low half) and the next (high half) of its tile.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sailfish.base.errors import BuildError
+
+GROUPS = (32, 64, 128)
+"""Inputs that may share a scale, other than all of a row."""
+STRIP = 16
+"""Outputs of a unit."""
+UNIT = 64
+"""Inputs of a unit."""
+ROWS = 64
+"""Outputs are padded to a multiple of this: the rows of one wgmma."""
+MIDDLE = 8
+"""The code that means zero in a symmetric weight."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Int4Weight:
+    """A packed weight: w = (code - zero) * scale, padded with weights that are exactly 0."""
+
+    packed: Tensor
+    """int32 [O/16, I/64, 32, 4], O and I padded."""
+    scale: Tensor
+    """[O/16, G, 16] in bfloat16 or float16, the dtype of the activations; 0 in padded rows and groups."""
+    zero: Tensor | None
+    """[O/16, G, 16] in scale's dtype: the code that means zero. None: it is 8 everywhere."""
+    n_out: int
+    """Outputs, without padding."""
+    n_in: int
+    """Inputs, without padding."""
+    group: int
+    """Inputs that share a scale: 32, 64, 128, or all of the padded row."""
+
+
+def pack(code_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor | None, dtype: torch.dtype) -> Int4Weight:
+    """Pack codes (uint8, 0..15) with their scales, rounded to `dtype`, on the device they are on.
+
+    The group is what G says: ceil(I / G) inputs, which must be 32, 64 or 128 unless G is 1. zero_OG holds
+    whole numbers from 0 to 15, None means 8. BuildError where the shapes do not fit.
+    """
+    n_out, n_in = code_OI.shape
+    n_groups = scale_OG.shape[1]
+    if dtype not in (torch.bfloat16, torch.float16):
+        raise BuildError(f"INT4 scales are bfloat16 or float16, not {dtype}")
+    if code_OI.dtype != torch.uint8:
+        raise BuildError(f"INT4 codes come as uint8, not {code_OI.dtype}")
+    if scale_OG.shape != (n_out, n_groups) or (zero_OG is not None and zero_OG.shape != scale_OG.shape):
+        raise BuildError(
+            f"INT4 codes {tuple(code_OI.shape)} have scales {tuple(scale_OG.shape)}"
+            + ("" if zero_OG is None else f" and zeros {tuple(zero_OG.shape)}"),
+            hint="give both as (outputs, groups)",
+        )
+    width = _up(n_in, UNIT)
+    if n_groups == 1:
+        group = width
+    else:
+        fits = [group for group in GROUPS if -(-n_in // group) == n_groups]
+        if not fits:
+            raise BuildError(
+                f"{n_in} inputs in {n_groups} groups are no INT4 layout",
+                hint=f"use groups of {GROUPS}, or one",
+            )
+        group = fits[0]
+        width = _up(width, group)
+    rows, n_groups = _up(n_out, ROWS), width // group
+    scale = _tiled(_padded(scale_OG, rows, n_groups, 0).to(dtype))
+    zero = None if zero_OG is None else _tiled(_padded(zero_OG, rows, n_groups, MIDDLE).to(dtype))
+    packed = _pack_codes(_padded_codes(code_OI, zero_OG, rows, width, group))
+    return Int4Weight(packed=packed, scale=scale, zero=zero, n_out=n_out, n_in=n_in, group=group)
+
+
+def unpack(weight: Int4Weight) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return (code_OI uint8, scale_OG, zero_OG or None) without padding: what `pack` was given."""
+    n_groups = -(-weight.n_in // weight.group)
+    code_OI = _unpack_codes(weight.packed)[: weight.n_out, : weight.n_in].contiguous()
+    scale_OG, zero_OG = (
+        None if tiled is None else _flat(tiled)[: weight.n_out, :n_groups].contiguous()
+        for tiled in (weight.scale, weight.zero)
+    )
+    assert scale_OG is not None
+    return code_OI, scale_OG, zero_OG
+
+
+def dequantise(weight: Int4Weight, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return the weight [O, I] without padding; float32 holds it exactly."""
+    code_OI = _unpack_codes(weight.packed)
+    zero: Tensor | int = MIDDLE if weight.zero is None else _flat(weight.zero).float()[..., None]
+    code_OGI = code_OI.view(code_OI.shape[0], -1, weight.group)
+    w_OGI = (code_OGI.float() - zero).mul_(_flat(weight.scale).float()[..., None])
+    return w_OGI.view_as(code_OI)[: weight.n_out, : weight.n_in].to(dtype)
+
+
+def linear_int4(x_TI: Tensor, weight: Int4Weight, bias_O: Tensor | None = None) -> Tensor:
+    """Return x @ weight.T + bias in x's dtype, computed in float32: the law of every INT4 kernel."""
+    bias = None if bias_O is None else bias_O.float()
+    return F.linear(x_TI.float(), dequantise(weight), bias).to(x_TI.dtype)
+
+
+def _pack_codes(code_OI: Tensor) -> Tensor:
+    rows, width = code_OI.shape
+    # Axes: strip, half of 8 rows, row g, unit, tile, half of 8 columns, column pair t, one of the pair.
+    code = code_OI.view(rows // STRIP, 2, 8, width // UNIT, 4, 2, 4, 2)
+    pair = code[:, 0] | code[:, 1] << 4  # rows g and g + 8: neighbouring nibbles
+    bytes_ = pair.permute(0, 2, 1, 5, 3, 6, 4).contiguous()  # strip, unit, g, t, tile | one of pair, half
+    return bytes_.view(rows // STRIP, width // UNIT, 32, 16).view(torch.int32)
+
+
+def _unpack_codes(packed: Tensor) -> Tensor:
+    strips, units = packed.shape[:2]
+    pair = (
+        packed.contiguous().view(torch.uint8).view(strips, units, 8, 4, 4, 2, 2).permute(0, 2, 1, 4, 6, 3, 5)
+    )
+    code = torch.stack((pair & 15, pair >> 4), dim=1)
+    return code.reshape(strips * STRIP, units * UNIT)
+
+
+def _padded_codes(code_OI: Tensor, zero_OG: Tensor | None, rows: int, width: int, group: int) -> Tensor:
+    n_out, n_in = code_OI.shape
+    if (rows, width) == (n_out, n_in):
+        return code_OI.contiguous()
+    code = code_OI.new_full((rows, width), MIDDLE)
+    if zero_OG is not None and width > n_in:  # the last group's padding holds the code that is zero there
+        code[:n_out, n_in : _up(n_in, group)] = zero_OG[:, -1:].to(torch.uint8)
+    code[:n_out, :n_in] = code_OI
+    return code
+
+
+def _padded(x_OG: Tensor, rows: int, n_groups: int, value: float) -> Tensor:
+    return F.pad(x_OG, (0, n_groups - x_OG.shape[1], 0, rows - x_OG.shape[0]), value=value)
+
+
+def _tiled(x_OG: Tensor) -> Tensor:
+    return x_OG.view(-1, STRIP, x_OG.shape[1]).transpose(1, 2).contiguous()
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.transpose(1, 2).reshape(-1, x.shape[1])
+
+
+def _up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
