@@ -19,7 +19,7 @@ from sailfish.checkpoint.names import tensor_specs
 from sailfish.kernels.contract import Choice
 from sailfish.plan.types import Plan
 
-FORMAT = 1
+FORMAT = 2
 """Version of the directory's format. A reader takes its own version only."""
 MANIFEST_FILE = "manifest.json"
 DIGEST_FILE = "manifest.sha256"

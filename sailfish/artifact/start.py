@@ -43,6 +43,6 @@ def plan_start(artifact: Artifact, asked: EngineConfig, hardware: HardwareProfil
     return Start(plan=plan, ops=ops, overlay=overlay, downgrades=refuse_downgrades(config, plan, ops))
 
 
-def _ask(plan: Plan) -> tuple[str, str, int]:
+def _ask(plan: Plan) -> tuple[object, ...]:
     """Return what the choice of ops depends on."""
-    return plan.target, plan.dtype, plan.page_tokens
+    return plan.target, plan.dtype, plan.formats, plan.page_tokens

@@ -5,6 +5,7 @@ from __future__ import annotations
 from sailfish.artifact.reader import Artifact
 from sailfish.cli import opening, tables
 from sailfish.cli.options import ENGINE, AsJson, Download, Model, Offline, Settings, with_settings
+from sailfish.kernels.contract import Choice
 from sailfish.plan import render
 
 
@@ -21,7 +22,6 @@ def explain(
     artifact = Artifact.open(opening.find(model, settings, offline=offline, download=download))
     manifest = artifact.manifest
     start = opening.start_of(artifact, settings.engine)
-    used = {"moe": any(layer.moe for layer in manifest.model.layers), "softcap": manifest.model.logit_softcap}
     decisions = [
         {
             "setting": decision.name,
@@ -35,12 +35,12 @@ def explain(
     ops = [
         {
             "op": choice.op,
+            "for": _what_for(choice),
             "implementation": choice.implementation,
             "why": choice.why,
             "declined": [f"{name}: {reason}" for name, reason in choice.declined],
         }
         for choice in start.ops
-        if used.get(choice.op, True)
     ]
     data = {
         "target": manifest.target,
@@ -53,8 +53,17 @@ def explain(
         return
     tables.show("Settings", tuple(decisions[0]), [tuple(map(str, row.values())) for row in decisions])
     rows = [
-        (str(op["op"]), str(op["implementation"]), str(op["why"]), "\n".join(op["declined"])) for op in ops
+        (str(op["op"]), str(op["for"]), str(op["implementation"]), str(op["why"]), "\n".join(op["declined"]))
+        for op in ops
     ]
-    tables.show(f"Ops on {manifest.target}", ("op", "implementation", "why", "declined"), rows)
+    tables.show(f"Ops on {manifest.target}", ("op", "for", "implementation", "why", "declined"), rows)
     for downgrade in start.downgrades:
         opening.say(f"downgrade: {downgrade}")
+
+
+def _what_for(choice: Choice) -> str:
+    """Return the shape of weight and the rows that a linear's choice is for."""
+    if not choice.n_out:
+        return ""
+    rows = "more rows" if choice.max_rows is None else f"up to {choice.max_rows} rows"
+    return f"{choice.n_out} x {choice.n_in}, {rows}"

@@ -80,7 +80,7 @@ def boot(
     model = manifest.model
     shape = (model.n_layers, 2, plan.n_blocks, plan.page_tokens, model.n_kv_heads, model.head_dim)
     # Filled, not merely reserved: a page that the system had only promised would count later.
-    kv = KvCache(torch.empty(shape, dtype=dtype, device=device).fill_(0.0))
+    kv = KvCache.of(torch.empty(shape, dtype=dtype, device=device).fill_(0.0))
     meter.mark("kv_blocks")
     decoder = Decoder(model, weights, bind(start.ops), max_positions=plan.context_tokens)
     table = DeviceTable(

@@ -69,7 +69,8 @@ class DeviceTable:
             position_T=position_T_dev,
             slot_T=block_T * self.page_tokens + position_T_dev % self.page_tokens,
             span=AttentionSpan(
-                block_table_BW=self.block_RW[row_B, :n_blocks],
+                block_table_RW=self.block_RW[:, :n_blocks],
+                row_B=row_B.to(torch.int32),
                 query_start=tuple(query_start.tolist()),
                 kv_len=tuple(kv_len.tolist()),
                 kv_len_B=kv_len_B.to(torch.int32),

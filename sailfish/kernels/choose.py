@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields, replace
 from importlib import import_module
 from typing import Any
 
 from sailfish.base.errors import EngineError
 from sailfish.kernels.contract import Case, Choice, Impl, Ops, StepBounds
 from sailfish.kernels.table import OPS, implementations
+
+ROW_BUCKETS = (8, 16, 32, 64, 128, 256, None)
+"""Rows of activations up to which a linear's implementation is chosen apart; None: all that are more."""
 
 
 def choose(case: Case) -> Choice:
@@ -23,24 +27,45 @@ def choose(case: Case) -> Choice:
                 why=impl.why,
                 declined=tuple(declined),
                 is_fallback=impl.is_fallback,
+                n_out=case.n_out,
+                n_in=case.n_in,
+                max_rows=case.max_rows,
             )
         declined.append((impl.name, reason))
     raise AssertionError(f"the reference of {case.op} rejected {case}: {reason}")
 
 
+def choose_by_rows(case: Case) -> tuple[Choice, ...]:
+    """Return the choices of one linear by rows, ascending; neighbours that agree are one."""
+    choices: list[Choice] = []
+    for max_rows in ROW_BUCKETS:
+        choice = choose(replace(case, max_rows=max_rows))
+        if choices and choices[-1].implementation == choice.implementation:
+            choices.pop()
+        choices.append(choice)
+    return tuple(choices)
+
+
 def bind(choices: Iterable[Choice]) -> Ops:
-    """Import each chosen implementation; EngineError unless each op has a known one."""
-    bound: dict[str, Any] = {}
+    """Import each chosen implementation; EngineError unless every op is known.
+
+    A linear dispatches by the shape of its weight and the rows of its activations; an op that the model
+    does not have raises when it is called.
+    """
+    by_op: dict[str, list[Choice]] = {}
     for choice in choices:
-        module, name = find(choice.op, choice.implementation).entry.split(":")
-        bound[choice.op] = getattr(import_module(module), name)
-    missing = OPS.keys() - bound.keys()
-    if missing:
+        by_op.setdefault(choice.op, []).append(choice)
+    if missing := NEEDED - by_op.keys():
         raise EngineError(
             f"the engine names no implementation of {', '.join(sorted(missing))}, which this version needs",
             hint="build the engine again with this version",
         )
-    return Ops(**bound)
+    bound = {op: _bind(chosen) for op, chosen in by_op.items()}
+    return Ops(**{field.name: bound.get(field.name) or _unused(field.name) for field in fields(Ops)})
+
+
+NEEDED = frozenset({"rms_norm", "add_rms_norm", "rope_write", "attention", "embed"})
+"""Ops that every decoder has."""
 
 
 def find(op: str, implementation: str) -> Impl:
@@ -57,3 +82,43 @@ def find(op: str, implementation: str) -> Impl:
 def workspace_bytes(case: Case, choice: Choice, bounds: StepBounds) -> int:
     """Return the temporary device memory that the chosen implementation takes in one call, at most."""
     return find(case.op, choice.implementation).workspace_bytes(case, bounds)
+
+
+def can_capture(choices: Iterable[Choice]) -> bool:
+    """Say whether a CUDA graph of all that was chosen can be replayed for other lengths and values."""
+    return all(find(choice.op, choice.implementation).can_capture for choice in choices)
+
+
+def _bind(choices: Sequence[Choice]) -> Callable[..., Any]:
+    functions = {choice.implementation: _load(choice) for choice in choices}
+    if len(functions) == 1:
+        return next(iter(functions.values()))
+    by_shape: dict[tuple[int, int], list[tuple[int | None, Callable[..., Any]]]] = {}
+    for choice in choices:
+        function = functions[choice.implementation]
+        by_shape.setdefault((choice.n_out, choice.n_in), []).append((choice.max_rows, function))
+
+    def linear(x: Any, weight: Any, bias: Any) -> Any:
+        """Call what was chosen for this weight's shape and this number of rows."""
+        n_rows = len(x)
+        for max_rows, function in by_shape[tuple(weight.shape)]:
+            if max_rows is None or n_rows <= max_rows:
+                return function(x, weight, bias)
+        raise AssertionError("the last choice of a shape takes any number of rows")
+
+    return linear
+
+
+def _load(choice: Choice) -> Callable[..., Any]:
+    module, name = find(choice.op, choice.implementation).entry.split(":")
+    function: Callable[..., Any] = getattr(import_module(module), name)
+    return function
+
+
+def _unused(op: str) -> Callable[..., Any]:
+    def unused(*_: Any) -> Any:
+        raise EngineError(
+            f"the engine chose no implementation of {op}", hint="build the engine again with this version"
+        )
+
+    return unused

@@ -15,10 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
+
+    from sailfish.kernels.int4 import Int4Weight
 
 TARGETS = ("cpu", "sm_80", "sm_86", "sm_89", "sm_90")
 """Devices that implementations are written with in mind; a newer "sm_..." is none of them, yet CUDA."""
@@ -45,6 +48,16 @@ class Case:
     n_experts: int = 0
     n_active: int = 0
     """Experts a token is routed to."""
+    kv_dtype: str = ""
+    """Of the cache, where it is not `dtype`: "int8" or "fp8"."""
+    n_out: int = 0
+    """Of a linear: rows of its weight, outputs."""
+    n_in: int = 0
+    """Of a linear: columns of its weight, inputs."""
+    group: int = 0
+    """Of a 4-bit linear: inputs that share a scale."""
+    max_rows: int | None = None
+    """Of a linear: the most rows of activations it is called with in this case; None: any number."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +100,8 @@ class Impl:
     """The reason it cannot do a case, or None."""
     workspace_bytes: Callable[[Case, StepBounds], int]
     """Temporary device memory beyond inputs and outputs, at most."""
+    can_capture: bool = False
+    """A CUDA graph of it can be replayed for other lengths and values: it reads none on the host."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +114,11 @@ class Choice:
     declined: tuple[tuple[str, str], ...]
     is_fallback: bool = False
     """A better implementation exists for this device, and the model rules it out."""
+    n_out: int = 0
+    """Of a linear: the shape of the weight it is for."""
+    n_in: int = 0
+    max_rows: int | None = None
+    """Of a linear: it does up to so many rows of activations, those beyond the choice before it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,19 +130,78 @@ class AttentionSpan:
     queries are allowed.
     """
 
-    block_table_BW: Tensor
-    """int32, on the device: the block that holds tokens w * P .. (w + 1) * P of sequence b.
+    block_table_RW: Tensor
+    """int32, on the device: the block that holds tokens w * P .. (w + 1) * P of row r.
     Entries past a sequence's tokens are never read."""
+    row_B: Tensor
+    """int32, on the device: the row of each sequence."""
     query_start: tuple[int, ...]
     """B + 1 offsets into T, on the host."""
     kv_len: tuple[int, ...]
-    """B lengths, on the host."""
+    """B lengths, on the host; in a step that is captured to be replayed, upper bounds of them."""
     kv_len_B: Tensor
-    """kv_len as int32 on the device."""
+    """The lengths as int32 on the device. 0: a row that only pads a captured step; it yields zeros."""
     query_start_B1: Tensor
     """query_start as int32 on the device."""
+    n_single: int = 0
+    """The first n_single sequences have one query each."""
     memo: dict[object, Any] = field(default_factory=dict)
     """What an implementation derives from the span once and uses again in every layer, under its own key."""
+
+    @property
+    def block_table_BW(self) -> Tensor:
+        """The rows of the step's sequences, gathered once."""
+        table: Tensor | None = self.memo.get("block_table_BW")
+        if table is None:
+            table = self.memo["block_table_BW"] = self.block_table_RW.index_select(0, self.row_B)
+        return table
+
+
+@dataclass(frozen=True, slots=True)
+class KvLayer:
+    """The cache of one layer. In 8 bits each token and head has a scale: value = stored * scale."""
+
+    k_NPKE: Tensor
+    """float32, bfloat16, int8 or float8_e4m3fn."""
+    v_NPKE: Tensor
+    k_scale_NPK: Tensor | None = None
+    """float32, with 8-bit caches only."""
+    v_scale_NPK: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Quantised:
+    """Activations in 8 bits, one scale a token: value = stored * scale."""
+
+    values_TI: Tensor
+    """int8 or float8_e4m3fn."""
+    scale_T: Tensor
+    """float32."""
+    dtype: torch.dtype
+    """What products with it are returned in."""
+
+    def __len__(self) -> int:
+        return len(self.values_TI)
+
+
+ActivationFormat = Literal["plain", "int8", "fp8"]
+"""What a producer of activations returns: a tensor of the model's dtype, or Quantised."""
+
+
+@dataclass(frozen=True, slots=True)
+class Weight8:
+    """A linear weight in 8 bits, one scale a row: value = stored * scale."""
+
+    values_OI: Tensor
+    """int8 or float8_e4m3fn."""
+    scale_O: Tensor
+    """float32."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        n_out, n_in = self.values_OI.shape
+        return n_out, n_in
 
 
 class RmsNorm(Protocol):
@@ -131,15 +210,32 @@ class RmsNorm(Protocol):
     Source: Zhang and Sennrich 2019.
     """
 
-    def __call__(self, x_TD: Tensor, weight_D: Tensor, eps: float, plus_one: bool) -> Tensor: ...
+    def __call__(
+        self, x_TD: Tensor, weight_D: Tensor, eps: float, plus_one: bool, out: ActivationFormat = "plain"
+    ) -> Tensor | Quantised: ...
 
 
 class AddRmsNorm(Protocol):
     """Return (rms_norm(x + residual), x + residual)."""
 
     def __call__(
-        self, x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float, plus_one: bool
-    ) -> tuple[Tensor, Tensor]: ...
+        self,
+        x_TD: Tensor,
+        residual_TD: Tensor,
+        weight_D: Tensor,
+        eps: float,
+        plus_one: bool,
+        out: ActivationFormat = "plain",
+    ) -> tuple[Tensor | Quantised, Tensor]: ...
+
+
+class Quantise(Protocol):
+    """Return x in 8 bits: scale = largest absolute value of the token / 127 (int8) or / 448 (fp8).
+
+    Rounded to nearest, ties to even; a token of zeros has scale 1.
+    """
+
+    def __call__(self, x_TI: Tensor, out: ActivationFormat) -> Quantised: ...
 
 
 class LinearOp(Protocol):
@@ -148,24 +244,43 @@ class LinearOp(Protocol):
     def __call__(self, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor: ...
 
 
-class Rope(Protocol):
-    """Return q and k with the leading 2F elements of each head rotated by the table's angles.
+class LinearInt4(Protocol):
+    """Return x @ dequantised(weight).T + bias."""
 
-    table_C2F holds cos and sin by position. Pairs are (f, f + F), or (2f, 2f + 1) if interleaved.
-    Source: Su et al. 2021.
+    def __call__(self, x_TI: Tensor, weight: Int4Weight, bias_O: Tensor | None) -> Tensor: ...
+
+
+class Linear8(Protocol):
+    """Return scale_x * scale_weight * (x @ weight.T) + bias; integers are summed exactly."""
+
+    def __call__(self, x: Quantised, weight: Weight8, bias_O: Tensor | None) -> Tensor: ...
+
+
+class RopeWrite(Protocol):
+    """Split qkv into heads, norm and rotate q and k, write k and v to their slots, and return q.
+
+    qkv_TX holds H query heads, then K key heads, then K value heads. q_norm_E and k_norm_E are weights
+    of RMS norms over each head, or None. The leading 2F elements of each head are rotated by the
+    table's angles: table_C2F holds cos and sin by position; pairs are (f, f + F), or (2f, 2f + 1) if
+    interleaved. A slot is block * P + offset; slots are distinct, and a negative one is not written. An
+    8-bit cache stores value / scale with scale = largest absolute value of the head / 127 (int8) or
+    / 448 (fp8). Source of the rotation: Su et al. 2021.
     """
 
     def __call__(
-        self, q_THE: Tensor, k_TKE: Tensor, table_C2F: Tensor, position_T: Tensor, interleaved: bool
-    ) -> tuple[Tensor, Tensor]: ...
-
-
-class KvWrite(Protocol):
-    """Write each token's key and value to its slot, block * P + offset. Slots are distinct."""
-
-    def __call__(
-        self, k_TKE: Tensor, v_TKE: Tensor, k_cache_NPKE: Tensor, v_cache_NPKE: Tensor, slot_T: Tensor
-    ) -> None: ...
+        self,
+        qkv_TX: Tensor,
+        n_heads: int,
+        q_norm_E: Tensor | None,
+        k_norm_E: Tensor | None,
+        eps: float,
+        plus_one: bool,
+        table_C2F: Tensor,
+        position_T: Tensor,
+        interleaved: bool,
+        kv: KvLayer,
+        slot_T: Tensor,
+    ) -> Tensor: ...
 
 
 class Attention(Protocol):
@@ -179,8 +294,7 @@ class Attention(Protocol):
     def __call__(
         self,
         q_THE: Tensor,
-        k_cache_NPKE: Tensor,
-        v_cache_NPKE: Tensor,
+        kv: KvLayer,
         span: AttentionSpan,
         scale: float,
         window: int | None,
@@ -191,7 +305,9 @@ class Attention(Protocol):
 class ActMul(Protocol):
     """Return activation(gate) * up; activation is "silu" or "gelu_tanh"."""
 
-    def __call__(self, gate_up_T2M: Tensor, activation: str) -> Tensor: ...
+    def __call__(
+        self, gate_up_T2M: Tensor, activation: str, out: ActivationFormat = "plain"
+    ) -> Tensor | Quantised: ...
 
 
 class Moe(Protocol):
@@ -231,9 +347,12 @@ class Ops:
 
     rms_norm: RmsNorm
     add_rms_norm: AddRmsNorm
+    quantise: Quantise
     linear: LinearOp
-    rope: Rope
-    kv_write: KvWrite
+    linear_int4: LinearInt4
+    linear_int8: Linear8
+    linear_fp8: Linear8
+    rope_write: RopeWrite
     attention: Attention
     act_mul: ActMul
     moe: Moe

@@ -52,6 +52,11 @@ class Int4Weight:
     group: int
     """Inputs that share a scale: 32, 64, 128, or all of the padded row."""
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Outputs and inputs, without padding."""
+        return self.n_out, self.n_in
+
 
 def pack(code_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor | None, dtype: torch.dtype) -> Int4Weight:
     """Pack codes (uint8, 0..15) with their scales, rounded to `dtype`, on the device they are on.

@@ -8,6 +8,7 @@ from sailfish.kernels.contract import Case, Impl, Op
 from sailfish.kernels.plain.limits import math_bytes, moe_bytes, none_bytes, sdpa_bytes
 
 _ELEMENTWISE = "sailfish.kernels.reference.elementwise:"
+_QUANTISED = "sailfish.kernels.reference.quantised:"
 _ATTENTION = "sailfish.kernels.plain.attention:"
 
 OPS: MappingProxyType[str, Op] = MappingProxyType(
@@ -29,22 +30,41 @@ OPS: MappingProxyType[str, Op] = MappingProxyType(
                 reference=_ELEMENTWISE + "linear",
                 axes={"x": "TI", "weight": "OI", "bias": "O", "out": "TO"},
             ),
+            Op(name="quantise", reference=_QUANTISED + "quantise", axes={"x": "TI", "out": "TI, T"}),
             Op(
-                name="rope",
-                reference=_ELEMENTWISE + "rope",
-                axes={"q": "THE", "k": "TKE", "table": "C2F", "position": "T", "out": "THE, TKE"},
+                name="linear_int4",
+                reference="sailfish.kernels.int4:linear_int4",
+                axes={"x": "TI", "weight": "OI", "bias": "O", "out": "TO"},
             ),
             Op(
-                name="kv_write",
-                reference=_ELEMENTWISE + "kv_write",
-                axes={"k": "TKE", "v": "TKE", "k_cache": "NPKE", "v_cache": "NPKE", "slot": "T", "out": ""},
-                mutates=("k_cache", "v_cache"),
-                tolerance={"float32": 0.0, "bfloat16": 0.0},
+                name="linear_int8",
+                reference=_QUANTISED + "linear_8",
+                axes={"x": "TI, T", "weight": "OI, O", "bias": "O", "out": "TO"},
+            ),
+            Op(
+                name="linear_fp8",
+                reference=_QUANTISED + "linear_8",
+                axes={"x": "TI, T", "weight": "OI, O", "bias": "O", "out": "TO"},
+            ),
+            Op(
+                name="rope_write",
+                reference=_ELEMENTWISE + "rope_write",
+                axes={
+                    "qkv": "TX",
+                    "q_norm": "E",
+                    "k_norm": "E",
+                    "table": "C2F",
+                    "position": "T",
+                    "kv": "NPKE, NPKE, NPK, NPK",
+                    "slot": "T",
+                    "out": "THE",
+                },
+                mutates=("kv",),
             ),
             Op(
                 name="attention",
                 reference="sailfish.kernels.reference.attention:attention",
-                axes={"q": "THE", "k_cache": "NPKE", "v_cache": "NPKE", "block_table": "BW", "out": "THE"},
+                axes={"q": "THE", "kv": "NPKE, NPKE, NPK, NPK", "block_table": "RW", "out": "THE"},
             ),
             Op(
                 name="act_mul",

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from sailfish.checkpoint.model_config import ModelConfig
-from sailfish.kernels.contract import AttentionSpan, Ops
+from sailfish.kernels.contract import AttentionSpan, KvLayer, Ops, Quantised
 from sailfish.models.layers.attention import SelfAttention
-from sailfish.models.layers.linear import Linear
+from sailfish.models.layers.linear import Linear, LinearWeight, dense
 from sailfish.models.layers.mlp import Experts, Mlp, feed_forward
 from sailfish.models.layers.norm import Norm
 from sailfish.models.layers.rope import rope_table
@@ -31,9 +31,15 @@ class StepInputs:
 
 @dataclass(frozen=True, slots=True)
 class KvCache:
-    """Keys and values of all layers in one allocation; blocks are shared by the layers."""
+    """Keys and values of all layers; blocks are shared by the layers."""
 
-    kv_L2NPKE: Tensor
+    layers: tuple[KvLayer, ...]
+
+    @classmethod
+    def of(cls, kv_L2NPKE: Tensor, scale_L2NPK: Tensor | None = None) -> KvCache:
+        """Take one allocation for all layers, and one of scales if it is in 8 bits."""
+        scales = [(None, None)] * len(kv_L2NPKE) if scale_L2NPK is None else scale_L2NPK
+        return cls(tuple(KvLayer(*kv, *scale) for kv, scale in zip(kv_L2NPKE, scales, strict=True)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,17 +56,17 @@ class Decoder:
     """A decoder-only model. It allocates its rope tables here and nothing that outlives a step later."""
 
     def __init__(
-        self, config: ModelConfig, weights: Mapping[str, Tensor], ops: Ops, *, max_positions: int
+        self, config: ModelConfig, weights: Mapping[str, LinearWeight], ops: Ops, *, max_positions: int
     ) -> None:
         """Take the canonical weights: one device, one dtype. Positions are below max_positions."""
         self._config = config
         self._ops = ops
-        self._embed_VD = weights["embed.weight"]
+        self._embed_VD = dense(weights, "embed.weight")
         ropes = {layer.rope for layer in config.layers}
         tables = {rope: rope_table(rope, max_positions, self._embed_VD.device) for rope in ropes}
 
         def norm(name: str) -> Norm:
-            return Norm(weights[f"{name}.weight"], config.norm_eps, config.norm_plus_one)
+            return Norm(dense(weights, f"{name}.weight"), config.norm_eps, config.norm_plus_one)
 
         self._layers = [
             _Layer(
@@ -81,20 +87,24 @@ class Decoder:
         ops = self._ops
         residual_TD = ops.embed(step.token_T, self._embed_VD, self._config.embed_scale)
         delta_TD: Tensor | None = None
-        for layer, cache_2NPKE in zip(self._layers, kv.kv_L2NPKE, strict=True):
+        x_TD: Tensor | Quantised
+        for layer, cache in zip(self._layers, kv.layers, strict=True):
             if delta_TD is None:
-                x_TD = layer.attn_norm(residual_TD, ops)
+                x_TD = layer.attn_norm(residual_TD, ops, layer.attention.qkv.takes)
             else:
-                x_TD, residual_TD = layer.attn_norm.after_add(delta_TD, residual_TD, ops)
-            delta_TD = layer.attention(x_TD, step.position_T, step.slot_T, step.span, cache_2NPKE, ops)
+                x_TD, residual_TD = layer.attn_norm.after_add(
+                    delta_TD, residual_TD, ops, layer.attention.qkv.takes
+                )
+            delta_TD = layer.attention(x_TD, step.position_T, step.slot_T, step.span, cache, ops)
             if layer.attn_post_norm is not None:
-                delta_TD = layer.attn_post_norm(delta_TD, ops)
-            x_TD, residual_TD = layer.mlp_norm.after_add(delta_TD, residual_TD, ops)
+                delta_TD = layer.attn_post_norm.plain(delta_TD, ops)
+            x_TD, residual_TD = layer.mlp_norm.after_add(delta_TD, residual_TD, ops, layer.mlp.takes)
             delta_TD = layer.mlp(x_TD, ops)
             if layer.mlp_post_norm is not None:
-                delta_TD = layer.mlp_post_norm(delta_TD, ops)
+                delta_TD = layer.mlp_post_norm.plain(delta_TD, ops)
         assert delta_TD is not None, "a decoder has at least one layer"
-        hidden_TD, _ = self._final_norm.after_add(delta_TD, residual_TD, ops)
+        hidden_TD, _ = self._final_norm.after_add(delta_TD, residual_TD, ops, "plain")
+        assert not isinstance(hidden_TD, Quantised)
         return hidden_TD
 
     def logits(self, hidden_SD: Tensor) -> Tensor:

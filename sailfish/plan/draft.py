@@ -147,6 +147,7 @@ def _lay_out(
         target=hardware.target,
         device=hardware.device,
         dtype=settings.dtype,
+        formats=settings.formats,
         page_tokens=settings.page_tokens,
         context_tokens=settings.context_tokens,
         max_sequences=settings.max_sequences,

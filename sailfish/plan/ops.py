@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
+
 from sailfish.base.errors import ConfigError
 from sailfish.checkpoint.model_config import ModelConfig
-from sailfish.kernels.choose import choose, workspace_bytes
+from sailfish.kernels.choose import choose, choose_by_rows, workspace_bytes
 from sailfish.kernels.contract import TARGETS, Case, Choice, StepBounds
 from sailfish.kernels.plain.limits import (
     CPU_ATTENTION_BYTES,
@@ -14,13 +17,22 @@ from sailfish.kernels.plain.limits import (
 )
 from sailfish.kernels.table import OPS
 from sailfish.plan.settings import Settings
-from sailfish.plan.types import Plan
+from sailfish.plan.types import Plan, WeightFormat, WeightFormats
 
 
 def choose_ops(model: ModelConfig, plan: Plan) -> tuple[Choice, ...]:
     """Return the implementation of each op for the plan's target, with the reasons of those before it."""
-    cases = op_cases(model, target=plan.target, dtype=plan.dtype, page_tokens=plan.page_tokens)
-    return tuple(map(choose, cases))
+    cases = op_cases(
+        model, target=plan.target, dtype=plan.dtype, page_tokens=plan.page_tokens, formats=plan.formats
+    )
+    return choose_all(cases)
+
+
+def choose_all(cases: Iterable[Case]) -> tuple[Choice, ...]:
+    """Return the choice for each case; a linear's by rows."""
+    return tuple(
+        choice for case in cases for choice in (choose_by_rows(case) if case.n_out else (choose(case),))
+    )
 
 
 def workspaces(model: ModelConfig, target: str, settings: Settings) -> dict[str, int]:
@@ -30,11 +42,18 @@ def workspaces(model: ModelConfig, target: str, settings: Settings) -> dict[str,
         max_sequences=settings.max_sequences,
         context_tokens=settings.context_tokens,
     )
-    cases = op_cases(model, target=target, dtype=settings.dtype, page_tokens=settings.page_tokens)
-    unused = set() if any(layer.moe for layer in model.layers) else {"moe"}
-    return {
-        case.op: 0 if case.op in unused else workspace_bytes(case, choose(case), bounds) for case in cases
-    }
+    taken = dict.fromkeys(OPS, 0)
+    for case in op_cases(
+        model,
+        target=target,
+        dtype=settings.dtype,
+        page_tokens=settings.page_tokens,
+        formats=settings.formats,
+    ):
+        for choice in choose_all([case]):
+            n_bytes = workspace_bytes(replace(case, max_rows=choice.max_rows), choice, bounds)
+            taken[case.op] = max(taken[case.op], n_bytes)
+    return taken
 
 
 def kept_index_bytes(target: str, settings: Settings) -> int:
@@ -44,28 +63,63 @@ def kept_index_bytes(target: str, settings: Settings) -> int:
     return min(n_tokens * INDEX_BYTES, int(limit * MEMO_FRACTION))
 
 
-def op_cases(model: ModelConfig, *, target: str, dtype: str, page_tokens: int) -> tuple[Case, ...]:
-    """Return what the model asks of each op, one case an op."""
+def op_cases(
+    model: ModelConfig, *, target: str, dtype: str, page_tokens: int, formats: WeightFormats
+) -> tuple[Case, ...]:
+    """Return what the model asks of the ops it has: one case an op, and one a shape of linear."""
     moe = next((layer.moe for layer in model.layers if layer.moe is not None), None)
     windows = {layer.window_tokens for layer in model.layers if layer.window_tokens is not None}
-    return tuple(
-        Case(
-            op=op,
-            target=_known(target),
-            dtype=dtype,
-            head_dim=model.head_dim,
-            n_heads=model.n_heads,
-            n_kv_heads=model.n_kv_heads,
-            page_tokens=page_tokens,
-            windows=tuple(sorted(windows)),
-            softcap=model.attention_softcap,
-            d_model=model.d_model,
-            d_mlp=model.d_mlp if moe is None else moe.d_mlp,
-            n_experts=0 if moe is None else moe.n_experts,
-            n_active=0 if moe is None else moe.n_active,
-        )
-        for op in OPS
+    common = Case(
+        op="",
+        target=_known(target),
+        dtype=dtype,
+        head_dim=model.head_dim,
+        n_heads=model.n_heads,
+        n_kv_heads=model.n_kv_heads,
+        page_tokens=page_tokens,
+        windows=tuple(sorted(windows)),
+        softcap=model.attention_softcap,
+        d_model=model.d_model,
+        d_mlp=model.d_mlp if moe is None else moe.d_mlp,
+        n_experts=0 if moe is None else moe.n_experts,
+        n_active=0 if moe is None else moe.n_active,
     )
+    linears = linear_shapes(model, formats)
+    ops = ["embed", "rms_norm", "add_rms_norm", "rope_write", "attention"]
+    ops += ["act_mul"] if any(layer.moe is None for layer in model.layers) else []
+    ops += ["moe"] if moe is not None else []
+    ops += ["softcap"] if model.logit_softcap is not None else []
+    ops += ["quantise"] if any(format in ("int8", "fp8") for format, _, _ in linears) else []
+    return (
+        *(replace(common, op=op) for op in ops),
+        *(
+            replace(
+                common,
+                op="linear" if format == "plain" else f"linear_{format}",
+                n_out=n_out,
+                n_in=n_in,
+                group=formats.group if format == "int4" else 0,
+            )
+            for format, n_out, n_in in linears
+        ),
+    )
+
+
+def linear_shapes(model: ModelConfig, formats: WeightFormats) -> list[tuple[WeightFormat, int, int]]:
+    """Return (format, outputs, inputs) of every linear of the model, each once."""
+    d, width = model.d_model, model.n_heads * model.head_dim
+    found = {
+        (formats.layers, (model.n_heads + 2 * model.n_kv_heads) * model.head_dim, d): None,
+        (formats.layers, d, width): None,
+    }
+    for layer in model.layers:
+        if layer.moe is None:
+            found[formats.layers, 2 * model.d_mlp, d] = None
+            found[formats.layers, d, model.d_mlp] = None
+        else:
+            found["plain", layer.moe.n_experts, d] = None
+    found[formats.head, model.vocab_size, d] = None
+    return list(found)
 
 
 def _known(target: str) -> str:

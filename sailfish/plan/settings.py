@@ -10,7 +10,7 @@ from sailfish.base.errors import ConfigError
 from sailfish.base.units import format_bytes, format_count
 from sailfish.checkpoint.model_config import ModelConfig
 from sailfish.hardware.profile import GIB, HardwareProfile
-from sailfish.plan.types import Decision, Dtype
+from sailfish.plan.types import Decision, Dtype, WeightFormats
 
 _SMALL_WEIGHTS_BYTES = 2 * GIB
 """Up to here float32 on the CPU costs little and keeps answers exact."""
@@ -29,6 +29,7 @@ class Settings:
     """Every setting, decided."""
 
     dtype: Dtype
+    formats: WeightFormats
     context_tokens: int
     max_sequences: int
     step_tokens: int
@@ -117,6 +118,7 @@ def settle(
     answers.decisions.append(Decision(name="prefix_cache", requested=on, active=on, why="as asked"))
     return Settings(
         dtype=cast(Dtype, dtype),
+        formats=WeightFormats(),
         context_tokens=context_tokens,
         max_sequences=max_sequences,
         step_tokens=step_tokens,

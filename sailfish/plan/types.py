@@ -8,6 +8,21 @@ from typing import Literal
 Dtype = Literal["float32", "bfloat16"]
 
 
+WeightFormat = Literal["plain", "int4", "int8", "fp8"]
+"""Of a linear's weight; "plain" is the plan's dtype."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightFormats:
+    """What the weights of linears are stored in."""
+
+    layers: WeightFormat = "plain"
+    """Of attention and MLP projections."""
+    head: WeightFormat = "plain"
+    group: int = 128
+    """Inputs of a row that share a scale, in 4 bits."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
     """One setting: what was asked, what is active, and why."""
@@ -49,7 +64,8 @@ class Plan:
     """"cpu" or "sm_90" and the like."""
     device: Literal["cpu", "cuda"]
     dtype: Dtype
-    """Weights and activations."""
+    """Of activations, and of weights that no format holds."""
+    formats: WeightFormats
     page_tokens: int
     context_tokens: int
     max_sequences: int

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -11,7 +12,9 @@ import torch
 from paged import make_span
 from torch import Tensor
 
-from sailfish.kernels.contract import AttentionSpan
+from sailfish.kernels.contract import ActivationFormat, AttentionSpan, KvLayer, Quantised, Weight8
+from sailfish.kernels.int4 import pack
+from sailfish.kernels.reference.quantised import quantise
 from sailfish.kernels.table import OPS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -63,7 +66,7 @@ def attention(
             cache.flatten(0, 1)[slots] = draw.normal(len(slots), n_kv_heads, head_dim)
             caches.append(cache)
         q_THE = draw.normal(n_tokens, n_heads + 3, head_dim)[:, :n_heads]
-        return q_THE, *caches, span, head_dim**-0.5, window, softcap
+        return q_THE, KvLayer(*caches), span, head_dim**-0.5, window, softcap
 
     return make
 
@@ -95,6 +98,10 @@ def _add_norm(*shape: int, plus_one: bool = False) -> Make:
     return lambda draw: (draw.normal(*shape), draw.normal(*shape), draw.normal(shape[-1]), 1e-5, plus_one)
 
 
+def _quantise(n_tokens: int, out: ActivationFormat, draw: Draw) -> tuple[Any, ...]:
+    return draw.normal(n_tokens, 112) * (torch.arange(n_tokens, device=draw.device) % 5)[:, None], out
+
+
 def _linear(n_tokens: int, n_in: int, n_out: int, has_bias: bool) -> Make:
     return lambda draw: (
         draw.normal(n_tokens, n_in, scale=n_in**-0.5),
@@ -103,23 +110,65 @@ def _linear(n_tokens: int, n_in: int, n_out: int, has_bias: bool) -> Make:
     )
 
 
-def _rope(n_tokens: int, head_dim: int, n_pairs: int, interleaved: bool) -> Make:
+def _rope_write(
+    n_tokens: int,
+    head_dim: int,
+    n_pairs: int,
+    *,
+    interleaved: bool = False,
+    has_norm: bool = False,
+    plus_one: bool = False,
+    cache: torch.dtype | None = None,
+) -> Make:
     def make(draw: Draw) -> tuple[Any, ...]:
         angle_CF = torch.rand(50, n_pairs, generator=draw.generator) * 6
         table_C2F = torch.stack((angle_CF.cos(), angle_CF.sin()), 1).to(draw.device)
-        qk = draw.normal(n_tokens, 9, head_dim)
-        return qk[:, :6], qk[:, 6:8], table_C2F, draw.integers(50, n_tokens), interleaved
+        norms = [draw.normal(head_dim) if has_norm else None for _ in "qk"]
+        caches = draw.normal(2, 6, PAGE_TOKENS, 2, head_dim)
+        scales: list[Tensor] = []
+        if cache is not None:
+            caches = caches.to(cache)
+            scales = list(torch.ones(2, 6, PAGE_TOKENS, 2, device=draw.device))
+        slots = draw.distinct(n_tokens, 6 * PAGE_TOKENS)
+        qkv_TX = draw.normal(n_tokens, (6 + 2 + 2) * head_dim)
+        position_T = draw.integers(50, n_tokens)
+        kv = KvLayer(*caches, *scales)
+        return qkv_TX, 6, *norms, 1e-5, plus_one, table_C2F, position_T, interleaved, kv, slots
 
     return make
 
 
-def _kv_write(n_tokens: int) -> Make:
+def _linear_int4(n_tokens: int, n_in: int, n_out: int, group: int, *, has_bias: bool, has_zero: bool) -> Make:
     def make(draw: Draw) -> tuple[Any, ...]:
-        kv = draw.normal(n_tokens, 5, 16)
-        caches = draw.normal(2, 6, PAGE_TOKENS, 2, 16)
-        return kv[:, :2], kv[:, 2:4], caches[0], caches[1], draw.distinct(n_tokens, 6 * PAGE_TOKENS)
+        n_groups = -(-n_in // group)
+        code_OI = draw.integers(16, n_out, n_in).to(torch.uint8)
+        zero_OG = draw.integers(16, n_out, n_groups).to(draw.dtype) if has_zero else None
+        scale_OG = draw.normal(n_out, n_groups, scale=0.2)
+        weight = pack(code_OI, scale_OG, zero_OG, torch.bfloat16)
+        return draw.normal(n_tokens, n_in, scale=n_in**-0.5), weight, draw.normal(n_out) if has_bias else None
 
     return make
+
+
+def _linear_8(out: ActivationFormat, n_tokens: int, n_in: int, n_out: int, *, has_bias: bool) -> Make:
+    def make(draw: Draw) -> tuple[Any, ...]:
+        weight = quantise(draw.normal(n_out, n_in), out)
+        x = quantise(draw.normal(n_tokens, n_in, scale=n_in**-0.5), out)
+        bias_O = draw.normal(n_out) if has_bias else None
+        return x, Weight8(weight.values_TI, weight.scale_T), bias_O
+
+    return make
+
+
+_LINEAR_8 = {
+    out: {
+        "one token": _linear_8(out, 1, 64, 48, has_bias=False),
+        "no token": _linear_8(out, 0, 64, 48, has_bias=False),
+        "bias": _linear_8(out, 9, 80, 48, has_bias=True),
+        "many tokens": _linear_8(out, 257, 96, 32, has_bias=False),
+    }
+    for out in ("int8", "fp8")
+}
 
 
 def _moe(n_tokens: int, n_active: int, *, normalise: bool, routing: str = "any") -> Make:
@@ -167,15 +216,34 @@ SCENARIOS: dict[str, dict[str, Make]] = {
         "bias": _linear(9, 37, 51, True),
         "many tokens": _linear(257, 96, 33, False),
     },
-    "rope": {
-        "half split": _rope(7, 16, 8, False),
-        "interleaved": _rope(7, 16, 8, True),
-        "partial": _rope(7, 24, 5, False),
-        "partial interleaved": _rope(7, 24, 5, True),
-        "one token": _rope(1, 16, 8, False),
-        "no token": _rope(0, 16, 8, False),
+    "quantise": {
+        f"{out} {name}": partial(_quantise, n_tokens, out)
+        for out in ("int8", "fp8")
+        for name, n_tokens in (("one token", 1), ("no token", 0), ("many tokens", 70))
     },
-    "kv_write": {"one token": _kv_write(1), "no token": _kv_write(0), "every slot": _kv_write(48)},
+    "linear_int4": {
+        "one token": _linear_int4(1, 256, 64, 128, has_bias=False, has_zero=False),
+        "no token": _linear_int4(0, 256, 64, 128, has_bias=False, has_zero=False),
+        "zeros and bias": _linear_int4(9, 192, 128, 64, has_bias=True, has_zero=True),
+        "padded": _linear_int4(5, 200, 71, 32, has_bias=True, has_zero=False),
+        "many tokens": _linear_int4(257, 256, 96, 128, has_bias=False, has_zero=True),
+    },
+    "linear_int8": _LINEAR_8["int8"],
+    "linear_fp8": _LINEAR_8["fp8"],
+    "rope_write": {
+        "half split": _rope_write(7, 16, 8),
+        "interleaved": _rope_write(7, 16, 8, interleaved=True),
+        "partial": _rope_write(7, 24, 5),
+        "partial interleaved": _rope_write(7, 24, 5, interleaved=True),
+        "normed": _rope_write(7, 32, 16, has_norm=True),
+        "normed plus one": _rope_write(7, 32, 16, has_norm=True, plus_one=True),
+        "wide heads": _rope_write(11, 128, 64),
+        "one token": _rope_write(1, 16, 8),
+        "no token": _rope_write(0, 16, 8),
+        "every slot": _rope_write(48, 16, 8),
+        "int8 cache": _rope_write(9, 64, 32, cache=torch.int8),
+        "fp8 cache": _rope_write(9, 64, 32, cache=torch.float8_e4m3fn),
+    },
     "attention": {
         "one token": attention([(1, 1)]),
         "block edge": attention([(1, 8), (8, 8), (8, 16), (1, 16)]),
@@ -246,9 +314,24 @@ def check(op: str, scenario: str, function: Callable[..., Any], dtype: str, devi
         args = SCENARIOS[op][scenario](draw(dtype, device))
         with torch.inference_mode():
             out = candidate(*args)
-        written = [args[list(contract.axes).index(name)] for name in contract.mutates]
-        results.append([*(out if isinstance(out, tuple) else [out] if out is not None else []), *written])
+        written = [argument for argument in args if contract.mutates and isinstance(argument, KvLayer)]
+        results.append([*_values(out), *(value for argument in written for value in _values(argument))])
     tolerance = contract.tolerance[dtype]
     for found, expected in zip(*results, strict=True):
         assert found.isfinite().all(), "NaN came through"
         torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
+
+
+def _values(out: Any) -> list[Tensor]:
+    """Return what a result says, as tensors: of 8-bit numbers their values times scales."""
+    match out:
+        case Tensor():
+            return [out]
+        case Quantised():
+            return [out.values_TI.float() * out.scale_T.unsqueeze(-1)]
+        case KvLayer():
+            planes = ((out.k_NPKE, out.k_scale_NPK), (out.v_NPKE, out.v_scale_NPK))
+            return [x if scale is None else x.float() * scale.unsqueeze(-1) for x, scale in planes]
+        case tuple():
+            return [value for part in out for value in _values(part)]
+    raise AssertionError(f"an op returned {type(out)}")

@@ -14,12 +14,13 @@ from sailfish.checkpoint.hf_config import load_model_config
 from sailfish.checkpoint.model_config import ModelConfig
 from sailfish.checkpoint.names import tensor_specs
 from sailfish.checkpoint.safetensors_reader import Checkpoint
-from sailfish.kernels.choose import bind, choose
+from sailfish.kernels.choose import bind
 from sailfish.kernels.contract import AttentionSpan, Ops
 from sailfish.models.arena import arena_layout
 from sailfish.models.decoder import Decoder, KvCache, StepInputs
 from sailfish.models.load import ARENA_DTYPES, load_weights
-from sailfish.plan.ops import op_cases
+from sailfish.plan.ops import choose_all, op_cases
+from sailfish.plan.types import WeightFormats
 
 PAGE_TOKENS = 8
 N_BLOCKS = 128
@@ -46,7 +47,8 @@ def load_twin_weights(
 
 def chosen_ops(config: ModelConfig, target: str = "cpu", dtype: str = "float32") -> Ops:
     """Bind what would be chosen for a target."""
-    return bind(choose(c) for c in op_cases(config, target=target, dtype=dtype, page_tokens=PAGE_TOKENS))
+    cases = op_cases(config, target=target, dtype=dtype, page_tokens=PAGE_TOKENS, formats=WeightFormats())
+    return bind(choose_all(cases))
 
 
 class PagedDriver:
@@ -71,7 +73,7 @@ class PagedDriver:
             max_positions=config.context_tokens,
         )
         shape = (config.n_layers, 2, N_BLOCKS, PAGE_TOKENS, config.n_kv_heads, config.head_dim)
-        self._kv = KvCache(torch.full(shape, float("nan"), dtype=ARENA_DTYPES[dtype], device=device))
+        self._kv = KvCache.of(torch.full(shape, float("nan"), dtype=ARENA_DTYPES[dtype], device=device))
         self._device = device
         self._random = random.Random(seed)
         self._free = self._random.sample(range(N_BLOCKS), N_BLOCKS)
@@ -134,7 +136,8 @@ def make_span(
 ) -> AttentionSpan:
     """Make a span of host lists."""
     return AttentionSpan(
-        block_table_BW=torch.tensor(table, dtype=torch.int32, device=device),
+        block_table_RW=torch.tensor(table, dtype=torch.int32, device=device).reshape(len(kv_len), -1),
+        row_B=torch.arange(len(kv_len), dtype=torch.int32, device=device),
         query_start=tuple(query_start),
         kv_len=tuple(kv_len),
         kv_len_B=torch.tensor(kv_len, dtype=torch.int32, device=device),

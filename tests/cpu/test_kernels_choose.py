@@ -56,12 +56,12 @@ def test_a_choice_tells_the_reason_of_each_one_passed_over() -> None:
 def test_an_implementation_of_another_version_is_named_in_the_error() -> None:
     with pytest.raises(EngineError, match=r"'flash9' of op 'attention'.*build the engine again"):
         find("attention", "flash9")
-    with pytest.raises(EngineError, match="op 'warp'"):
+    with pytest.raises(EngineError, match="no implementation of"):
         bind([Choice(op="warp", implementation="reference", why="", declined=())])
 
 
 def test_an_engine_that_lacks_an_op_is_refused() -> None:
-    with pytest.raises(EngineError, match="no implementation of act_mul, .*build the engine again"):
+    with pytest.raises(EngineError, match="no implementation of add_rms_norm, .*build the engine again"):
         bind([choose(_case("attention"))])
 
 

@@ -56,11 +56,11 @@ def test_attention_is_the_same_however_small_its_memory(
 @pytest.mark.parametrize("lengths", [[(1, 9), (1, 30), (1, 12)], [(4, 9), (1, 30), (6, 12)]])
 def test_a_sequence_of_nan_poisons_no_other(name: str, lengths: list[tuple[int, int]]) -> None:
     impl = next(impl for impl in implementations("attention") if impl.name == name)
-    q, k, v, span, *rest = attention(lengths)(draw("float32", "cpu"))
-    clean = reference.attention(q, k, v, span, *rest)
+    q, kv, span, *rest = attention(lengths)(draw("float32", "cpu"))
+    clean = reference.attention(q, kv, span, *rest)
     blocks = span.block_table_BW[0, :2].long()
-    k[blocks], v[blocks] = float("nan"), float("nan")
-    found = load(impl.entry)(q, k, v, replace(span, memo={}), *rest)
+    kv.k_NPKE[blocks], kv.v_NPKE[blocks] = float("nan"), float("nan")
+    found = load(impl.entry)(q, kv, replace(span, memo={}), *rest)
     start = span.query_start[1]
     assert found[:start].isnan().any()
     torch.testing.assert_close(found[start:], clean[start:], atol=1e-5, rtol=1e-5)
@@ -79,14 +79,14 @@ def test_a_token_of_nan_poisons_no_other(name: str) -> None:
 
 
 def test_layers_of_one_step_share_the_indices_within_a_bound() -> None:
-    q, k, v, span, scale, *_ = attention([(1, 9), (1, 30), (6, 12)])(draw("float32", "cpu"))
-    first = cpu_sdpa(q, k, v, span, scale, None, None)
+    q, kv, span, scale, *_ = attention([(1, 9), (1, 30), (6, 12)])(draw("float32", "cpu"))
+    first = cpu_sdpa(q, kv, span, scale, None, None)
     shared = span.memo["plain"].copy()
-    again = cpu_sdpa(q, k, v, span, scale, None, None)
+    again = cpu_sdpa(q, kv, span, scale, None, None)
     assert len(shared) == 1
     assert all(span.memo["plain"][key] is entry for key, entry in shared.items())
     assert torch.equal(first, again)
-    cpu_sdpa(q, k, v, span, scale, 4, None)
+    cpu_sdpa(q, kv, span, scale, 4, None)
     assert len(span.memo["plain"]) == 2
-    cpu_sdpa(q, k, v, span, scale, 5, None, limit_bytes=4000)
+    cpu_sdpa(q, kv, span, scale, 5, None, limit_bytes=4000)
     assert len(span.memo["plain"]) == 2, "4000 / 8 bytes are too few for more"

@@ -17,6 +17,7 @@ from sailfish.checkpoint.hf_config import load_model_config
 from sailfish.kernels.choose import choose
 from sailfish.kernels.contract import Ops
 from sailfish.plan.ops import op_cases
+from sailfish.plan.types import WeightFormats
 
 PROMPT_TOKENS = {0: 150, 1: 83}
 NEW_TOKENS = 128
@@ -133,7 +134,7 @@ def test_a_bfloat16_decoder_errs_no_more_than_transformers_does(twins_path: Path
 
 def test_a_model_with_softcap_is_told_why_it_has_no_sdpa(twins_path: Path) -> None:
     config = load_model_config(make_twin("gemma2", twins_path))
-    cases = op_cases(config, target="sm_90", dtype="bfloat16", page_tokens=64)
+    cases = op_cases(config, target="sm_90", dtype="bfloat16", page_tokens=64, formats=WeightFormats())
     choice = next(choose(case) for case in cases if case.op == "attention")
     assert choice.implementation == "cuda_math"
     reasons = dict(choice.declined)

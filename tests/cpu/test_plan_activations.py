@@ -102,7 +102,7 @@ def _planned_and_held(model: ModelConfig, config: EngineConfig) -> tuple[int, in
     weights = {spec.name: torch.randn(spec.shape, dtype=dtype) * 0.05 for spec in tensor_specs(model)}
     decoder = Decoder(model, weights, bind(choose_ops(model, plan)), max_positions=plan.context_tokens)
     shape = (model.n_layers, 2, plan.n_blocks, plan.page_tokens, model.n_kv_heads, model.head_dim)
-    engine = Runner(decoder, KvCache(torch.zeros(shape, dtype=dtype)), _table(plan))
+    engine = Runner(decoder, KvCache.of(torch.zeros(shape, dtype=dtype)), _table(plan))
     with _LivePeak() as live:
         warm_up(engine, plan, model.vocab_size)
     return plan.memory_bytes("activations"), live.peak_bytes

@@ -26,7 +26,7 @@ from sailfish.artifact.writer import EngineWriter
 from sailfish.base.errors import ArtifactError, BuildError
 from sailfish.kernels.contract import Choice
 from sailfish.plan import DeviceOverlay
-from sailfish.plan.types import CacheSpec, Decision, MemoryLine, Plan
+from sailfish.plan.types import CacheSpec, Decision, MemoryLine, Plan, WeightFormats
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +101,7 @@ PLAN = Plan(
     target="cpu",
     device="cpu",
     dtype="float32",
+    formats=WeightFormats(),
     page_tokens=16,
     context_tokens=128,
     max_sequences=4,
@@ -116,7 +117,7 @@ PLAN = Plan(
 
 
 def test_the_manifest_has_the_golden_bytes(sound: Artifact) -> None:
-    """Format 1 is frozen: a change of these bytes needs a new format number."""
+    """Format 2 is frozen: a change of these bytes needs a new format number."""
     weights = msgspec.structs.replace(sound.manifest.weights[0], path="../tiny/model.safetensors")
     choice = Choice(op="attention", implementation="x", why="best", declined=(("y", "too old"),))
     fixed = msgspec.structs.replace(
@@ -159,7 +160,7 @@ def test_an_edited_manifest_is_refused(engine: Path) -> None:
 
 @pytest.mark.parametrize(
     ("version", "words"),
-    [(2, "upgrade Sailfish"), (0, "build the engine again"), (10**30, "upgrade Sailfish")],
+    [(3, "upgrade Sailfish"), (1, "build the engine again"), (10**30, "upgrade Sailfish")],
 )
 def test_another_format_is_refused_with_the_way_out(engine: Path, version: int, words: str) -> None:
     data = json.loads((engine / MANIFEST_FILE).read_bytes())
@@ -169,7 +170,7 @@ def test_another_format_is_refused_with_the_way_out(engine: Path, version: int, 
 
 def test_a_newer_format_is_recognised_whatever_else_it_holds(engine: Path) -> None:
     seal(engine, b'{"format":7,"all":"different"}')
-    assert "format 7; this Sailfish reads format 1" in refusal(engine)
+    assert "format 7; this Sailfish reads format 2" in refusal(engine)
 
 
 def test_a_missing_file_is_named_with_the_ways_out(engine: Path) -> None:
@@ -275,7 +276,7 @@ def test_a_hostile_manifest_is_refused_by_name(engine: Path, name: str) -> None:
 
 
 def test_deep_nesting_and_huge_manifests_are_refused(engine: Path) -> None:
-    seal(engine, b'{"format":1,"model":' + b"[" * 200_000)
+    seal(engine, b'{"format":2,"model":' + b"[" * 200_000)
     assert "damaged" in refusal(engine)
     with (engine / MANIFEST_FILE).open("wb") as stream:
         stream.truncate(manifest.MAX_MANIFEST_BYTES + 1)

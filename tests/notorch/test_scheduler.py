@@ -8,7 +8,7 @@ from fake_runner import Rig, alone, sampling
 from sailfish.base.errors import ConfigError, RequestError
 from sailfish.engine.limits import SchedulerLimits
 from sailfish.engine.sequence import SequenceKey
-from sailfish.plan.types import Plan
+from sailfish.plan.types import Plan, WeightFormats
 
 both_lags = pytest.mark.parametrize("lag", [0, 1])
 
@@ -386,6 +386,7 @@ def test_limits_come_from_the_plan() -> None:
         target="cpu",
         device="cpu",
         dtype="float32",
+        formats=WeightFormats(),
         page_tokens=16,
         context_tokens=256,
         max_sequences=4,

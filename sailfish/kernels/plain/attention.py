@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sailfish.kernels.contract import AttentionSpan
+from sailfish.kernels.contract import AttentionSpan, KvLayer
 from sailfish.kernels.plain.limits import (
     CPU_ATTENTION_BYTES,
     CUDA_ATTENTION_BYTES,
@@ -51,8 +51,7 @@ _Gathered = tuple[_Group, Tensor, Tensor | None]
 
 def paged_attention(
     q_THE: Tensor,
-    k_cache_NPKE: Tensor,
-    v_cache_NPKE: Tensor,
+    kv: KvLayer,
     span: AttentionSpan,
     scale: float,
     window: int | None,
@@ -63,16 +62,17 @@ def paged_attention(
     limit_bytes: int,
 ) -> Tensor:
     """Meet `contract.Attention` by `attend`, whose needs `way` tells."""
-    page_tokens, n_kv_heads, head_dim = k_cache_NPKE.shape[1:]
+    page_tokens, n_kv_heads, head_dim = kv.k_NPKE.shape[1:]
     n_heads = q_THE.shape[1]
     pair_bytes = way.pair_bytes(n_heads)
-    token_bytes = way.token_bytes(n_kv_heads, head_dim, k_cache_NPKE.element_size())
+    token_bytes = way.token_bytes(n_kv_heads, head_dim, q_THE.element_size())
     group_tokens = limit_bytes // (token_bytes + pair_bytes)
     q_TKGE = q_THE.view(len(q_THE), n_kv_heads, -1, head_dim)
     out_TKGE = torch.empty_like(q_TKGE)
     for group, slot_BS, mask_BQS in _gathers(span, page_tokens, window, group_tokens, limit_bytes):
         tokens = slice(group.query, group.query + group.n_queries * (group.last - group.first))
-        k_BKSE, v_BKSE = _gather(k_cache_NPKE, slot_BS), _gather(v_cache_NPKE, slot_BS)
+        k_BKSE = _gather(kv.k_NPKE, kv.k_scale_NPK, slot_BS, q_THE.dtype)
+        v_BKSE = _gather(kv.v_NPKE, kv.v_scale_NPK, slot_BS, q_THE.dtype)
         if group.n_queries == 1:
             q_BKGQE = q_TKGE[tokens].unsqueeze(3)
             out_TKGE[tokens] = attend(q_BKGQE, k_BKSE, v_BKSE, mask_BQS, scale, softcap).squeeze(3)
@@ -93,8 +93,11 @@ def paged_attention(
     return out_TKGE.flatten(1, 2)
 
 
-def _gather(cache_NPKE: Tensor, slot_BS: Tensor) -> Tensor:
-    rows = cache_NPKE.flatten(0, 1).index_select(0, slot_BS.flatten())
+def _gather(cache_NPKE: Tensor, scale_NPK: Tensor | None, slot_BS: Tensor, dtype: torch.dtype) -> Tensor:
+    slot_S = slot_BS.flatten()
+    rows = cache_NPKE.flatten(0, 1).index_select(0, slot_S)
+    if scale_NPK is not None:
+        rows = (rows.float() * scale_NPK.flatten(0, 1).index_select(0, slot_S).unsqueeze(-1)).to(dtype)
     return rows.view(*slot_BS.shape, *cache_NPKE.shape[2:]).transpose(1, 2)
 
 
@@ -234,8 +237,7 @@ cuda_math = partial(_math, limit_bytes=CUDA_ATTENTION_BYTES)
 
 def cuda_sdpa(
     q_THE: Tensor,
-    k_cache_NPKE: Tensor,
-    v_cache_NPKE: Tensor,
+    kv: KvLayer,
     span: AttentionSpan,
     scale: float,
     window: int | None,
@@ -247,6 +249,4 @@ def cuda_sdpa(
     step has a new one (29 ms each on an H200, against 0.6 ms for the whole call without it).
     """
     torch.backends.cuda.enable_cudnn_sdp(False)
-    return _sdpa(
-        q_THE, k_cache_NPKE, v_cache_NPKE, span, scale, window, softcap, limit_bytes=CUDA_ATTENTION_BYTES
-    )
+    return _sdpa(q_THE, kv, span, scale, window, softcap, limit_bytes=CUDA_ATTENTION_BYTES)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sailfish.kernels.reference.elementwise import act_mul
+from sailfish.kernels.reference.elementwise import gated
 from sailfish.kernels.reference.moe import route
 
 
@@ -29,7 +29,7 @@ def sorted_moe(
         if n == 0:
             continue
         rows = order_R[start : start + n]
-        mlp_RM = act_mul(F.linear(x_TD[rows // n_active], gate_up_X2MD[x]), activation)
+        mlp_RM = gated(F.linear(x_TD[rows // n_active], gate_up_X2MD[x]), activation)
         y_RD[rows] = F.linear(mlp_RM, down_XDM[x])
         start += n
     y_TAD = y_RD.view(*expert_TA.shape, x_TD.shape[1])

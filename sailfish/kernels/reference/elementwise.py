@@ -6,25 +6,39 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sailfish.kernels.contract import ActivationFormat, KvLayer, Quantised
+from sailfish.kernels.reference.quantised import formatted, quantise
+
 ACTIVATIONS = {
     "silu": F.silu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
 }
 
 
-def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float, plus_one: bool) -> Tensor:
+def rms_norm(
+    x_TD: Tensor, weight_D: Tensor, eps: float, plus_one: bool, out: ActivationFormat = "plain"
+) -> Tensor | Quantised:
     """Meet `contract.RmsNorm`."""
-    x = x_TD.float()
-    scale_D = weight_D.float() + 1.0 if plus_one else weight_D.float()
-    return (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * scale_D).to(x_TD.dtype)
+    return formatted(_norm(x_TD, weight_D, eps, plus_one), out)
 
 
 def add_rms_norm(
-    x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float, plus_one: bool
-) -> tuple[Tensor, Tensor]:
+    x_TD: Tensor,
+    residual_TD: Tensor,
+    weight_D: Tensor,
+    eps: float,
+    plus_one: bool,
+    out: ActivationFormat = "plain",
+) -> tuple[Tensor | Quantised, Tensor]:
     """Meet `contract.AddRmsNorm`."""
     sum_TD = x_TD + residual_TD
-    return rms_norm(sum_TD, weight_D, eps, plus_one), sum_TD
+    return rms_norm(sum_TD, weight_D, eps, plus_one, out), sum_TD
+
+
+def _norm(x_TD: Tensor, weight_D: Tensor, eps: float, plus_one: bool) -> Tensor:
+    x = x_TD.float()
+    scale_D = weight_D.float() + 1.0 if plus_one else weight_D.float()
+    return (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * scale_D).to(x_TD.dtype)
 
 
 def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
@@ -32,12 +46,40 @@ def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
     return F.linear(x_TI, weight_OI, bias_O)
 
 
-def rope(
-    q_THE: Tensor, k_TKE: Tensor, table_C2F: Tensor, position_T: Tensor, interleaved: bool
-) -> tuple[Tensor, Tensor]:
-    """Meet `contract.Rope`."""
+def rope_write(
+    qkv_TX: Tensor,
+    n_heads: int,
+    q_norm_E: Tensor | None,
+    k_norm_E: Tensor | None,
+    eps: float,
+    plus_one: bool,
+    table_C2F: Tensor,
+    position_T: Tensor,
+    interleaved: bool,
+    kv: KvLayer,
+    slot_T: Tensor,
+) -> Tensor:
+    """Meet `contract.RopeWrite`."""
+    n_kv_heads, head_dim = kv.k_NPKE.shape[2:]
+    heads = (n_heads, n_kv_heads, n_kv_heads)
+    q_THE, k_TKE, v_TKE = qkv_TX.view(len(qkv_TX), sum(heads), head_dim).split_with_sizes(heads, 1)
+    if q_norm_E is not None and k_norm_E is not None:
+        q_THE, k_TKE = _norm(q_THE, q_norm_E, eps, plus_one), _norm(k_TKE, k_norm_E, eps, plus_one)
     cos_T1F, sin_T1F = table_C2F.index_select(0, position_T).unsqueeze(1).unbind(2)
-    return _rotate(q_THE, cos_T1F, sin_T1F, interleaved), _rotate(k_TKE, cos_T1F, sin_T1F, interleaved)
+    q_THE, k_TKE = (_rotate(x, cos_T1F, sin_T1F, interleaved) for x in (q_THE, k_TKE))
+    for x_TKE, cache_NPKE, scale_NPK in (
+        (k_TKE, kv.k_NPKE, kv.k_scale_NPK),
+        (v_TKE, kv.v_NPKE, kv.v_scale_NPK),
+    ):
+        if scale_NPK is not None:
+            stored = quantise(x_TKE, "int8" if cache_NPKE.dtype == torch.int8 else "fp8")
+            scale_NPK.flatten(0, 1).index_copy_(0, slot_T, stored.scale_T)
+            x_TKE = stored.values_TI
+        cache = cache_NPKE.flatten(0, 1)
+        if x_TKE.dtype == torch.float8_e4m3fn:  # which index_copy_ does not take
+            cache, x_TKE = cache.view(torch.int8), x_TKE.view(torch.int8)
+        cache.index_copy_(0, slot_T, x_TKE)
+    return q_THE
 
 
 def _rotate(x_THE: Tensor, cos_T1F: Tensor, sin_T1F: Tensor, interleaved: bool) -> Tensor:
@@ -52,16 +94,13 @@ def _rotate(x_THE: Tensor, cos_T1F: Tensor, sin_T1F: Tensor, interleaved: bool) 
     return torch.cat((joined.to(x_THE.dtype), still), -1)
 
 
-def kv_write(
-    k_TKE: Tensor, v_TKE: Tensor, k_cache_NPKE: Tensor, v_cache_NPKE: Tensor, slot_T: Tensor
-) -> None:
-    """Meet `contract.KvWrite`."""
-    k_cache_NPKE.flatten(0, 1).index_copy_(0, slot_T, k_TKE)
-    v_cache_NPKE.flatten(0, 1).index_copy_(0, slot_T, v_TKE)
-
-
-def act_mul(gate_up_T2M: Tensor, activation: str) -> Tensor:
+def act_mul(gate_up_T2M: Tensor, activation: str, out: ActivationFormat = "plain") -> Tensor | Quantised:
     """Meet `contract.ActMul`."""
+    return formatted(gated(gate_up_T2M, activation), out)
+
+
+def gated(gate_up_T2M: Tensor, activation: str) -> Tensor:
+    """Return activation(gate) * up in the inputs' dtype."""
     gate_TM, up_TM = gate_up_T2M.chunk(2, -1)
     return ACTIVATIONS[activation](gate_TM) * up_TM
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sailfish.kernels.reference.elementwise import act_mul
+from sailfish.kernels.reference.elementwise import gated
 
 
 def route(router_TX: Tensor, n_active: int, normalise: bool) -> tuple[Tensor, Tensor]:
@@ -30,6 +30,6 @@ def moe(
     share_TX = torch.zeros_like(router_TX, dtype=torch.float32).scatter_(1, expert_TA, weight_TA)
     out_TD = torch.zeros_like(x_TD, dtype=torch.float32)
     for x, (gate_up_2MD, down_DM) in enumerate(zip(gate_up_X2MD, down_XDM, strict=True)):
-        mlp_TD = act_mul(x_TD.float() @ gate_up_2MD.float().T, activation) @ down_DM.float().T
+        mlp_TD = gated(x_TD.float() @ gate_up_2MD.float().T, activation) @ down_DM.float().T
         out_TD += mlp_TD * share_TX[:, x, None]
     return out_TD.to(x_TD.dtype)

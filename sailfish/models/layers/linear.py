@@ -5,22 +5,47 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from sailfish.kernels.contract import Ops
+from sailfish.kernels.contract import ActivationFormat, Ops, Quantised, Weight8
+from sailfish.kernels.int4 import Int4Weight
+
+LinearWeight = Tensor | Int4Weight | Weight8
 
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """A dense weight [out, in] with its optional bias."""
+    """A weight [out, in] in any format, with its optional bias."""
 
-    weight_OI: Tensor
+    weight_OI: LinearWeight
     bias_O: Tensor | None
 
     @classmethod
-    def named(cls, name: str, weights: Mapping[str, Tensor], *, has_bias: bool = False) -> Linear:
+    def named(cls, name: str, weights: Mapping[str, LinearWeight], *, has_bias: bool = False) -> Linear:
         """Take `name.weight` and, if asked, `name.bias`."""
-        return cls(weights[f"{name}.weight"], weights[f"{name}.bias"] if has_bias else None)
+        return cls(weights[f"{name}.weight"], dense(weights, f"{name}.bias") if has_bias else None)
 
-    def __call__(self, x_TI: Tensor, ops: Ops) -> Tensor:
-        return ops.linear(x_TI, self.weight_OI, self.bias_O)
+    @property
+    def takes(self) -> ActivationFormat:
+        """The format of activations that the weight's format multiplies with."""
+        if not isinstance(self.weight_OI, Weight8):
+            return "plain"
+        return "int8" if self.weight_OI.values_OI.dtype == torch.int8 else "fp8"
+
+    def __call__(self, x_TI: Tensor | Quantised, ops: Ops) -> Tensor:
+        weight = self.weight_OI
+        if isinstance(weight, Weight8):
+            x = x_TI if isinstance(x_TI, Quantised) else ops.quantise(x_TI, self.takes)
+            return (ops.linear_int8 if self.takes == "int8" else ops.linear_fp8)(x, weight, self.bias_O)
+        assert not isinstance(x_TI, Quantised), "who made x asked this linear what it takes"
+        if isinstance(weight, Int4Weight):
+            return ops.linear_int4(x_TI, weight, self.bias_O)
+        return ops.linear(x_TI, weight, self.bias_O)
+
+
+def dense(weights: Mapping[str, LinearWeight], name: str) -> Tensor:
+    """Return a weight that no format but the model's own dtype holds."""
+    weight = weights[name]
+    assert isinstance(weight, Tensor), f"{name} is dense in every engine"
+    return weight

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from sailfish.checkpoint.model_config import ModelConfig
-from sailfish.kernels.contract import Ops
-from sailfish.models.layers.linear import Linear
+from sailfish.kernels.contract import ActivationFormat, Ops, Quantised
+from sailfish.models.layers.linear import Linear, LinearWeight, dense
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,8 +20,13 @@ class Mlp:
     down: Linear
     activation: str
 
-    def __call__(self, x_TD: Tensor, ops: Ops) -> Tensor:
-        return self.down(ops.act_mul(self.gate_up(x_TD, ops), self.activation), ops)
+    @property
+    def takes(self) -> ActivationFormat:
+        """The format of activations it takes."""
+        return self.gate_up.takes
+
+    def __call__(self, x_TD: Tensor | Quantised, ops: Ops) -> Tensor:
+        return self.down(ops.act_mul(self.gate_up(x_TD, ops), self.activation, self.down.takes), ops)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +40,13 @@ class Experts:
     normalise: bool
     activation: str
 
-    def __call__(self, x_TD: Tensor, ops: Ops) -> Tensor:
+    @property
+    def takes(self) -> ActivationFormat:
+        """The format of activations it takes."""
+        return "plain"
+
+    def __call__(self, x_TD: Tensor | Quantised, ops: Ops) -> Tensor:
+        assert not isinstance(x_TD, Quantised), "experts take plain activations"
         router_TX = self.router(x_TD, ops)
         return ops.moe(
             x_TD,
@@ -48,7 +59,7 @@ class Experts:
         )
 
 
-def feed_forward(config: ModelConfig, layer: int, weights: Mapping[str, Tensor]) -> Mlp | Experts:
+def feed_forward(config: ModelConfig, layer: int, weights: Mapping[str, LinearWeight]) -> Mlp | Experts:
     """Build what layer `layer` has, from the model's named weights."""
     name, moe = f"layers.{layer}", config.layers[layer].moe
     if moe is None:
@@ -58,8 +69,8 @@ def feed_forward(config: ModelConfig, layer: int, weights: Mapping[str, Tensor])
         return Mlp(gate_up, down, config.activation)
     return Experts(
         Linear.named(f"{name}.router", weights),
-        weights[f"{name}.experts.gate_up.weight"],
-        weights[f"{name}.experts.down.weight"],
+        dense(weights, f"{name}.experts.gate_up.weight"),
+        dense(weights, f"{name}.experts.down.weight"),
         moe.n_active,
         moe.normalise_topk,
         config.activation,
