@@ -1,0 +1,128 @@
+"""Paged attention of sequences with many queries: the checks, the work list and the launch of its kernels."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+
+import torch
+from torch import Tensor
+
+from sailfish.kernels.contract import AttentionSpan, KvLayer
+from sailfish.kernels.cuda.program import Variant, kernel, stream
+
+HEAD_DIMS = (16, 32, 64, 80, 96, 128, 192, 256)
+_FILE = "prefill_attention.cu"
+VARIANTS = tuple(
+    Variant(_FILE, (("HEAD", head_dim), ("KV_BITS", bits))) for head_dim in HEAD_DIMS for bits in (16, 8)
+)
+_MAX_ENTRIES = 768
+_NO_WINDOW = 1 << 30
+_LOG2_E = math.log2(math.e)
+
+
+class _Problem(ctypes.Structure):
+    """`Problem` of prefill_attention.cuh."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("q", "out", "k", "v", "k_scale", "v_scale")),
+        *((name, ctypes.c_void_p) for name in ("block_table", "row", "kv_len", "query_start")),
+        *((name, ctypes.c_int64) for name in ("q_stride", "block_stride", "scale_stride", "table_stride")),
+        *((name, ctypes.c_int32) for name in ("n_heads", "n_kv_heads", "page_shift", "pack_shift")),
+        *((name, ctypes.c_int32) for name in ("window", "is_fp8")),
+        *((name, ctypes.c_float) for name in ("cap_scale", "log2_scale")),
+    )
+
+
+class _Work(ctypes.Structure):
+    """`Work` of prefill_attention.cuh."""
+
+    _fields_ = (("n_entries", ctypes.c_int32), ("entries", ctypes.c_uint32 * _MAX_ENTRIES))
+
+
+def rejects(head_dim: int, page_tokens: int, dtype: str) -> str | None:
+    """Return why `prefill` cannot serve a model, or None."""
+    if dtype != "bfloat16":
+        return f"needs bfloat16 activations, not {dtype}"
+    if head_dim not in HEAD_DIMS:
+        return f"head width {head_dim} is none of {', '.join(map(str, HEAD_DIMS))}"
+    if page_tokens & (page_tokens - 1):
+        return f"{page_tokens} tokens a block is not a power of two"
+    return None
+
+
+def prefill(
+    q_THE: Tensor,
+    kv: KvLayer,
+    span: AttentionSpan,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    *,
+    first: int = 0,
+    out_THE: Tensor | None = None,
+) -> Tensor:
+    """Meet `contract.Attention` for sequences from `first` on; earlier rows of out_THE stay as they are.
+
+    q_THE: bfloat16, rows of any stride, heads contiguous. kv: bfloat16, or 8 bits with scales; blocks of
+    any stride, contiguous inside. One launch, and one more per 768 runs of 64 or 128 queries.
+    """
+    n_heads, head_dim = q_THE.shape[1:]
+    page_tokens, n_kv_heads = kv.k_NPKE.shape[1:3]
+    if out_THE is None:
+        out_THE = torch.empty(q_THE.shape, dtype=q_THE.dtype, device=q_THE.device)
+    assert rejects(head_dim, page_tokens, str(q_THE.dtype).removeprefix("torch.")) is None
+    assert q_THE.stride()[1:] == (head_dim, 1) and q_THE.stride(0) % 8 == 0 and out_THE.is_contiguous()
+    assert kv.k_NPKE.stride() == kv.v_NPKE.stride() and kv.k_NPKE[0].is_contiguous()
+    rows = 128 if head_dim <= 128 else 64
+    pack = _pack(n_heads // n_kv_heads, rows)
+    problem = _Problem(
+        *map(_pointer, (q_THE, out_THE, kv.k_NPKE, kv.v_NPKE, kv.k_scale_NPK, kv.v_scale_NPK)),
+        *map(_pointer, (span.block_table_RW, span.row_B, span.kv_len_B, span.query_start_B1)),
+        *(q_THE.stride(0), kv.k_NPKE.stride(0), 0 if kv.k_scale_NPK is None else kv.k_scale_NPK.stride(0)),
+        span.block_table_RW.stride(0),
+        *(n_heads, n_kv_heads, page_tokens.bit_length() - 1, pack.bit_length() - 1),
+        *(_NO_WINDOW if window is None else window, kv.k_NPKE.dtype == torch.float8_e4m3fn),
+        *(0.0 if softcap is None else scale / softcap, (scale if softcap is None else softcap) * _LOG2_E),
+    )
+    bits = 8 * kv.k_NPKE.element_size()
+    keys = 64 if head_dim <= 128 else 32 if bits == 16 else 16
+    n_rows = 4 * keys + (0 if head_dim <= 128 else rows)  # of K and V in two stages, and of Q
+    run = kernel(_FILE, "prefill_attention", (("HEAD", head_dim), ("KV_BITS", bits)))
+    for work in _work(span, rows, first):
+        run.launch(
+            (work.n_entries * n_heads,),
+            rows * 2,
+            (problem, work),
+            stream(),
+            shared_bytes=n_rows * (head_dim + 8) * 2,
+            after=True,
+        )
+    return out_THE
+
+
+def _pack(n_shared: int, rows: int) -> int:
+    """Return how many of the heads that share keys lie in one tile."""
+    return min(n_shared & -n_shared, rows)
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _work(span: AttentionSpan, rows: int, first: int) -> list[_Work]:
+    """Cut the queries into runs of `rows`, the longest in keys first, so that no long one comes last."""
+    key = ("prefill", rows, first)
+    work: list[_Work] | None = span.memo.get(key)
+    if work is None:
+        runs = [
+            (span.kv_len[b] - n + min(start + rows, n), b << 16 | start // rows)
+            for b in range(first, len(span.kv_len))
+            for n in (span.query_start[b + 1] - span.query_start[b],)
+            for start in range(0, n, rows)
+        ]
+        runs.sort(key=lambda run: -run[0])
+        parts = [runs[i : i + _MAX_ENTRIES] for i in range(0, len(runs), _MAX_ENTRIES)]
+        entries = ctypes.c_uint32 * _MAX_ENTRIES
+        work = span.memo[key] = [_Work(len(part), entries(*(run for _, run in part))) for part in parts]
+    return work

@@ -1,0 +1,150 @@
+// What both prefill attention kernels share: the work list, the cut of a step into tiles, and how rows are stored.
+//
+// A tile is ROWS rows of scores. Row r is query r >> pack_shift of the tile and head r & (pack - 1) of its
+// first head: the heads that share keys lie in one tile, so that a short run of queries still fills it.
+// An entry of the work list stands for ROWS queries of one sequence in all its heads, that is n_heads tiles.
+#pragma once
+#include "base.cuh"
+
+constexpr int MAX_ENTRIES = 768;
+#define NEVER __int_as_float(0xff800000)  // minus infinity
+
+struct Problem {
+    const bf16* q_THE;
+    bf16* out_THE;
+    const void* k_NPKE;
+    const void* v_NPKE;
+    const float* k_scale_NPK;
+    const float* v_scale_NPK;
+    const int32_t* block_table_RW;
+    const int32_t* row_B;
+    const int32_t* kv_len_B;
+    const int32_t* query_start_B1;
+    int64_t q_stride, block_stride, scale_stride, table_stride;  // in elements: of T, N, N, R
+    int32_t n_heads, n_kv_heads, page_shift, pack_shift;
+    int32_t window;    // keys that a query sees, at most
+    int32_t is_fp8;    // of 8-bit caches: e4m3, else int8
+    float cap_scale;   // with a softcap, what a score is multiplied by before the tanh; else 0
+    float log2_scale;  // what a score (or the tanh) is multiplied by to be an exponent of 2
+};
+
+struct Work {
+    int32_t n_entries;
+    uint32_t entries[MAX_ENTRIES];  // sequence << 16 | run of ROWS queries, the longest in keys first
+};
+
+struct Tile {
+    int32_t first_query;  // of the step
+    int32_t n_queries;    // 0: nothing is here
+    int32_t position;     // of the first query in its sequence
+    int32_t first_head, kv_head;
+    int32_t kv_len;
+    int32_t key_begin;  // a multiple of KEYS
+    int32_t n_blocks;   // of KEYS keys; 0: a row that only pads a captured step
+    const int32_t* pages;
+};
+
+template <int ROWS, int KEYS>
+__device__ __forceinline__ Tile tile_of(const Problem& problem, const Work& work, int32_t item) {
+    const uint32_t entry = work.entries[item / problem.n_heads];
+    const int32_t part = item % problem.n_heads, pack_mask = (1 << problem.pack_shift) - 1;
+    const int32_t sequence = entry >> 16, queries = ROWS >> problem.pack_shift;
+    const int32_t start = problem.query_start_B1[sequence];
+    const int32_t n_queries = problem.query_start_B1[sequence + 1] - start;
+    const int32_t offset = (entry & 0xffff) * ROWS + (part & pack_mask) * queries;
+    Tile tile;
+    tile.kv_len = problem.kv_len_B[sequence];
+    tile.first_query = start + offset;
+    tile.n_queries = min(queries, n_queries - offset);
+    tile.position = tile.kv_len - n_queries + offset;
+    tile.first_head = part & ~pack_mask;
+    tile.kv_head = tile.first_head / (problem.n_heads / problem.n_kv_heads);
+    tile.key_begin = max(0, tile.position - problem.window + 1) / KEYS * KEYS;
+    const int32_t key_end = tile.position + tile.n_queries;
+    tile.n_blocks = tile.kv_len == 0 ? 0 : (key_end - tile.key_begin + KEYS - 1) / KEYS;
+    tile.pages = problem.block_table_RW + problem.row_B[sequence] * problem.table_stride;
+    return tile;
+}
+
+// Whether block `block` of the tile holds a key that some row must not see.
+template <int KEYS>
+__device__ __forceinline__ bool has_hidden(const Tile& tile, int32_t first_key, int32_t window) {
+    return first_key + KEYS - 1 > tile.position || first_key <= tile.position + tile.n_queries - 1 - window;
+}
+
+// Hide keys of a row of scores in accumulator order: this thread's columns are 8 j + 2 (lane % 4) + {0, 1}.
+template <int KEYS>
+__device__ __forceinline__ void hide(float (&score)[KEYS / 2], int half, int32_t first_key, int32_t position,
+                                     int32_t window) {
+    const int32_t last = position - first_key, first = last - window + 1;
+#pragma unroll
+    for (int j = 0; j < KEYS / 8; ++j)
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+            const int32_t key = 8 * j + 2 * int(threadIdx.x % 4) + c;
+            float& x = score[4 * j + 2 * half + c];
+            x = key <= last && key >= first ? x : NEVER;
+        }
+}
+
+__device__ __forceinline__ float power_of_2(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+// tanh to about 1e-7, which tanh.approx (5e-4) is not: a cap multiplies the error by about 50.
+__device__ __forceinline__ float precise_tanh(float x) {
+    return 1.0f - __fdividef(2.0f, power_of_2(x * 2.8853900817779268f) + 1.0f);
+}
+__device__ __forceinline__ float quad_max(float x) {
+    x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 1));
+    return fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 2));
+}
+__device__ __forceinline__ float quad_sum(float x) {
+    x += __shfl_xor_sync(ALL_LANES, x, 1);
+    return x + __shfl_xor_sync(ALL_LANES, x, 2);
+}
+
+// Give lane t of each quad the words that its four lanes hold at index t.
+__device__ __forceinline__ void transpose_quad(uint32_t (&word)[4]) {
+    const bool high = threadIdx.x & 2, odd = threadIdx.x & 1;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const uint32_t got = __shfl_xor_sync(ALL_LANES, high ? word[i] : word[i + 2], 2);
+        (high ? word[i] : word[i + 2]) = got;
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+        const uint32_t got = __shfl_xor_sync(ALL_LANES, odd ? word[i] : word[i + 1], 1);
+        (odd ? word[i] : word[i + 1]) = got;
+    }
+}
+
+// Store one row of the accumulator times `factor`; a null `out` stores nothing (but joins the exchange).
+template <int E>
+__device__ __forceinline__ void store_row(const float (&sum)[E / 2], int half, float factor, bf16* out) {
+    const int t = threadIdx.x % 4;
+    uint32_t word[E / 8];
+#pragma unroll
+    for (int j = 0; j < E / 8; ++j)
+        word[j] = pack<bf16>(sum[4 * j + 2 * half] * factor, sum[4 * j + 2 * half + 1] * factor);
+    constexpr int WHOLE = E / 32 * 4;
+#pragma unroll
+    for (int j = 0; j < WHOLE; j += 4) {
+        uint32_t four[4] = {word[j], word[j + 1], word[j + 2], word[j + 3]};
+        transpose_quad(four);
+        if (out) *reinterpret_cast<uint4*>(out + (j + t) * 8) = make_uint4(four[0], four[1], four[2], four[3]);
+    }
+#pragma unroll
+    for (int j = WHOLE; j < E / 8; ++j)
+        if (out) *reinterpret_cast<uint32_t*>(out + j * 8 + 2 * t) = word[j];
+}
+
+// Where row r of the tile is stored; null for rows past the last query.
+template <int E>
+__device__ __forceinline__ bf16* out_row(const Problem& problem, const Tile& tile, int32_t row) {
+    const int32_t query = row >> problem.pack_shift, head = row & ((1 << problem.pack_shift) - 1);
+    if (query >= tile.n_queries) return nullptr;
+    const int64_t token = tile.first_query + query;
+    return problem.out_THE + (token * problem.n_heads + tile.first_head + head) * E;
+}
