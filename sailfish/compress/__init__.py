@@ -1,0 +1,1 @@
+"""Weights in fewer bits: pure functions, tensors in and tensors out."""
