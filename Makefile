@@ -18,7 +18,7 @@ serve: $(VENV)/.ready-client ## serve MODEL (default: the packaged one) on 127.0
 	@$(BIN)/sailfish serve $(MODEL)
 
 bench: $(VENV)/.ready-client ## measure MODEL and append the figures to benchmarks/results
-	@$(BIN)/sailfish bench $(MODEL)
+	@$(BIN)/sailfish bench engine $(MODEL)
 
 check: $(VENV)/.ready-check ## format, lint, types, house rules, tests without torch
 	@$(MAKE) --no-print-directory -j2 static quick
@@ -28,7 +28,7 @@ test: $(VENV)/.ready-test static ## everything that needs no GPU
 
 gpu: $(VENV)/.ready-test ## the GPU suite, then the measurements
 	@$(BIN)/python -m pytest -q -m gpu tests/gpu
-	@$(BIN)/sailfish bench $(MODEL) --device cuda
+	@$(BIN)/sailfish bench engine $(MODEL) --device cuda
 
 quick: $(VENV)/.ready-check
 	@$(BIN)/python -m pytest -q tests/house tests/notorch

@@ -9,10 +9,14 @@ import statistics
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-_NAMED = ("sailfish", "torch", "triton", "numpy", "tokenizers")
+from sailfish.bench import peers
+from sailfish.version import __version__
+
+_NAMED = ("torch", "triton", "numpy", "tokenizers")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +33,13 @@ class Result:
     target: float | None = None
     peer: str | None = None
     peer_value: float | None = None
+    ideal: float | None = None
+    """What bytes and operations take at the calibrated rates, in the same unit."""
+    implementation: str = ""
+    launches: Mapping[str, float] = field(default_factory=dict)
+    """Launches of each kernel: of one call, or of one step of an engine."""
+    downgrades: Sequence[str] = ()
+    """Where the engine fell back to less, in words."""
     device: str
     calibration: Mapping[str, float] = field(default_factory=dict)
     """What the machine itself gave in the same session, such as its read bandwidth."""
@@ -56,8 +67,20 @@ class Recorder:
         target: float | None = None,
         peer: str | None = None,
         peer_value: float | None = None,
+        ideal: float | None = None,
+        implementation: str = "",
+        launches: Mapping[str, float] | None = None,
+        downgrades: Sequence[str] = (),
     ) -> Result:
-        """Return the median of `runs` as a row of this suite."""
+        """Return the median of `runs` as a row of this suite.
+
+        A target or peer that is not given is looked up by the row's name.
+        """
+        known = peers.peer(row)
+        if known is not None:
+            target = known.target if target is None else target
+            if peer is None and (best := known.best()) is not None:
+                peer, peer_value = best
         return Result(
             suite=self.suite,
             row=row,
@@ -67,6 +90,10 @@ class Recorder:
             target=target,
             peer=peer,
             peer_value=peer_value,
+            ideal=None if ideal is None else _rounded(ideal),
+            implementation=implementation,
+            launches=launches or {},
+            downgrades=tuple(downgrades),
             device=self.device,
             calibration=self.calibration,
             versions=_versions(),
@@ -76,6 +103,12 @@ class Recorder:
         )
 
 
+def latest(path: Path) -> list[Result]:
+    """Read a file of rows and return the last of each name."""
+    rows = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+    return list({(row["row"], row["device"]): Result(**row) for row in rows}.values())
+
+
 def store(results: Sequence[Result], path: Path) -> None:
     """Append rows to a file of JSON lines, making its folder when it is not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -83,8 +116,9 @@ def store(results: Sequence[Result], path: Path) -> None:
         file.writelines(json.dumps(asdict(result)) + "\n" for result in results)
 
 
+@cache
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    found = {"sailfish": __version__, "python": platform.python_version()}
     for name in _NAMED:
         try:
             found[name] = version(name)
@@ -93,6 +127,7 @@ def _versions() -> dict[str, str]:
     return found
 
 
+@cache
 def _commit() -> str:
     """Return the commit of the checkout this package lies in, or "" outside of one."""
     try:

@@ -46,7 +46,11 @@ def application(argv: list[str]) -> typer.Typer:
     for name, summary in COMMANDS.items():
         if name == wanted:
             module = importlib.import_module(f"sailfish.cli.{name}")
-            app.command(name, short_help=summary)(getattr(module, name))
+            found = getattr(module, name)
+            if isinstance(found, typer.Typer):
+                app.add_typer(found, name=name, short_help=summary)
+            else:
+                app.command(name, short_help=summary)(found)
         else:
             app.command(name, short_help=summary)(_unloaded)
     app.callback()(_root)

@@ -144,7 +144,7 @@ def test_a_plan_and_an_explanation_are_data_too(typed: Typed) -> None:
         (("inspect", "org/name", "--offline", "--download"), 2, "--offline and --download"),
         (("verify", "absent.engine"), 2, "absent.engine"),
         (("plan", "books-4m", "--target", "sm_12"), 2, "sm_12"),
-        (("bench", "books-4m", "--batches", "a"), 2, "--batches 'a'"),
+        (("bench", "engine", "books-4m", "--batches", "a"), 2, "--batches 'a'"),
     ],
 )
 def test_a_users_mistake_is_one_line(typed: Typed, words: tuple[str, ...], status: int, said: str) -> None:

@@ -25,9 +25,11 @@ def _cli() -> list[str]:
     for name in COMMANDS:
         root = typer.main.get_command(application([name]))
         command = root.commands[name]  # type: ignore[attr-defined]
-        for parameter in command.params:
-            spellings = [*parameter.opts, *parameter.secondary_opts]
-            rows.append(f"{name} {'/'.join(spellings)}")
+        parts = getattr(command, "commands", {"": command})
+        for part, found in parts.items():
+            for parameter in found.params:
+                spellings = [*parameter.opts, *parameter.secondary_opts]
+                rows.append(" ".join([name, *filter(None, [part]), "/".join(spellings)]))
     rows += [f"alias {alias} = {ours}" for alias, ours in aliases.ALIASES.items()]
     return sorted(rows)
 
