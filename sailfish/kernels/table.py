@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import MappingProxyType
 
 from sailfish.kernels.contract import Case, Impl, Op
+from sailfish.kernels.cuda.elementwise_limits import (
+    rejects_act_mul,
+    rejects_norm,
+    rejects_quantise,
+    rejects_rope_write,
+)
 from sailfish.kernels.plain.limits import math_bytes, moe_bytes, none_bytes, sdpa_bytes
 
 _ELEMENTWISE = "sailfish.kernels.reference.elementwise:"
@@ -96,6 +103,19 @@ def _only_cuda(case: Case) -> str | None:
     return None if case.target.startswith("sm_") else f"made for CUDA, the target is {case.target}"
 
 
+def _elementwise(op: str, why: str, rejects: Callable[[Case], str | None]) -> Impl:
+    """Return the CUDA kernel of an op that treats each token alone."""
+    return Impl(
+        op=op,
+        name=f"cuda_{op}",
+        entry=f"sailfish.kernels.cuda.elementwise:{op}",
+        why=why,
+        rejects=lambda case: _only_cuda(case) or rejects(case),
+        workspace_bytes=none_bytes,
+        can_capture=True,
+    )
+
+
 def _no_softcap(case: Case) -> str | None:
     return None if case.softcap is None else f"SDPA has no score soft-cap, the model needs {case.softcap:g}"
 
@@ -106,6 +126,19 @@ def _accepts(case: Case) -> str | None:
 
 PREFERRED: MappingProxyType[str, tuple[Impl, ...]] = MappingProxyType(
     {
+        "rms_norm": (_elementwise("rms_norm", "one pass, one launch, 8 bits on the way out", rejects_norm),),
+        "add_rms_norm": (
+            _elementwise("add_rms_norm", "adds, norms and stores in 8 bits in one launch", rejects_norm),
+        ),
+        "quantise": (_elementwise("quantise", "one pass over rows held in registers", rejects_quantise),),
+        "rope_write": (
+            _elementwise(
+                "rope_write", "splits, norms, rotates and writes the cache in one launch", rejects_rope_write
+            ),
+        ),
+        "act_mul": (_elementwise("act_mul", "one launch, 8 bits on the way out", rejects_act_mul),),
+        "embed": (_elementwise("embed", "gathers and scales in one launch", _accepts),),
+        "softcap": (_elementwise("softcap", "one pass", _accepts),),
         "attention": (
             Impl(
                 op="attention",

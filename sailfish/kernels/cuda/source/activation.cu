@@ -1,0 +1,68 @@
+// The gated activation of an MLP, stored in the model's type or in 8 bits. TYPE: bf16 or float.
+#include "rows.cuh"
+
+enum Activation { SILU, GELU_TANH };
+
+// Both are x times a sigmoid: 0.5 * (1 + tanh(y)) is the sigmoid of 2 y, without its cancellation.
+template <class T>
+__device__ __forceinline__ float activate(float x, int activation) {
+    const float z = activation == SILU ? x : 1.5957691216f * (x + 0.044715f * x * x * x);
+    if constexpr (sizeof(T) == 4) return x / (1.f + expf(-z));
+    return __fdividef(x, 1.f + __expf(-z));
+}
+// activation(gate) is rounded to T before the product, as in the reference.
+template <class T>
+__device__ __forceinline__ Eight<T> gated(const Eight<T>& gate, const Eight<T>& up, int activation) {
+    Eight<T> y;
+#pragma unroll
+    for (int i = 0; i < 8; i += 2) y.set(i, activate<T>(gate[i], activation), activate<T>(gate[i + 1], activation));
+#pragma unroll
+    for (int i = 0; i < 8; i += 2) y.set(i, y[i] * up[i], y[i + 1] * up[i + 1]);
+    return y;
+}
+
+// A block's row, for results in 8 bits, whose scale needs the whole of it.
+template <class T, int N, bool WHOLE>
+__device__ __forceinline__ void act_mul(const T* gate_up, void* out, float* scale, int width, int activation,
+                                        int format) {
+    __shared__ float scratch[32];
+    const T* gate = gate_up + int64_t(blockIdx.x) * 2 * width;
+    Row<T, N, WHOLE> row, up;
+    let_next_begin();
+    wait_for_previous();
+    row.load(gate, width);
+    up.load(gate + width, width);
+#pragma unroll
+    for (int n = 0; n < N; ++n) row.part[n] = gated(row.part[n], up.part[n], activation);
+    row.store(out, scale, blockIdx.x, width, format, scratch);
+}
+
+#define DECLARED (const TYPE* gate_up, void* out, float* scale, int width, int activation, int format)
+#define GIVEN (gate_up, out, scale, width, activation, format)
+KERNEL_OF_ROWS(act_mul, 1, 1024, DECLARED, GIVEN)
+KERNEL_OF_ROWS(act_mul, 2, 1024, DECLARED, GIVEN)
+#if PARTS >= 4
+KERNEL_OF_ROWS(act_mul, 4, 1024, DECLARED, GIVEN)
+#endif
+RAGGED_KERNEL_OF_ROWS(act_mul, PARTS, DECLARED, GIVEN)
+
+// Eight elements a thread of any row, for results in the model's type. Grid: rows, parts of a row.
+extern "C" __global__ void __launch_bounds__(256)
+act_mul_plain(const TYPE* gate_up, TYPE* out, int width, int activation, int is_whole) {
+    const int i = (blockIdx.y * blockDim.x + threadIdx.x) * 8, n = width - i;
+    const TYPE* from = gate_up + int64_t(blockIdx.x) * 2 * width + i;
+    TYPE* to = out + int64_t(blockIdx.x) * width + i;
+    let_next_begin();
+    wait_for_previous();
+    if (n <= 0) return;
+    Eight<TYPE> gate, up;
+    if (is_whole) {
+        gate.load(from);
+        up.load(from + width);
+        gated(gate, up, activation).store(to);
+    } else {
+        gate.load_some(from, n);
+        up.load_some(from + width, n);
+        gated(gate, up, activation).store_some(to, n);
+    }
+}

@@ -1,0 +1,49 @@
+// Rows of the embedding by token, and the soft-cap of logits: the two ends of a model. TYPE: bf16 or float.
+#include "rows.cuh"
+
+// Eight elements a thread. Grid: tokens, parts of a row.
+extern "C" __global__ void __launch_bounds__(256)
+embed(const int64_t* token, const TYPE* weight, TYPE* out, int width, float scale, int is_whole) {
+    const int i = (blockIdx.y * blockDim.x + threadIdx.x) * 8, n = width - i;
+    let_next_begin();
+    wait_for_previous();
+    if (n <= 0) return;
+    const TYPE* from = weight + token[blockIdx.x] * width + i;
+    TYPE* to = out + int64_t(blockIdx.x) * width + i;
+    Eight<TYPE> x;
+    if (is_whole) {
+        x.load(from);
+    } else {
+        x.load_some(from, n);
+    }
+#pragma unroll
+    for (int k = 0; k < 8; k += 2) x.set(k, x[k] * scale, x[k + 1] * scale);
+    if (is_whole) {
+        x.store(to);
+    } else {
+        x.store_some(to, n);
+    }
+}
+
+// Eight elements a thread of `count`.
+extern "C" __global__ void __launch_bounds__(256)
+softcap(const TYPE* x, TYPE* out, int64_t count, float cap, int is_whole) {
+    const int64_t i = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * 8;
+    const int n = int(count - i < 8 ? count - i : 8);
+    let_next_begin();
+    wait_for_previous();
+    if (n <= 0) return;
+    Eight<TYPE> y;
+    if (is_whole) {
+        y.load(x + i);
+    } else {
+        y.load_some(x + i, n);
+    }
+#pragma unroll
+    for (int k = 0; k < 8; k += 2) y.set(k, tanhf(y[k] / cap) * cap, tanhf(y[k + 1] / cap) * cap);
+    if (is_whole) {
+        y.store(out + i);
+    } else {
+        y.store_some(out + i, n);
+    }
+}
