@@ -45,4 +45,4 @@ def plan_start(artifact: Artifact, asked: EngineConfig, hardware: HardwareProfil
 
 def _ask(plan: Plan) -> tuple[object, ...]:
     """Return what the choice of ops depends on."""
-    return plan.target, plan.dtype, plan.formats, plan.page_tokens
+    return plan.target, plan.dtype, plan.formats, plan.kv_dtype, plan.page_tokens

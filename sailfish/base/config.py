@@ -12,7 +12,15 @@ class EngineConfig:
     device: str | None = None
     """"cpu" or "cuda"."""
     dtype: str | None = None
-    """"float32" or "bfloat16", of weights, activations and KV cache."""
+    """"float32" or "bfloat16", of weights and activations."""
+    weights: str | None = None
+    """Of attention and MLP: "int4", "int8", "fp8", or "bfloat16" or "float32" as the activations."""
+    head: str | None = None
+    """Of the output projection: "plain" (as dtype), "int4", "int8" or "fp8"."""
+    embedding: str | None = None
+    """"plain" (as dtype) or "int8"."""
+    weight_group: int | None = None
+    """Inputs that share a scale in int4 weights: 32, 64 or 128."""
     context_tokens: int | None = None
     """Longest prompt plus answer, in tokens."""
     max_sequences: int | None = None
@@ -27,6 +35,8 @@ class EngineConfig:
     """Memory for KV blocks, in bytes."""
     page_tokens: int | None = None
     """Tokens per KV block."""
+    kv_dtype: str | None = None
+    """Of the KV cache: "int8" or "fp8" with a scale for each token and head; the default is as dtype."""
     prefix_cache: bool = True
     """Reuse the KV blocks of equal prompt beginnings."""
     lag: int | None = None

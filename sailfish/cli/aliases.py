@@ -20,6 +20,7 @@ ALIASES = {
     "--model-name": "--served-model-name",
     "--block-size": "--page-tokens",
     "--page-size": "--page-tokens",
+    "--kv-cache-dtype": "--kv-dtype",
     "--kv-cache-memory-bytes": "--kv-memory",
     "--max-new-tokens": "--max-tokens",
     "--n-predict": "--max-tokens",
@@ -38,7 +39,6 @@ REFUSED = {
     "--enforce-eager": "there is nothing to switch off yet; drop the flag",
     "--tensor-parallel-size": "this version runs on one device; drop the flag",
     "--quantization": "this version runs dense weights; drop the flag",
-    "--kv-cache-dtype": "KV blocks have the weights' type, set by --dtype; drop the flag",
 }
 """Foreign spelling -> why it does not exist here, and what to do."""
 

@@ -91,6 +91,12 @@ ENGINE = (
         help="Tokens in one block of the KV cache.",
     ),
     Setting(
+        field="kv_dtype",
+        flag="--kv-dtype",
+        metavar="DTYPE",
+        help="KV cache in int8 or fp8, for twice the context. Default: as --dtype.",
+    ),
+    Setting(
         field="prefix_cache",
         flag="--prefix-cache/--no-prefix-cache",
         help="Compute equal prompt beginnings once. Default: on.",

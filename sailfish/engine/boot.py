@@ -25,10 +25,17 @@ from sailfish.hardware.probe import probe
 from sailfish.kernels.choose import bind
 from sailfish.models.arena import arena_layout
 from sailfish.models.decoder import Decoder, KvCache
-from sailfish.models.load import ARENA_DTYPES, load_weights
+from sailfish.models.load import load_weights
+from sailfish.plan.memory import SCALE_BYTES
 from sailfish.plan.overlay import DeviceOverlay
-from sailfish.plan.types import Plan
+from sailfish.plan.types import CacheDtype, Plan
 
+CACHE_DTYPES: dict[CacheDtype, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "int8": torch.int8,
+    "fp8": torch.float8_e4m3fn,
+}
 log = logging.getLogger(__name__)
 
 
@@ -69,7 +76,6 @@ def boot(
     if plan.device == "cpu" and "OMP_NUM_THREADS" not in environ:
         torch.set_num_threads(hardware.n_cores)
     meter = Meter(device, idle_free_bytes=hardware.free_bytes)
-    dtype = ARENA_DTYPES[plan.dtype]
     entries = [(tensor.name, tensor.shape) for tensor in manifest.tensors]
     offsets, arena_bytes = arena_layout(entries, plan.dtype)
     arena = torch.zeros(arena_bytes, dtype=torch.uint8, device=device)
@@ -80,7 +86,9 @@ def boot(
     model = manifest.model
     shape = (model.n_layers, 2, plan.n_blocks, plan.page_tokens, model.n_kv_heads, model.head_dim)
     # Filled, not merely reserved: a page that the system had only promised would count later.
-    kv = KvCache.of(torch.empty(shape, dtype=dtype, device=device).fill_(0.0))
+    cache = torch.empty(shape, dtype=CACHE_DTYPES[plan.kv_dtype], device=device).fill_(0)
+    has_scales = SCALE_BYTES[plan.kv_dtype] > 0
+    kv = KvCache.of(cache, torch.ones(shape[:-1], device=device) if has_scales else None)
     meter.mark("kv_blocks")
     decoder = Decoder(model, weights, bind(start.ops), max_positions=plan.context_tokens)
     table = DeviceTable(

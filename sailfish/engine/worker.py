@@ -70,7 +70,7 @@ def main() -> int:
 
 def _serve(booted: Booted, args: argparse.Namespace, serving: list[EngineLoop]) -> None:
     plan, artifact = booted.plan, booted.artifact
-    scheduler = Scheduler(SchedulerLimits.of(plan), engine_digest=artifact.digest, kv_dtype=plan.dtype)
+    scheduler = Scheduler(SchedulerLimits.of(plan), engine_digest=artifact.digest, kv_dtype=plan.kv_dtype)
     started_s = time.monotonic() - _BORN_S
     endpoint = Endpoint(args.socket, _info(booted, args.name, started_s))
     loop = EngineLoop(scheduler, booted.runner, endpoint.send, plan.lag, _reserved_bytes(plan.device))

@@ -35,7 +35,7 @@ class Case:
     target: str
     """One of TARGETS, or another CUDA architecture."""
     dtype: str
-    """"float32" or "bfloat16", of activations, weights and KV cache."""
+    """"float32" or "bfloat16", of activations and of weights that no format holds."""
     head_dim: int = 0
     n_heads: int = 0
     n_kv_heads: int = 0
@@ -49,7 +49,7 @@ class Case:
     n_active: int = 0
     """Experts a token is routed to."""
     kv_dtype: str = ""
-    """Of the cache, where it is not `dtype`: "int8" or "fp8"."""
+    """Of the cache: "float32", "bfloat16", "int8" or "fp8"."""
     n_out: int = 0
     """Of a linear: rows of its weight, outputs."""
     n_in: int = 0

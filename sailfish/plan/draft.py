@@ -8,8 +8,8 @@ from sailfish.base.config import EngineConfig
 from sailfish.base.errors import PlanError
 from sailfish.base.units import format_bytes, format_count
 from sailfish.checkpoint.model_config import ModelConfig
-from sailfish.checkpoint.names import tensor_specs
 from sailfish.hardware.profile import MIB, HardwareProfile
+from sailfish.plan.formats import arena_tensors, formats_of, is_quantised, words
 from sailfish.plan.memory import (
     cache_specs,
     rope_bytes,
@@ -35,12 +35,11 @@ class Sizes:
     weights: dict[Dtype, int]
 
     @classmethod
-    def of(cls, model: ModelConfig) -> Sizes:
-        """Count the model's tensors."""
-        specs = tensor_specs(model)
-        return cls(
-            weights={"float32": weights_bytes(specs, "float32"), "bfloat16": weights_bytes(specs, "bfloat16")}
-        )
+    def of(cls, config: EngineConfig, model: ModelConfig) -> Sizes:
+        """Count the model's tensors, in the formats that are asked for."""
+        tensors = arena_tensors(model, formats_of(config, model))
+        dtypes: tuple[Dtype, ...] = ("float32", "bfloat16")
+        return cls(weights={dtype: weights_bytes(tensors, dtype) for dtype in dtypes})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,7 +133,7 @@ def _lay_out(
     answers: Answers,
     budget: tuple[int, str],
 ) -> Draft:
-    cache = cache_specs(model, settings.dtype)
+    cache = cache_specs(model, settings.kv_dtype)
     block_bytes = settings.page_tokens * sum(spec.bytes_per_token for spec in cache)
     fixed = _fixed_lines(model, hardware, overlay, sizes, settings)
     left_bytes = budget[0] - sum(line.bytes for line in fixed)
@@ -148,6 +147,7 @@ def _lay_out(
         device=hardware.device,
         dtype=settings.dtype,
         formats=settings.formats,
+        kv_dtype=settings.kv_dtype,
         page_tokens=settings.page_tokens,
         context_tokens=settings.context_tokens,
         max_sequences=settings.max_sequences,
@@ -193,7 +193,7 @@ def _fixed_lines(
     )
     runtime = hardware.runtime_bytes if overlay is None else overlay.runtime_bytes
     return [
-        MemoryLine(name="weights", bytes=sizes.weights[settings.dtype], why=f"one arena in {settings.dtype}"),
+        MemoryLine(name="weights", bytes=sizes.weights[settings.dtype], why=_weights_words(settings)),
         MemoryLine(
             name="activations",
             bytes=peak_bytes,
@@ -215,6 +215,12 @@ def _fixed_lines(
             name="margin", bytes=_MARGIN_BYTES[hardware.device], why="allocator rounding and fragmentation"
         ),
     ]
+
+
+def _weights_words(settings: Settings) -> str:
+    if not is_quantised(settings.formats):
+        return f"one arena in {settings.dtype}"
+    return f"one arena: {words(settings.formats)}, the rest in {settings.dtype}"
 
 
 def _kv_blocks(

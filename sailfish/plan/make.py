@@ -24,7 +24,7 @@ def make_plan(
     Raises ConfigError for a setting out of range and PlanError when it does not fit; the latter's
     hint names changes that do fit.
     """
-    sizes = Sizes.of(model)
+    sizes = Sizes.of(config, model)
     attempt = draft(config, model, hardware, overlay, sizes)
     if attempt.short_bytes > 0:
         raise _too_large(attempt, config, model, hardware, overlay, sizes)

@@ -7,13 +7,15 @@ M mlp width, V vocabulary, X experts.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from math import prod
 
 from sailfish.checkpoint.model_config import LayerConfig, ModelConfig
-from sailfish.checkpoint.names import TensorSpec
-from sailfish.plan.types import CacheSpec, Dtype
+from sailfish.plan.formats import ArenaTensor
+from sailfish.plan.types import CacheDtype, CacheSpec, Dtype
 
 ITEM_BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2}
+CACHE_ITEM_BYTES: dict[CacheDtype, int] = {"float32": 4, "bfloat16": 2, "int8": 1, "fp8": 1}
+SCALE_BYTES: dict[CacheDtype, int] = {"float32": 0, "bfloat16": 0, "int8": 4, "fp8": 4}
+"""Of each cached token and head."""
 ARENA_ALIGN_BYTES = 256
 """Every tensor of the weight arena begins at a multiple of this: what CUDA's allocator aligns to."""
 SAMPLER_CHUNK_ELEMENTS = 1 << 22
@@ -30,18 +32,17 @@ ROW_SAMPLING_BYTES = 13_000
 """Sampling parameters of one row: 1,024 bias entries of 12 bytes, 80 stop tokens of 8, and a few numbers."""
 
 
-def weights_bytes(specs: Iterable[TensorSpec], dtype: Dtype) -> int:
-    """Return the size of the one arena that holds all weights in `dtype`."""
-    item_bytes = ITEM_BYTES[dtype]
-    return sum(_aligned(prod(spec.shape) * item_bytes) for spec in specs)
+def weights_bytes(tensors: Iterable[ArenaTensor], dtype: Dtype) -> int:
+    """Return the size of the one arena that holds all tensors, plain ones in `dtype`."""
+    return sum(_aligned(tensor.n_bytes(dtype)) for tensor in tensors)
 
 
-def cache_specs(model: ModelConfig, dtype: Dtype) -> tuple[CacheSpec, ...]:
+def cache_specs(model: ModelConfig, dtype: CacheDtype) -> tuple[CacheSpec, ...]:
     """Group the layers by what of the past they see: all of it, or a window of one width."""
     groups: dict[int | None, list[int]] = {}
     for i, layer in enumerate(model.layers):
         groups.setdefault(layer.window_tokens, []).append(i)
-    layer_bytes = 2 * model.n_kv_heads * model.head_dim * ITEM_BYTES[dtype]
+    layer_bytes = 2 * model.n_kv_heads * (model.head_dim * CACHE_ITEM_BYTES[dtype] + SCALE_BYTES[dtype])
     return tuple(
         CacheSpec(
             layers=tuple(layers),

@@ -17,13 +17,18 @@ from sailfish.kernels.plain.limits import (
 )
 from sailfish.kernels.table import OPS
 from sailfish.plan.settings import Settings
-from sailfish.plan.types import Plan, WeightFormat, WeightFormats
+from sailfish.plan.types import CacheDtype, Plan, WeightFormat, WeightFormats
 
 
 def choose_ops(model: ModelConfig, plan: Plan) -> tuple[Choice, ...]:
     """Return the implementation of each op for the plan's target, with the reasons of those before it."""
     cases = op_cases(
-        model, target=plan.target, dtype=plan.dtype, page_tokens=plan.page_tokens, formats=plan.formats
+        model,
+        target=plan.target,
+        dtype=plan.dtype,
+        kv_dtype=plan.kv_dtype,
+        page_tokens=plan.page_tokens,
+        formats=plan.formats,
     )
     return choose_all(cases)
 
@@ -47,6 +52,7 @@ def workspaces(model: ModelConfig, target: str, settings: Settings) -> dict[str,
         model,
         target=target,
         dtype=settings.dtype,
+        kv_dtype=settings.kv_dtype,
         page_tokens=settings.page_tokens,
         formats=settings.formats,
     ):
@@ -64,7 +70,13 @@ def kept_index_bytes(target: str, settings: Settings) -> int:
 
 
 def op_cases(
-    model: ModelConfig, *, target: str, dtype: str, page_tokens: int, formats: WeightFormats
+    model: ModelConfig,
+    *,
+    target: str,
+    dtype: str,
+    kv_dtype: CacheDtype,
+    page_tokens: int,
+    formats: WeightFormats,
 ) -> tuple[Case, ...]:
     """Return what the model asks of the ops it has: one case an op, and one a shape of linear."""
     moe = next((layer.moe for layer in model.layers if layer.moe is not None), None)
@@ -73,6 +85,7 @@ def op_cases(
         op="",
         target=_known(target),
         dtype=dtype,
+        kv_dtype=kv_dtype,
         head_dim=model.head_dim,
         n_heads=model.n_heads,
         n_kv_heads=model.n_kv_heads,

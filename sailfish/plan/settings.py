@@ -10,7 +10,8 @@ from sailfish.base.errors import ConfigError
 from sailfish.base.units import format_bytes, format_count
 from sailfish.checkpoint.model_config import ModelConfig
 from sailfish.hardware.profile import GIB, HardwareProfile
-from sailfish.plan.types import Decision, Dtype, WeightFormats
+from sailfish.plan.formats import PLAIN, decisions, formats_of
+from sailfish.plan.types import CacheDtype, Decision, Dtype, WeightFormats
 
 _SMALL_WEIGHTS_BYTES = 2 * GIB
 """Up to here float32 on the CPU costs little and keeps answers exact."""
@@ -30,6 +31,7 @@ class Settings:
 
     dtype: Dtype
     formats: WeightFormats
+    kv_dtype: CacheDtype
     context_tokens: int
     max_sequences: int
     step_tokens: int
@@ -80,10 +82,13 @@ def settle(
     _check(config, model, hardware)
     is_cpu = hardware.device == "cpu"
     answers.settle("device", config.device, hardware.device, hardware.name)
-    default_dtype, dtype_why = _default_dtype(model, hardware, weights_bytes)
+    default_dtype, dtype_why = _default_dtype(config, model, hardware, weights_bytes)
     dtype = answers.settle("dtype", config.dtype, default_dtype, dtype_why)
-    if config.dtype is None and dtype == "bfloat16" != model.dtype:
+    if config.dtype is None and config.weights not in PLAIN and dtype == "bfloat16" != model.dtype:
         answers.downgrade("dtype", dtype, dtype_why)
+    formats = formats_of(config, model)
+    answers.decisions += decisions(config, model, formats, cast(Dtype, dtype))
+    kv_dtype = answers.settle("kv_dtype", config.kv_dtype, dtype, "as the activations: exact")
     context_tokens = answers.settle("context_tokens", config.context_tokens, *_default_context(model, is_cpu))
     max_sequences = answers.settle(
         "max_sequences",
@@ -118,7 +123,8 @@ def settle(
     answers.decisions.append(Decision(name="prefix_cache", requested=on, active=on, why="as asked"))
     return Settings(
         dtype=cast(Dtype, dtype),
-        formats=WeightFormats(),
+        formats=formats,
+        kv_dtype=cast(CacheDtype, kv_dtype),
         context_tokens=context_tokens,
         max_sequences=max_sequences,
         step_tokens=step_tokens,
@@ -136,8 +142,11 @@ def _default_context(model: ModelConfig, is_cpu: bool) -> tuple[int, str]:
 
 
 def _default_dtype(
-    model: ModelConfig, hardware: HardwareProfile, weights_bytes: dict[Dtype, int]
+    config: EngineConfig, model: ModelConfig, hardware: HardwareProfile, weights_bytes: dict[Dtype, int]
 ) -> tuple[Dtype, str]:
+    for dtype in PLAIN:
+        if dtype == config.weights:
+            return dtype, "as the weights were asked for"
     stored = f"the checkpoint stores {model.dtype}"
     if hardware.device == "cuda":
         if model.dtype == "float32":
@@ -169,6 +178,18 @@ def _check(config: EngineConfig, model: ModelConfig, hardware: HardwareProfile) 
     if config.dtype not in (None, "float32", "bfloat16"):
         raise ConfigError(
             f"dtype {config.dtype!r} is not supported", hint='use "float32" or "bfloat16"', param="dtype"
+        )
+    if config.kv_dtype not in (None, "int8", "fp8", config.dtype):
+        raise ConfigError(
+            f"kv_dtype {config.kv_dtype!r} is not supported",
+            hint='use "int8" or "fp8", or leave it to auto: it is then as dtype',
+            param="kv_dtype",
+        )
+    if config.weights in PLAIN and config.dtype not in (None, config.weights):
+        raise ConfigError(
+            f"weights {config.weights!r} cannot be multiplied with activations in {config.dtype}",
+            hint="ask for one of the two settings only",
+            param="weights",
         )
     if config.page_tokens is not None and config.page_tokens not in _PAGE_TOKENS:
         raise ConfigError(

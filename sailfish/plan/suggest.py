@@ -50,7 +50,7 @@ def suggest(
 
     The list is empty when it fits as it is, and when nothing makes it fit.
     """
-    sizes = Sizes.of(model)
+    sizes = Sizes.of(config, model)
     if draft(config, model, hardware, overlay, sizes).short_bytes <= 0:
         return []
     return suggest_for(config, model, hardware, overlay, sizes)

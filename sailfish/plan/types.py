@@ -8,17 +8,21 @@ from typing import Literal
 Dtype = Literal["float32", "bfloat16"]
 
 
+CacheDtype = Literal["float32", "bfloat16", "int8", "fp8"]
+"""Of the KV cache; in 8 bits each token and head has a float32 scale."""
 WeightFormat = Literal["plain", "int4", "int8", "fp8"]
 """Of a linear's weight; "plain" is the plan's dtype."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightFormats:
-    """What the weights of linears are stored in."""
+    """What the weights of linears and the embedding are stored in."""
 
     layers: WeightFormat = "plain"
     """Of attention and MLP projections."""
     head: WeightFormat = "plain"
+    embedding: WeightFormat = "plain"
+    """Of the table that tokens are looked up in."""
     group: int = 128
     """Inputs of a row that share a scale, in 4 bits."""
 
@@ -51,7 +55,7 @@ class CacheSpec:
     layers: tuple[int, ...]
     kind: Literal["full", "window"]
     window_tokens: int | None
-    dtype: Dtype
+    dtype: CacheDtype
     bytes_per_token: int
     """K and V of all layers of the group."""
 
@@ -66,6 +70,7 @@ class Plan:
     dtype: Dtype
     """Of activations, and of weights that no format holds."""
     formats: WeightFormats
+    kv_dtype: CacheDtype
     page_tokens: int
     context_tokens: int
     max_sequences: int

@@ -47,7 +47,9 @@ def load_twin_weights(
 
 def chosen_ops(config: ModelConfig, target: str = "cpu", dtype: str = "float32") -> Ops:
     """Bind what would be chosen for a target."""
-    cases = op_cases(config, target=target, dtype=dtype, page_tokens=PAGE_TOKENS, formats=WeightFormats())
+    cases = op_cases(
+        config, target=target, dtype=dtype, kv_dtype=dtype, page_tokens=PAGE_TOKENS, formats=WeightFormats()
+    )
     return bind(choose_all(cases))
 
 

@@ -134,7 +134,9 @@ def test_a_bfloat16_decoder_errs_no_more_than_transformers_does(twins_path: Path
 
 def test_a_model_with_softcap_is_told_why_it_has_no_sdpa(twins_path: Path) -> None:
     config = load_model_config(make_twin("gemma2", twins_path))
-    cases = op_cases(config, target="sm_90", dtype="bfloat16", page_tokens=64, formats=WeightFormats())
+    cases = op_cases(
+        config, target="sm_90", dtype="bfloat16", kv_dtype="bfloat16", page_tokens=64, formats=WeightFormats()
+    )
     choice = next(choose(case) for case in cases if case.op == "attention")
     assert choice.implementation == "cuda_math"
     reasons = dict(choice.declined)

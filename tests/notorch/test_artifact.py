@@ -102,6 +102,7 @@ PLAN = Plan(
     device="cpu",
     dtype="float32",
     formats=WeightFormats(),
+    kv_dtype="float32",
     page_tokens=16,
     context_tokens=128,
     max_sequences=4,

@@ -387,6 +387,7 @@ def test_limits_come_from_the_plan() -> None:
         device="cpu",
         dtype="float32",
         formats=WeightFormats(),
+        kv_dtype="float32",
         page_tokens=16,
         context_tokens=256,
         max_sequences=4,
