@@ -10,7 +10,7 @@ import typer
 from sailfish.base.sources import environment
 from sailfish.bench import peers
 from sailfish.bench.calibrate import calibrate
-from sailfish.bench.results import Recorder, store
+from sailfish.bench.results import Recorder, Result, store
 from sailfish.cli import measured
 from sailfish.cli.measured import Only, Repeats
 from sailfish.hardware.probe import probe
@@ -31,6 +31,10 @@ def kernels(
         suite="kernels", device=hardware.name, command=measured.command(), calibration=calibrate("cuda")
     )
     measured.say_calibration(recorder.calibration)
-    results = suite.run(recorder, hardware.target, measured.patterns(only), repeats, measured.say)
-    store(results, out)
+
+    def keep(result: Result) -> None:
+        measured.say(result)
+        store([result], out)
+
+    results = suite.run(recorder, hardware.target, measured.patterns(only), repeats, keep)
     typer.echo(f"{len(results)} rows appended to {out}; peers: {peers.source()}", err=True)

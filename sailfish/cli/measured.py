@@ -36,7 +36,7 @@ def say_calibration(calibration: Mapping[str, float]) -> None:
 
 def say(result: Result) -> None:
     """Print one figure with its spread, its ideal, its peer and its target."""
-    parts = [f"{result.row:44} {result.value:10.5g} {result.unit:9} ±{result.spread:<8.2g}"]
+    parts = [f"{result.row:50} {result.value:10.5g} {result.unit:9} ±{result.spread:<8.2g}"]
     if result.ideal is not None:
         parts.append(f"ideal {result.ideal:9.4g}")
     known = peers.peer(result.row)

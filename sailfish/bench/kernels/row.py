@@ -84,8 +84,9 @@ class Candidate:
 
 
 def candidates(case: Case) -> list[Candidate]:
-    """Return what takes a case on its device, references left out: they are made to be read."""
+    """Return what takes a case on its device, without references and fallbacks where there is better."""
     able = [impl for impl in implementations(case.op) if impl.name != "reference" and not impl.rejects(case)]
+    able = [impl for impl in able if not impl.is_fallback] or able
     return [
         Candidate(
             name=impl.name,
