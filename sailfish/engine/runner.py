@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from sailfish.engine.api import TokenLogprob, TopLogprob
-from sailfish.engine.sampler import sample, top_logprobs
-from sailfish.engine.step import RowRun, RowSampling, StepPlan, StepResult
+from sailfish.engine.graphs import DecodeGraphs
+from sailfish.engine.packing import Batch
+from sailfish.engine.sampler import greedy, sample, top_logprobs
+from sailfish.engine.step import RowRun, StepPlan, StepResult
 from sailfish.engine.table import DeviceTable
-from sailfish.engine.transfer import download, upload
+from sailfish.engine.transfer import Pending, download
+from sailfish.kernels.step_words import StepLayout
 from sailfish.models.decoder import Decoder, KvCache
 from sailfish.plan.memory import SCORED_ROWS
 
@@ -20,28 +26,22 @@ class Step:
     def __init__(
         self,
         plan: StepPlan,
-        token_S: Tensor,
-        finite_S: Tensor,
+        draws: Pending,
         logprobs: list[_Logprobs | None],
         prompt_logprobs: list[list[_Logprobs]],
     ) -> None:
         self._plan = plan
+        self._draws = draws
         self._logprobs = logprobs
         self._prompt_logprobs = prompt_logprobs
-        self._token_S = download(token_S)
-        self._finite_S = download(finite_S)
-        self._done = torch.cuda.Event() if token_S.is_cuda else None  # type: ignore[no-untyped-call]
-        if self._done is not None:
-            self._done.record()
 
     def result(self) -> StepResult:
         """Wait for the device and return the step's tokens as plain values."""
-        if self._done is not None:
-            self._done.synchronize()
+        token_S, finite_S = self._draws.wait().T
         return StepResult(
             step_id=self._plan.step_id,
-            token_ids=self._token_S.tolist(),
-            finite=self._finite_S.tolist(),
+            token_ids=token_S.tolist(),
+            finite=finite_S.astype(bool).tolist(),
             logprobs=[None if p is None else p.rows()[0] for p in self._logprobs],
             prompt_logprobs=[
                 [row for part in parts for row in part.rows()] for parts in self._prompt_logprobs
@@ -52,63 +52,99 @@ class Step:
 class Runner:
     """One decoder with its KV cache and device table."""
 
-    def __init__(self, decoder: Decoder, kv: KvCache, table: DeviceTable) -> None:
+    def __init__(
+        self, decoder: Decoder, kv: KvCache, table: DeviceTable, graph_buckets: Sequence[int] = ()
+    ) -> None:
+        """Take what a step needs. `graph_buckets`: decodes that `capture` will capture."""
         self._decoder = decoder
         self._kv = kv
         self._table = table
+        self._graphs = DecodeGraphs(graph_buckets)
+        self._stream = torch.cuda.Stream() if table.device.type == "cuda" else None
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream())
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> Step:
-        """Launch one step: apply its differences, run its tokens, draw for the runs that sample."""
+        """Launch one step: send its differences, run its tokens, draw for the runs that sample."""
+        table, batch = self._table, Batch.of(plan.runs)
+        table.note(plan.starts)
+        with torch.cuda.stream(self._stream):
+            n_runs = self._captured(batch)
+            layout = table.send(plan, batch, pad_to=n_runs or 0)
+            if n_runs is None:
+                return self._run(plan, batch, layout)
+            self._graphs.replay(n_runs)
+            n_samples = len(plan.runs)
+            return Step(plan, table.take_draws(n_samples), [None] * n_samples, [[]] * n_samples)
+
+    @torch.inference_mode()
+    def capture(self) -> None:
+        """Capture the planned decode steps; nothing else may run meanwhile."""
+        nothing = StepPlan(0, [], [], [])
+        with torch.cuda.stream(self._stream):
+            self._table.send(nothing, Batch.of(nothing.runs), pad_to=self._graphs.most_runs)
+            self._graphs.capture(self._decode)
+
+    def launches(self) -> dict[int, Counter[str]]:
+        """Return how often each captured step launches each kernel, by its number of runs."""
+        return self._graphs.kernels()
+
+    def _captured(self, batch: Batch) -> int | None:
+        """Return the captured step that does the batch, if there is one."""
+        n_runs = self._graphs.fitting(len(batch.row_B))
+        is_same = n_runs is not None and batch.is_decode and self._table.is_plain(batch)
+        return n_runs if is_same else None
+
+    def _decode(self, n_runs: int) -> None:
+        """Run a decode as it is captured: of `n_runs` rows, whatever their lengths will be."""
         table = self._table
-        table.apply(plan)
-        inputs = table.inputs(plan.runs)
+        layout = StepLayout.decode(n_runs)
+        bounds = (table.context_tokens,) * n_runs
+        inputs, made = table.inputs(layout, tuple(range(n_runs + 1)), bounds, n_runs)
+        hidden_SD = self._decoder.forward(inputs, self._kv)
+        table.append(made, *greedy(self._decoder.logits(hidden_SD)))
+
+    def _run(self, plan: StepPlan, batch: Batch, layout: StepLayout) -> Step:
+        """Run a step of any kind, launch by launch."""
+        table, runs = self._table, plan.runs
+        ends = tuple(batch.query_start_B1.tolist())
+        kv_len = tuple((batch.start_B + batch.count_B).tolist())
+        inputs, made = table.inputs(layout, ends, kv_len, batch.n_single)
         hidden_TD = self._decoder.forward(inputs, self._kv)
-        ends = inputs.span.query_start
         prompt_logprobs = [
-            self._prompt_logprobs(hidden_TD[ends[i] : ends[i + 1]], run) for i, run in enumerate(plan.runs)
+            self._prompt_logprobs(hidden_TD[ends[i] : ends[i + 1]], run) for i, run in enumerate(runs)
         ]
-        sampled = [(run, ends[i + 1] - 1) for i, run in enumerate(plan.runs) if run.samples]
+        sampled = [run for run in runs if run.samples]
         if not sampled:
-            nothing = torch.zeros(0, dtype=torch.int64, device=table.device)
-            return Step(plan, nothing, nothing.to(torch.bool), [], prompt_logprobs)
-        runs = [run for run, _ in sampled]
-        rows = [self._sampling(run) for run in runs]
-        at_S = upload([at for _, at in sampled], table.device)
-        row_S = upload([run.row for run in runs], table.device)
-        length_S = inputs.position_T[at_S] + 1
-        logits_SV = self._decoder.logits(hidden_TD[at_S])
+            return Step(plan, table.take_draws(0), [], prompt_logprobs)
+        rows = [table.sampling_of(run) for run in sampled]
+        logits_SV = self._decoder.logits(hidden_TD if made.at_S is None else hidden_TD[made.at_S])
         raw = {i: logits_SV[i : i + 1].clone() for i, row in enumerate(rows) if row.logprobs is not None}
         token_S, finite_S = sample(
             logits_SV,
-            row_S,
-            length_S,
-            table.token_RC,
-            table.sampling,
+            made.row_S,
+            made.length_S,
+            table.rows,
             rows,
-            [run.row for run in runs],
-            [run.start + run.count for run in runs],
-            [table.n_prompt[run.row] for run in runs],
+            [run.row for run in sampled],
+            [run.start + run.count for run in sampled],
+            [table.n_prompt[run.row] for run in sampled],
         )
-        table.append_tokens(row_S, length_S, token_S)
+        table.append(made, token_S, finite_S)
         logprobs = [
             _Logprobs(raw[i], token_S[i : i + 1], row.logprobs) if row.logprobs is not None else None
             for i, row in enumerate(rows)
         ]
-        return Step(plan, token_S, finite_S, logprobs, prompt_logprobs)
-
-    def _sampling(self, run: RowRun) -> RowSampling:
-        sampling = self._table.row_sampling[run.row]
-        assert sampling is not None, f"row {run.row} runs but was never started"
-        return sampling
+        return Step(plan, table.take_draws(len(sampled)), logprobs, prompt_logprobs)
 
     def _prompt_logprobs(self, hidden_QD: Tensor, run: RowRun) -> list[_Logprobs]:
         """Score the prompt tokens that this run's positions predict: start + 1 .. start + count."""
-        n_top = self._sampling(run).prompt_logprobs
+        n_top = self._table.sampling_of(run).prompt_logprobs
         n_scored = min(run.start + run.count, self._table.n_prompt[run.row] - 1) - run.start
         if n_top is None or n_scored <= 0:
             return []
-        token_Q = self._table.token_RC[run.row, run.start + 1 : run.start + 1 + n_scored].to(torch.int64)
+        token_Q = self._table.rows.token_RC[run.row, run.start + 1 : run.start + 1 + n_scored].to(torch.int64)
         return [
             _Logprobs(
                 self._decoder.logits(hidden_QD[i : min(i + SCORED_ROWS, n_scored)]),

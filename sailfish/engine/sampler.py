@@ -6,94 +6,31 @@ its own logits, seed and position only, never on the batch around it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import numpy as np
 import torch
 from torch import Tensor
 
-from sailfish.engine.api import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS
 from sailfish.engine.step import RowSampling
 from sailfish.engine.transfer import upload
+from sailfish.kernels.rows import Rows
 from sailfish.plan.memory import SAMPLER_CHUNK_ELEMENTS
 
-MAX_BARRED = MAX_STOP_TOKEN_IDS + 16
-"""Stop tokens of a request and end-of-text tokens of its model."""
+
+def is_plain(row: RowSampling) -> bool:
+    """Whether a row wants the likeliest token, unchanged logits, and nothing else."""
+    changes = _is_penalised(row) or row.logit_bias or (row.min_tokens and row.stop_token_ids)
+    return not (row.temperature > 0 or changes or (row.logprobs, row.prompt_logprobs) != (None, None))
 
 
-@dataclass(slots=True)
-class SamplingTable:
-    """Sampling parameters of every row (R), resident on the device."""
-
-    temperature_R: Tensor
-    top_k_R: Tensor
-    top_p_R: Tensor
-    min_p_R: Tensor
-    seed_R: Tensor
-    min_length_R: Tensor
-    barred_RS: Tensor
-    """Token ids that may not be drawn before min_length; the first n_barred of a row count."""
-    n_barred_R: Tensor
-    rank_S: Tensor
-    """0 .. MAX_BARRED - 1."""
-    bias_id_RB: Tensor
-    bias_RB: Tensor
-    has_bias: list[bool]
-    """Host copy: rows whose bias columns are not all zero."""
-
-    @classmethod
-    def empty(cls, n_rows: int, device: torch.device) -> SamplingTable:
-        """Allocate a table of neutral rows."""
-
-        def floats(value: float) -> Tensor:
-            return torch.full((n_rows,), value, dtype=torch.float32, device=device)
-
-        def ints() -> Tensor:
-            return torch.zeros(n_rows, dtype=torch.int64, device=device)
-
-        return cls(
-            temperature_R=floats(0.0),
-            top_k_R=ints(),
-            top_p_R=floats(1.0),
-            min_p_R=floats(0.0),
-            seed_R=ints(),
-            min_length_R=ints(),
-            barred_RS=torch.zeros(n_rows, MAX_BARRED, dtype=torch.int64, device=device),
-            n_barred_R=ints(),
-            rank_S=torch.arange(MAX_BARRED, device=device),
-            bias_id_RB=torch.zeros(n_rows, MAX_LOGIT_BIAS, dtype=torch.int64, device=device),
-            bias_RB=torch.zeros(n_rows, MAX_LOGIT_BIAS, dtype=torch.float32, device=device),
-            has_bias=[False] * n_rows,
-        )
-
-    def write(self, row: int, n_prompt: int, sampling: RowSampling) -> None:
-        """Set one row. Mutates every column of it."""
-        self.temperature_R[row] = sampling.temperature
-        self.top_k_R[row] = sampling.top_k
-        self.top_p_R[row] = sampling.top_p
-        self.min_p_R[row] = sampling.min_p
-        self.seed_R[row] = sampling.seed
-        self.min_length_R[row] = n_prompt + sampling.min_tokens
-        n_barred = len(sampling.stop_token_ids)
-        self.n_barred_R[row] = n_barred
-        if n_barred:
-            self.barred_RS[row, :n_barred] = upload(sampling.stop_token_ids, self.rank_S.device)
-        n_bias = len(sampling.logit_bias)
-        if n_bias or self.has_bias[row]:
-            self.has_bias[row] = n_bias > 0
-            self.bias_RB[row].zero_()  # an unused entry adds zero
-        if n_bias:
-            ids, biases = zip(*sampling.logit_bias, strict=True)
-            self.bias_id_RB[row, :n_bias] = upload(ids, self.rank_S.device)
-            self.bias_RB[row, :n_bias] = upload(biases, self.rank_S.device, np.float32)
+def greedy(logits_SV: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (token_S int64, finite_S bool): the likeliest tokens, the first of equals."""
+    return logits_SV.argmax(dim=1), torch.isfinite(logits_SV.sum(dim=1))
 
 
 def sample(
     logits_SV: Tensor,
     row_S: Tensor,
     length_S: Tensor,
-    token_RC: Tensor,
-    table: SamplingTable,
+    table: Rows,
     rows: list[RowSampling],
     row_ids: list[int],
     lengths: list[int],
@@ -102,21 +39,23 @@ def sample(
     """Return (token_S int64, finite_S bool). Mutates logits_SV.
 
     logits_SV: float32. row_S: table row of each sample. length_S: tokens before the drawn one (its
-    position). token_RC: the device's token table. The lists are the host's copies
-    of the same facts: they decide which stages run at all, so that no stage reads the device.
+    position). The lists are the host's copies of the same facts: they decide which stages run at all, so
+    that no stage reads the device.
     """
     finite_S = torch.isfinite(logits_SV.sum(dim=1))
     penalised = [i for i, r in enumerate(rows) if _is_penalised(r)]
     if penalised:
         for i in penalised:  # one row at a time bounds the workspace to a few rows of counts
-            _penalise(logits_SV[i], token_RC[row_ids[i], : lengths[i]], n_prompts[i], rows[i])
+            _penalise(logits_SV[i], table.token_RC[row_ids[i], : lengths[i]], n_prompts[i], rows[i])
     if any(r.logit_bias for r in rows):
-        logits_SV.scatter_add_(1, table.bias_id_RB[row_S], table.bias_RB[row_S])
+        is_bias_SB = _ranks(table.bias_id_RB) < table.n_bias_R[row_S, None]
+        bias_SB = torch.where(is_bias_SB, table.bias_RB[row_S], 0.0)
+        logits_SV.scatter_add_(1, table.bias_id_RB[row_S].long(), bias_SB)
     if any(n < p + r.min_tokens for r, n, p in zip(rows, lengths, n_prompts, strict=True)):
         is_early_S1 = (length_S < table.min_length_R[row_S])[:, None]
-        barred_SS = table.barred_RS[row_S]
-        is_barred_SS = is_early_S1 & (table.rank_S[None, :] < table.n_barred_R[row_S, None])
-        logits_SV.scatter_add_(1, barred_SS, torch.where(is_barred_SS, -torch.inf, 0.0))
+        is_barred_SS = is_early_S1 & (_ranks(table.barred_RS) < table.n_barred_R[row_S, None])
+        bar_SS = torch.where(is_barred_SS, -torch.inf, 0.0)
+        logits_SV.scatter_add_(1, table.barred_RS[row_S].long(), bar_SS)
     drawing = [i for i, r in enumerate(rows) if r.temperature > 0.0]
     if not drawing:
         return logits_SV.argmax(dim=1), finite_S
@@ -138,7 +77,7 @@ def gumbel(seed_b: Tensor, position_b: Tensor, n_vocab: int) -> Tensor:
 
     The generator is splitmix64's finaliser (Steele, Lea and Flood, 2014) over a counter.
     """
-    base_b = _mix(_mix(seed_b) + position_b * _GOLDEN)
+    base_b = _mix(_mix(seed_b) + position_b.long() * _GOLDEN)
     ids_V = torch.arange(n_vocab, dtype=torch.int64, device=seed_b.device)
     bits_bV = _mix(base_b[:, None] + ids_V[None, :] * _GOLDEN)
     return _to_gumbel(bits_bV)
@@ -175,6 +114,10 @@ def _shift(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
+def _ranks(list_RX: Tensor) -> Tensor:
+    return torch.arange(list_RX.shape[1], device=list_RX.device)
+
+
 def _is_penalised(row: RowSampling) -> bool:
     return row.repetition_penalty != 1.0 or row.presence_penalty != 0.0 or row.frequency_penalty != 0.0
 
@@ -190,13 +133,13 @@ def _penalise(logit_V: Tensor, token_c: Tensor, n_prompt: int, row: RowSampling)
     logit_V -= row.frequency_penalty * count_V + row.presence_penalty * (count_V > 0)
 
 
-def _keep_likely(scaled_bV: Tensor, row_b: Tensor, table: SamplingTable, rows: list[RowSampling]) -> None:
+def _keep_likely(scaled_bV: Tensor, row_b: Tensor, table: Rows, rows: list[RowSampling]) -> None:
     """Set to -inf what top_k, then top_p, then min_p exclude. Mutates scaled_bV."""
     n_vocab = scaled_bV.shape[1]
     limited = [r.top_k for r in rows if r.top_k < n_vocab]
     if limited:
         best_bk = scaled_bV.topk(max(limited), dim=1).values
-        kth_b1 = best_bk.gather(1, (table.top_k_R[row_b, None] - 1).clamp(max=max(limited) - 1))
+        kth_b1 = best_bk.gather(1, (table.top_k_R[row_b, None].long() - 1).clamp(max=max(limited) - 1))
         is_free_b1 = table.top_k_R[row_b, None] >= n_vocab
         scaled_bV.masked_fill_((scaled_bV < kth_b1) & ~is_free_b1, -torch.inf)
     if any(r.top_p < 1.0 for r in rows):

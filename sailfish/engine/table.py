@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from sailfish.engine.sampler import SamplingTable
+from sailfish.engine.packing import Batch, pack_runs, pack_starts, start_words
+from sailfish.engine.sampler import is_plain
 from sailfish.engine.step import RowRun, RowSampling, RowStart, StepPlan
-from sailfish.engine.transfer import upload
+from sailfish.engine.transfer import ArraysDown, Pending, WordsUp
 from sailfish.kernels.contract import AttentionSpan
+from sailfish.kernels.cuda import step_inputs as cuda_step
+from sailfish.kernels.plain import step_inputs as plain_step
+from sailfish.kernels.rows import Rows, StepTensors
+from sailfish.kernels.step_words import StepLayout, max_words
 from sailfish.models.decoder import StepInputs
 
 
 class DeviceTable:
-    """Tokens, block lists and sampling parameters of every row (R), resident on the device."""
+    """Tokens, block lists and sampling parameters of every row, resident on the device."""
 
     def __init__(
         self,
@@ -26,66 +33,86 @@ class DeviceTable:
     ) -> None:
         self.device = device
         self.page_tokens = page_tokens
-        self.token_RC = torch.zeros(n_rows, context_tokens + 1, dtype=torch.int32, device=device)
-        self.block_RW = torch.zeros(n_rows, blocks_per_sequence, dtype=torch.int32, device=device)
-        self.sampling = SamplingTable.empty(n_rows, device)
+        self.context_tokens = context_tokens
+        self.rows = Rows.empty(n_rows + 1, context_tokens + 1, blocks_per_sequence, device)
+        """The last row is nobody's: runs that only pad a captured step are of it."""
         self.row_sampling: list[RowSampling | None] = [None] * n_rows
         """Host copies of what the rows were started with."""
         self.n_prompt: list[int] = [0] * n_rows
+        self._is_plain_R = np.zeros(n_rows, np.bool_)
+        n_words = max_words(
+            max_sequences=n_rows, context_tokens=context_tokens, blocks_per_sequence=blocks_per_sequence
+        )
+        self._words = WordsUp(n_words, device)
+        self._drawn_S2 = torch.zeros(n_rows, 2, dtype=torch.int32, device=device)
+        self._draws = ArraysDown((n_rows, 2), device)
+        self._step = cuda_step if device.type == "cuda" else plain_step
 
     @property
     def n_bytes(self) -> int:
         """Device memory of the table, in bytes."""
-        columns = [getattr(self.sampling, name) for name in self.sampling.__slots__]
-        tensors = [self.token_RC, self.block_RW, *(c for c in columns if isinstance(c, Tensor))]
-        return sum(t.nbytes for t in tensors)
+        return self.rows.n_bytes + self._words.device_words.nbytes + self._drawn_S2.nbytes
 
-    def apply(self, plan: StepPlan) -> None:
-        """Write the rows that begin and the blocks that were appended."""
-        for start in plan.starts:
-            self._start(start)
-        if plan.appended:
-            row_A, index_A, block_A = upload(np.array(plan.appended, dtype=np.int64).T, self.device)
-            self.block_RW[row_A, index_A] = block_A.to(torch.int32)
+    def note(self, starts: Sequence[RowStart]) -> None:
+        """Keep on the host what decides how rows that begin are run."""
+        for start in starts:
+            sampling = start.sampling
+            self.row_sampling[start.row] = sampling
+            self.n_prompt[start.row] = start.n_prompt
+            self._is_plain_R[start.row] = is_plain(sampling)
 
-    def inputs(self, runs: list[RowRun]) -> StepInputs:
-        """Gather the step's tokens, positions, slots and spans from the rows. Order: as `runs`."""
-        counts = np.array([run.count for run in runs], dtype=np.int64)
-        starts = np.array([run.start for run in runs], dtype=np.int64)
-        rows = np.array([run.row for run in runs], dtype=np.int64)
-        query_start = np.zeros(len(runs) + 1, dtype=np.int64)
-        np.cumsum(counts, out=query_start[1:])
-        row_T = np.repeat(rows, counts)
-        position_T = np.arange(query_start[-1]) - np.repeat(query_start[:-1] - starts, counts)
-        kv_len = starts + counts
-        row_T_dev, position_T_dev = upload(np.stack([row_T, position_T]), self.device)
-        row_B, kv_len_B, start_B = upload(np.stack([rows, kv_len, query_start[1:]]), self.device)
-        n_blocks = -(-int(kv_len.max()) // self.page_tokens)
-        block_T = self.block_RW[row_T_dev, position_T_dev // self.page_tokens].to(torch.int64)
-        query_start_B1 = torch.zeros(len(runs) + 1, dtype=torch.int32, device=self.device)
-        query_start_B1[1:] = start_B
-        return StepInputs(
-            token_T=self.token_RC[row_T_dev, position_T_dev].to(torch.int64),
-            position_T=position_T_dev,
-            slot_T=block_T * self.page_tokens + position_T_dev % self.page_tokens,
-            span=AttentionSpan(
-                block_table_RW=self.block_RW[:, :n_blocks],
-                row_B=row_B.to(torch.int32),
-                query_start=tuple(query_start.tolist()),
-                kv_len=tuple(kv_len.tolist()),
-                kv_len_B=kv_len_B.to(torch.int32),
-                query_start_B1=query_start_B1,
-            ),
+    def is_plain(self, batch: Batch) -> bool:
+        """Whether all of the batch's rows want the likeliest token and nothing else."""
+        return bool(self._is_plain_R[batch.row_B].all())
+
+    def sampling_of(self, run: RowRun) -> RowSampling:
+        """Return the sampling parameters of a run's row."""
+        sampling = self.row_sampling[run.row]
+        assert sampling is not None, f"row {run.row} runs but was never started"
+        return sampling
+
+    def send(self, plan: StepPlan, batch: Batch, pad_to: int = 0) -> StepLayout:
+        """Send the step's differences to the device, in one copy unless many long rows begin.
+
+        A decode is padded to `pad_to` runs.
+        """
+        words = self._words.begin()
+        layout, end = pack_runs(words, batch, plan.appended, pad_to, len(self.row_sampling))
+        sent, starts = 0, plan.starts
+        while True:
+            at, n, n_words = end, 0, end
+            while n < len(starts) and n_words + start_words(starts[n]) <= len(words):
+                n_words += start_words(starts[n])
+                n += 1
+            self._words.send(sent, pack_starts(words, at, starts[:n]))
+            if n:
+                self._step.start_rows(self._words.device_words, at, n, self.rows)
+            starts = starts[n:]
+            if not starts:
+                return layout
+            words, sent = self._words.begin(), end
+
+    def inputs(
+        self, layout: StepLayout, query_start: tuple[int, ...], kv_len: tuple[int, ...], n_single: int
+    ) -> tuple[StepInputs, StepTensors]:
+        """Make the inputs of the step sent last. query_start, kv_len, n_single: as `AttentionSpan` says."""
+        made = self._step.build_inputs(self._words.device_words, layout, self.rows, self.page_tokens)
+        span = AttentionSpan(
+            block_table_RW=self.rows.block_RW,
+            row_B=made.row_B,
+            query_start=query_start,
+            kv_len=kv_len,
+            kv_len_B=made.kv_len_B,
+            query_start_B1=made.query_start_B1,
+            n_single=n_single,
         )
+        inputs = StepInputs(token_T=made.token_T, position_T=made.position_T, slot_T=made.slot_T, span=span)
+        return inputs, made
 
-    def append_tokens(self, row_S: Tensor, length_S: Tensor, token_S: Tensor) -> None:
-        """Write each row's drawn token behind its `length_S` tokens."""
-        self.token_RC[row_S, length_S] = token_S.to(torch.int32)
+    def append(self, made: StepTensors, token_S: Tensor, finite_S: Tensor) -> None:
+        """Write each row's drawn token behind its tokens, and where `take_draws` finds it."""
+        self._step.append_draws(made, token_S, finite_S, self.rows, self._drawn_S2)
 
-    def _start(self, start: RowStart) -> None:
-        row = start.row
-        self.token_RC[row, : len(start.token_ids)] = upload(start.token_ids, self.device, np.int32)
-        self.block_RW[row, : len(start.block_ids)] = upload(start.block_ids, self.device, np.int32)
-        self.sampling.write(row, start.n_prompt, start.sampling)
-        self.row_sampling[row] = start.sampling
-        self.n_prompt[row] = start.n_prompt
+    def take_draws(self, n_samples: int) -> Pending:
+        """Send the step's first draws to the host: [S, 2] of token and whether its logits were finite."""
+        return self._draws.take(self._drawn_S2[:n_samples])

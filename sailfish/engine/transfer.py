@@ -6,7 +6,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+_RING = 4
+"""Buffers in turn: of the steps in flight, two at most, each has its own."""
 
 
 def upload(values: Any, device: torch.device, dtype: Any = np.int64) -> Tensor:
@@ -23,3 +27,68 @@ def download(tensor: Tensor) -> Tensor:
         return tensor
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     return host.copy_(tensor, non_blocking=True)
+
+
+class _Pinned:
+    """One buffer of a ring, and the point of the stream up to which the device uses it."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.tensor = torch.zeros(shape, dtype=torch.int32, pin_memory=True)
+        self.array: NDArray[np.int32] = self.tensor.numpy()
+        self.done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+
+
+class WordsUp:
+    """32-bit words of the host and their copy at one place of the device."""
+
+    def __init__(self, n_words: int, device: torch.device) -> None:
+        self.device_words = torch.zeros(n_words, dtype=torch.int32, device=device)
+        self._ring = [_Pinned((n_words,)) for _ in range(_RING)] if device.type == "cuda" else []
+        self._at = 0
+
+    def begin(self) -> NDArray[np.int32]:
+        """Return words to write, which the device does not read any more."""
+        if not self._ring:
+            return self.device_words.numpy()
+        self._at = (self._at + 1) % len(self._ring)
+        self._ring[self._at].done.synchronize()
+        return self._ring[self._at].array
+
+    def send(self, begin: int, end: int) -> None:
+        """Copy the words begin .. end of those written last."""
+        if self._ring:
+            pinned = self._ring[self._at]
+            self.device_words[begin:end].copy_(pinned.tensor[begin:end], non_blocking=True)
+            pinned.done.record()
+
+
+class Pending:
+    """Numbers on their way to the host."""
+
+    def __init__(self, array: NDArray[np.int32], done: torch.cuda.Event | None) -> None:
+        self._array = array
+        self._done = done
+
+    def wait(self) -> NDArray[np.int32]:
+        """Wait for the device and return them; they last for as many steps as may be in flight."""
+        if self._done is not None:
+            self._done.synchronize()
+        return self._array
+
+
+class ArraysDown:
+    """Small arrays of the device on their way to the host, a few in flight."""
+
+    def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
+        self._ring = [_Pinned(shape) for _ in range(_RING)] if device.type == "cuda" else []
+        self._at = 0
+
+    def take(self, numbers: Tensor) -> Pending:
+        """Copy int32 numbers from where the device's stream is now."""
+        if not self._ring:
+            return Pending(numbers.clone().numpy(), None)
+        self._at = (self._at + 1) % len(self._ring)
+        pinned = self._ring[self._at]
+        pinned.tensor[: len(numbers)].copy_(numbers, non_blocking=True)
+        pinned.done.record()
+        return Pending(pinned.array[: len(numbers)], pinned.done)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from sailfish.checkpoint.model_config import LayerConfig, ModelConfig
+from sailfish.kernels.step_words import MAX_BARRED, MAX_BIAS, max_words
 from sailfish.plan.formats import ArenaTensor
 from sailfish.plan.types import CacheDtype, CacheSpec, Dtype
 
@@ -28,8 +29,8 @@ _SCORE_BYTES = 256
 """Of each scored prompt token: itself and 20 alternatives, kept until they are on the host."""
 _STEP_INPUT_BYTES = 12 * 8
 """Of each token: row, position, id, slot and block, on the way to the device and there."""
-ROW_SAMPLING_BYTES = 13_000
-"""Sampling parameters of one row: 1,024 bias entries of 12 bytes, 80 stop tokens of 8, and a few numbers."""
+ROW_SAMPLING_BYTES = 8 * MAX_BIAS + 4 * MAX_BARRED + 52
+"""Sampling parameters of one row: biases and their ids, barred tokens, 13 words of other numbers."""
 
 
 def weights_bytes(tensors: Iterable[ArenaTensor], dtype: Dtype) -> int:
@@ -94,9 +95,16 @@ def rope_bytes(model: ModelConfig, context_tokens: int) -> int:
 
 
 def table_bytes(*, max_sequences: int, context_tokens: int, page_tokens: int) -> int:
-    """Return the bytes of the device table: each row's tokens and block ids (int32), sampling parameters."""
+    """Return the bytes of the device table: each row's tokens, block ids (int32) and sampling parameters.
+
+    One more row pads captured steps. The words that a step sends, and the draws it returns, have a place.
+    """
     blocks = -(-context_tokens // page_tokens)
-    return max_sequences * ((context_tokens + 1 + blocks) * 4 + ROW_SAMPLING_BYTES)
+    row = (context_tokens + 1 + blocks) * 4 + ROW_SAMPLING_BYTES
+    n_words = max_words(
+        max_sequences=max_sequences, context_tokens=context_tokens, blocks_per_sequence=blocks
+    )
+    return (max_sequences + 1) * row + 4 * n_words + 8 * max_sequences
 
 
 def _norm_bytes(model: ModelConfig, dtype: Dtype, step_tokens: int) -> int:

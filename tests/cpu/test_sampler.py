@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,8 +17,11 @@ from transformers import (
 )
 
 from sailfish.engine import sampler
-from sailfish.engine.sampler import SamplingTable, gumbel, sample, top_logprobs
-from sailfish.engine.step import RowSampling
+from sailfish.engine.packing import pack_starts, start_words
+from sailfish.engine.sampler import gumbel, sample, top_logprobs
+from sailfish.engine.step import RowSampling, RowStart
+from sailfish.kernels.plain.step_inputs import start_rows
+from sailfish.kernels.rows import Rows
 
 V = 50
 GREEDY = RowSampling(0.0, V, 1.0, 0.0, 1.0, 0.0, 0.0, 0, 0, ())
@@ -29,20 +33,25 @@ def row(**changes: object) -> RowSampling:
     return RowSampling(**{name: changes.get(name, getattr(GREEDY, name)) for name in names})
 
 
+def begin(table: Rows, at: int, n_prompt: int, sampling: RowSampling, token_ids: list[int]) -> None:
+    """Start a row of the table as a step does."""
+    start = RowStart(at, token_ids, n_prompt, [], sampling)
+    words = np.zeros(start_words(start), np.int32)
+    pack_starts(words, 0, [start])
+    start_rows(torch.from_numpy(words), 0, 1, table)
+
+
 def draw(logits: torch.Tensor, rows: list[RowSampling], tokens: list[list[int]], n_prompts: list[int]):
     """Sample a batch whose rows hold `tokens`; rows of the table are used in reverse to catch mix-ups."""
     n = len(rows)
-    table = SamplingTable.empty(n + 1, CPU)
-    token_RC = torch.zeros(n + 1, 32, dtype=torch.int32)
+    table = Rows.empty(n + 1, 32, 1, CPU)
     for i, (sampling, ids) in enumerate(zip(rows, tokens, strict=True)):
-        table.write(n - i, n_prompts[i], sampling)
-        token_RC[n - i, : len(ids)] = torch.tensor(ids, dtype=torch.int32)
+        begin(table, n - i, n_prompts[i], sampling, ids)
     lengths = [len(ids) for ids in tokens]
     return sample(
         logits.clone(),
         torch.arange(n, 0, -1),
         torch.tensor(lengths),
-        token_RC,
         table,
         rows,
         list(range(n, 0, -1)),
@@ -129,15 +138,14 @@ def test_a_token_that_a_filter_excludes_is_never_drawn() -> None:
     logits = torch.full((n_draws, n_vocab), -30.0)
     logits[:, :4] = torch.tensor([30.0, 29.5, 29.0, 28.5])
     rows = [row(temperature=1.0, top_k=4 if i % 2 else n_vocab, seed=i) for i in range(n_draws)]
-    table = SamplingTable.empty(n_draws, CPU)
+    table = Rows.empty(n_draws, 2, 1, CPU)
     for i, sampling in enumerate(rows):
-        table.write(i, 1, sampling)
+        begin(table, i, 1, sampling, [0])
     ids = list(range(n_draws))
     tokens, _ = sample(
         logits,
         torch.tensor(ids),
         torch.ones(n_draws, dtype=torch.int64),
-        torch.zeros(n_draws, 2, dtype=torch.int32),
         table,
         rows,
         ids,
@@ -152,10 +160,10 @@ def test_filters_keep_what_transformers_keeps() -> None:
     logits = torch.randn(8, V, generator=generator) * 3
     for top_k, top_p, min_p in [(5, 1.0, 0.0), (V, 0.8, 0.0), (V, 1.0, 0.2), (12, 0.6, 0.05), (1, 0.3, 0.5)]:
         scaled = logits.clone()
-        table = SamplingTable.empty(8, CPU)
+        table = Rows.empty(8, 2, 1, CPU)
         sampling = row(temperature=1.0, top_k=top_k, top_p=top_p, min_p=min_p)
         for i in range(8):
-            table.write(i, 1, sampling)
+            begin(table, i, 1, sampling, [0])
         sampler._keep_likely(scaled, torch.arange(8), table, [sampling] * 8)
         expected = logits.clone()
         if top_k < V:
@@ -197,15 +205,15 @@ def test_stop_tokens_cannot_be_drawn_before_min_tokens() -> None:
 
 
 def test_bias_moves_logits_and_leaves_no_trace_for_the_rows_next_user() -> None:
-    table = SamplingTable.empty(1, CPU)
+    table = Rows.empty(1, 4, 1, CPU)
     logits = torch.zeros(1, V)
     logits[0, 1] = 1.0
-    args = (torch.tensor([0]), torch.tensor([1]), torch.zeros(1, 4, dtype=torch.int32), table)
+    args = (torch.tensor([0]), torch.tensor([1]), table)
     biased = row(logit_bias=((0, -100.0), (6, 5.0)))
-    table.write(0, 1, biased)
+    begin(table, 0, 1, biased, [0])
     assert sample(logits.clone(), *args, [biased], [0], [1], [1])[0].tolist() == [6]
     other = row(logit_bias=((2, 0.5),))
-    table.write(0, 1, other)
+    begin(table, 0, 1, other, [0])
     assert sample(logits.clone(), *args, [other], [0], [1], [1])[0].tolist() == [1]
 
 

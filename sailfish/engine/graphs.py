@@ -1,0 +1,45 @@
+"""Decode steps captured as CUDA graphs, one for each planned number of runs."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from sailfish.kernels.cuda.graph import Graph, new_pool
+
+
+class DecodeGraphs:
+    """Graphs of the whole step, inputs to draws, that share one pool of temporaries."""
+
+    def __init__(self, buckets: Sequence[int]) -> None:
+        """Take the numbers of runs to capture, ascending."""
+        self._buckets = tuple(buckets)
+        self._graphs: dict[int, Graph] = {}
+
+    @property
+    def most_runs(self) -> int:
+        """The largest bucket."""
+        return self._buckets[-1]
+
+    def fitting(self, n_runs: int) -> int | None:
+        """Return the smallest captured number of runs that holds `n_runs`."""
+        at = bisect_left(self._buckets, n_runs)
+        return self._buckets[at] if self._graphs and at < len(self._buckets) else None
+
+    def capture(self, decode: Callable[[int], None]) -> None:
+        """Capture `decode(n_runs)` for every bucket; the largest first, whose temporaries hold the rest's."""
+        pool = new_pool()
+        captured: dict[int, Graph] = {}
+        for n_runs in reversed(self._buckets):
+            decode(n_runs)  # loads what it needs, which a capture may not
+            captured[n_runs] = Graph(lambda n=n_runs: decode(n), pool)  # type: ignore[misc]
+        self._graphs = captured
+
+    def replay(self, n_runs: int) -> None:
+        """Launch the step of a bucket."""
+        self._graphs[n_runs].replay()
+
+    def kernels(self) -> dict[int, Counter[str]]:
+        """Return how often each step launches each kernel, by bucket."""
+        return {n_runs: graph.kernels() for n_runs, graph in sorted(self._graphs.items())}

@@ -1,0 +1,134 @@
+"""Packs what a step changes into the 32-bit words that one copy takes to the device. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sailfish.engine.step import RowRun, RowSampling, RowStart
+from sailfish.kernels.step_words import (
+    APPENDED_WORDS,
+    PADDING_START,
+    RUN_WORDS,
+    RUNS_AT,
+    START_FIELDS,
+    START_WORDS,
+    StepLayout,
+)
+
+Words = NDArray[np.int32]
+_FIRST_FLOAT = START_FIELDS.index("temperature")
+_MOST = int(np.iinfo(np.int32).max)
+_row, _start, _count, _samples = map(attrgetter, ("row", "start", "count", "samples"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """The runs of a step (B) as arrays."""
+
+    row_B: Words
+    start_B: Words
+    count_B: Words
+    samples_B: NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, runs: Sequence[RowRun]) -> Batch:
+        """Read the runs, one pass for each field."""
+        n = len(runs)
+        return cls(
+            row_B=np.fromiter(map(_row, runs), np.int32, n),
+            start_B=np.fromiter(map(_start, runs), np.int32, n),
+            count_B=np.fromiter(map(_count, runs), np.int32, n),
+            samples_B=np.fromiter(map(_samples, runs), np.bool_, n),
+        )
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether every run is one token and samples."""
+        return bool(self.samples_B.all()) and bool((self.count_B == 1).all())
+
+    @property
+    def n_single(self) -> int:
+        """Runs at the beginning that are one token each."""
+        longer = self.count_B != 1
+        return int(longer.argmax()) if longer.any() else len(longer)
+
+    @property
+    def query_start_B1(self) -> Words:
+        """Where each run's tokens begin in the step; at the end the number of tokens."""
+        query_start_B1 = np.zeros(len(self.count_B) + 1, np.int32)
+        np.cumsum(self.count_B, out=query_start_B1[1:])
+        return query_start_B1
+
+
+def pack_runs(
+    words: Words, batch: Batch, appended: Sequence[tuple[int, int, int]], pad_to: int, padding_row: int
+) -> tuple[StepLayout, int]:
+    """Write the runs and the appended blocks; return their layout, and the first word after them.
+
+    A decode is padded to `pad_to` runs, each one of `padding_row`.
+    """
+    n = len(batch.row_B)
+    is_decode = batch.is_decode
+    n_runs = max(n, pad_to) if is_decode else n
+    run_words = words[RUNS_AT : RUNS_AT + RUN_WORDS * (n_runs + 1)].reshape(-1, RUN_WORDS)
+    run_words[:n, 0] = batch.row_B
+    run_words[:n, 1] = batch.start_B
+    if is_decode:
+        run_words[n:, :2] = padding_row, PADDING_START
+        run_words[:, 2] = np.arange(n_runs + 1)
+        layout = StepLayout.decode(n_runs)
+    else:
+        run_words[:, 2] = batch.query_start_B1
+        sample_S = batch.samples_B.nonzero()[0]
+        layout = StepLayout(n, int(run_words[n, 2]), len(sample_S), False)
+        words[layout.samples_at : layout.appended_at] = sample_S
+    words[0] = len(appended)
+    end = layout.appended_at + APPENDED_WORDS * len(appended)
+    if appended:
+        words[layout.appended_at : end].reshape(-1, APPENDED_WORDS)[:] = appended
+    return layout, end
+
+
+def start_words(start: RowStart) -> int:
+    """Return how many words a row that begins takes."""
+    sampling = start.sampling
+    n_lists = len(start.token_ids) + len(start.block_ids) + len(sampling.stop_token_ids)
+    return START_WORDS + n_lists + 2 * len(sampling.logit_bias)
+
+
+def pack_starts(words: Words, at: int, starts: Sequence[RowStart]) -> int:
+    """Write rows that begin at word `at`; return the first word after them."""
+    end = at + START_WORDS * len(starts)
+    for i, start in enumerate(starts):
+        record = words[at + i * START_WORDS : at + (i + 1) * START_WORDS]
+        sampling = start.sampling
+        places: list[int] = []
+        ids = [token_id for token_id, _ in sampling.logit_bias]
+        for values in (start.token_ids, start.block_ids, sampling.stop_token_ids, ids):
+            places += len(values), end
+            words[end : end + len(values)] = values
+            end += len(values)
+        biases = [bias for _, bias in sampling.logit_bias]
+        words[end : end + len(biases)].view(np.float32)[:] = biases
+        end += len(biases)
+        min_length = min(start.n_prompt + sampling.min_tokens, _MOST)
+        record[: _FIRST_FLOAT - 2] = (start.row, start.n_prompt, *places, sampling.top_k, min_length)
+        record[_FIRST_FLOAT - 2 : _FIRST_FLOAT] = np.array([sampling.seed], np.int64).view(np.int32)
+        record[_FIRST_FLOAT:].view(np.float32)[:] = _numbers(sampling)
+    return end
+
+
+def _numbers(sampling: RowSampling) -> tuple[float, ...]:
+    return (
+        sampling.temperature,
+        sampling.top_p,
+        sampling.min_p,
+        sampling.repetition_penalty,
+        sampling.presence_penalty,
+        sampling.frequency_penalty,
+    )
