@@ -1,0 +1,68 @@
+"""Describes tensors to Hopper's bulk copy engine, which copies boxes of them. No torch."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import lru_cache
+from typing import Any
+
+from sailfish.base.errors import EngineError
+from sailfish.kernels.cuda.driver import _check, _driver
+
+BYTES = 128
+_ALIGNMENT = 64
+_DATA_TYPE = {"int32": 3, "float16": 6, "bfloat16": 9}
+_SWIZZLE_128 = 3
+_PROMOTE_256 = 3
+
+
+def matrix(
+    address: int, dtype: str, rows: int, columns: int, row_bytes: int, box: tuple[int, int], swizzled: bool
+) -> bytes:
+    """Return the map of a row-major matrix from which boxes of (rows, columns) are copied."""
+    return tensor(address, dtype, (rows, columns), (row_bytes,), box, swizzled)
+
+
+@lru_cache(maxsize=8192)
+def tensor(
+    address: int,
+    dtype: str,
+    shape: tuple[int, ...],
+    strides_bytes: tuple[int, ...],
+    box: tuple[int, ...],
+    swizzled: bool,
+) -> bytes:
+    """Return the map of a tensor, its last axis contiguous, from which boxes are copied.
+
+    shape, box: by axis; strides_bytes: of all axes but the last. What lies outside the tensor is read as
+    zeros and never written. The address and the strides are multiples of 16. `swizzled`: the box's rows
+    are 128 bytes, and lie in shared memory with the index of each 16 bytes xor-ed by the row's index
+    modulo 8, which spares the banks conflicts.
+    """
+    if address % 16 or any(stride % 16 for stride in strides_bytes):
+        raise EngineError(f"a tensor at {address:#x} with strides {strides_bytes} is not aligned to 16 bytes")
+    space = (ctypes.c_ubyte * (BYTES + _ALIGNMENT))()
+    start = -ctypes.addressof(space) % _ALIGNMENT
+    n = len(shape)
+    encode = _driver().cuTensorMapEncodeTiled
+    status = encode(
+        ctypes.c_void_p(ctypes.addressof(space) + start),
+        ctypes.c_int(_DATA_TYPE[dtype]),
+        ctypes.c_uint(n),
+        ctypes.c_void_p(address),
+        (ctypes.c_uint64 * n)(*reversed(shape)),
+        (ctypes.c_uint64 * (n - 1))(*reversed(strides_bytes)),
+        (ctypes.c_uint32 * n)(*reversed(box)),
+        (ctypes.c_uint32 * n)(*(1,) * n),
+        ctypes.c_int(0),
+        ctypes.c_int(_SWIZZLE_128 if swizzled else 0),
+        ctypes.c_int(_PROMOTE_256),
+        ctypes.c_int(0),
+    )
+    _check(status)
+    return bytes(space[start : start + BYTES])
+
+
+def argument(*maps: bytes) -> Any:
+    """Return maps as one kernel argument, a struct of them."""
+    return (ctypes.c_ubyte * (BYTES * len(maps))).from_buffer_copy(b"".join(maps))
