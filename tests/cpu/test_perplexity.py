@@ -18,19 +18,42 @@ BOOKS = Path(__file__).parents[2].parent / "shared" / "data" / "books-valid.json
 N_WINDOWS, WINDOW_TOKENS = 60, 1024
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not BOOKS.exists(), reason="the validation books are not here")
-def test_books_4m_has_the_perplexity_of_its_card(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def book_ids() -> list[int]:
+    """Return the tokens of the windows."""
+    if not BOOKS.exists():
+        pytest.skip("the validation books are not here")
     with lzma.open(BOOKS, "rt", encoding="utf-8") as file:
         texts = [json.loads(line)["text"] for line, _ in zip(file, range(8), strict=False)]
     ids = Tokenizer.load(demo_model()).encode("\n\n".join(texts), special=False, add_special=False)
     assert len(ids) >= N_WINDOWS * WINDOW_TOKENS
-    engine = LocalEngine.build(demo_model(), tmp_path / "engine", EngineConfig(dtype="float32"))
-    for key in range(N_WINDOWS):
+    return ids
+
+
+def _perplexity(engine_dir: Path, config: EngineConfig, ids: list[int], n_windows: int) -> float:
+    engine = LocalEngine.build(demo_model(), engine_dir, config)
+    for key in range(n_windows):
         window = ids[key * WINDOW_TOKENS : (key + 1) * WINDOW_TOKENS]
         engine.submit(key, window, greedy(8192, prompt_logprobs=0), 1)
     heard = engine.run()
     scores = [entry.logprob for key in heard for entry in heard[key].prompt_logprobs or []]
-    assert len(scores) == N_WINDOWS * (WINDOW_TOKENS - 1)
-    perplexity = math.exp(-sum(scores) / len(scores))
+    assert len(scores) == n_windows * (WINDOW_TOKENS - 1)
+    return math.exp(-sum(scores) / len(scores))
+
+
+@pytest.mark.slow
+def test_books_4m_has_the_perplexity_of_its_card(book_ids: list[int], tmp_path: Path) -> None:
+    perplexity = _perplexity(tmp_path / "engine", EngineConfig(dtype="float32"), book_ids, N_WINDOWS)
     assert perplexity == pytest.approx(39.3, abs=0.05)
+
+
+@pytest.mark.slow
+def test_a_cache_in_8_bits_costs_less_than_half_a_percent_of_perplexity(
+    book_ids: list[int], tmp_path: Path
+) -> None:
+    exact, *rounded = (
+        _perplexity(tmp_path / name, EngineConfig(dtype="float32", kv_dtype=kv_dtype), book_ids, 4)
+        for name, kv_dtype in (("exact", None), ("int8", "int8"), ("fp8", "fp8"))
+    )
+    assert rounded == pytest.approx([exact, exact], rel=0.005)
+    assert exact not in rounded, "the cache was not in 8 bits"
