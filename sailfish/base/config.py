@@ -39,21 +39,25 @@ class EngineConfig:
     """Of the KV cache: "int8" or "fp8" with a scale for each token and head; the default is as dtype."""
     prefix_cache: bool = True
     """Reuse the KV blocks of equal prompt beginnings."""
+    cuda_graphs: bool = True
+    """Capture decode steps on CUDA, so that each is one launch."""
     lag: int | None = None
     """0 or 1: steps planned before the previous step's tokens are known."""
     strict: bool = False
     """Make every downgrade an error."""
 
     def overruled_by(self, asked: EngineConfig) -> EngineConfig:
-        """Return these settings with all that `asked` sets; the two switches count when either one does."""
+        """Return these settings with all that `asked` sets; a switch that either one turned is turned."""
+        switches = ("prefix_cache", "cuda_graphs", "strict")
         set_now = {
             name: value
             for name in self.__slots__
-            if name not in ("prefix_cache", "strict") and (value := getattr(asked, name)) is not None
+            if name not in switches and (value := getattr(asked, name)) is not None
         }
         return replace(
             self,
             prefix_cache=self.prefix_cache and asked.prefix_cache,
+            cuda_graphs=self.cuda_graphs and asked.cuda_graphs,
             strict=self.strict or asked.strict,
             **set_now,
         )

@@ -27,6 +27,8 @@ ALIASES = {
     "--chunked-prefill-size": "--step-tokens",
     "--no-enable-prefix-caching": "--no-prefix-cache",
     "--disable-radix-cache": "--no-prefix-cache",
+    "--enforce-eager": "--no-cuda-graphs",
+    "--disable-cuda-graph": "--no-cuda-graphs",
     "--parallel": "--concurrency",
     "--temp": "--temperature",
 }
@@ -36,7 +38,6 @@ REFUSED = {
     "--trust-remote-code": "Sailfish never runs code that comes with a checkpoint; drop the flag",
     "--gpu-memory-utilization": "say how much memory instead: --memory 60GiB",
     "--mem-fraction-static": "say how much memory instead: --memory 60GiB",
-    "--enforce-eager": "there is nothing to switch off yet; drop the flag",
     "--tensor-parallel-size": "this version runs on one device; drop the flag",
     "--quantization": "this version runs dense weights; drop the flag",
 }

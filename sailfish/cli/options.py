@@ -102,6 +102,11 @@ ENGINE = (
         help="Compute equal prompt beginnings once. Default: on.",
     ),
     Setting(
+        field="cuda_graphs",
+        flag="--cuda-graphs/--no-cuda-graphs",
+        help="Launch each decode step at once. Default: on.",
+    ),
+    Setting(
         field="lag", flag="--lag", metavar="0|1", help="Steps planned before the last one's tokens are known."
     ),
     Setting(

@@ -23,6 +23,7 @@ class Meter:
             torch.zeros(1, device=device)  # makes the context, which is not the weights' doing
             begin_cuda_peak()
         self._parts: dict[str, int] = {}
+        self._graphs_driver_bytes = 0
         self._last_bytes = self._first_bytes = self._held_bytes()
 
     def mark(self, name: str) -> None:
@@ -31,6 +32,13 @@ class Meter:
             memory = cuda_memory()
             if name == "activations":
                 self._parts[name] = memory.peak_allocated_bytes - self._last_bytes
+                self._before_graphs = memory
+                return
+            if name == "graphs":  # their pool is reserved, not allocated; the driver holds the rest
+                before = self._before_graphs
+                taken_bytes = before.free_bytes - memory.free_bytes
+                self._parts[name] = max(taken_bytes, 0)
+                self._graphs_driver_bytes = taken_bytes - memory.reserved_bytes + before.reserved_bytes
                 return
             begin_cuda_peak()
         held_bytes = self._held_bytes()
@@ -43,7 +51,8 @@ class Meter:
         if not self._is_cuda:
             return self._first_bytes
         memory = cuda_memory()
-        return max(self._idle_free_bytes - memory.free_bytes - memory.reserved_bytes, 0)
+        driver_bytes = self._idle_free_bytes - memory.free_bytes - memory.reserved_bytes
+        return max(driver_bytes - self._graphs_driver_bytes, 0)
 
     def readings(self, plan: Plan) -> list[MemoryReading]:
         """Return every line of the plan with its measurement; None where nothing can be measured."""

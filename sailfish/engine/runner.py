@@ -60,8 +60,9 @@ class Runner:
         self._kv = kv
         self._table = table
         self._graphs = DecodeGraphs(graph_buckets)
-        self._stream = torch.cuda.Stream() if table.device.type == "cuda" else None
-        if self._stream is not None:
+        self._stream: torch.cuda.Stream | None = None
+        if table.device.type == "cuda":
+            self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             self._stream.wait_stream(torch.cuda.current_stream())
 
     @torch.inference_mode()

@@ -84,9 +84,9 @@ def workspace_bytes(case: Case, choice: Choice, bounds: StepBounds) -> int:
     return find(case.op, choice.implementation).workspace_bytes(case, bounds)
 
 
-def can_capture(choices: Iterable[Choice]) -> bool:
-    """Say whether a CUDA graph of all that was chosen can be replayed for other lengths and values."""
-    return all(find(choice.op, choice.implementation).can_capture for choice in choices)
+def uncapturable(choices: Iterable[Choice]) -> Choice | None:
+    """Return the first choice of which no CUDA graph can be replayed for other lengths and values."""
+    return next((c for c in choices if not find(c.op, c.implementation).can_capture), None)
 
 
 def _bind(choices: Sequence[Choice]) -> Callable[..., Any]:

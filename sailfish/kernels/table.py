@@ -199,5 +199,6 @@ def implementations(op: str) -> tuple[Impl, ...]:
         why="the reference, which takes every case",
         rejects=_accepts,
         workspace_bytes=none_bytes,
+        can_capture=op not in ("attention", "moe"),  # whose references read lengths and experts on the host
     )
     return (*PREFERRED.get(op, ()), reference)

@@ -10,6 +10,7 @@ from sailfish.base.units import format_bytes, format_count
 from sailfish.checkpoint.model_config import ModelConfig
 from sailfish.hardware.profile import MIB, HardwareProfile
 from sailfish.plan.formats import arena_tensors, formats_of, is_quantised, words
+from sailfish.plan.graphs import plan_graphs
 from sailfish.plan.memory import (
     cache_specs,
     rope_bytes,
@@ -135,7 +136,8 @@ def _lay_out(
 ) -> Draft:
     cache = cache_specs(model, settings.kv_dtype)
     block_bytes = settings.page_tokens * sum(spec.bytes_per_token for spec in cache)
-    fixed = _fixed_lines(model, hardware, overlay, sizes, settings)
+    graphs = plan_graphs(config, model, hardware, settings)
+    fixed = _fixed_lines(model, hardware, overlay, sizes, settings, graphs.line)
     left_bytes = budget[0] - sum(line.bytes for line in fixed)
     n_blocks, kv_why = _kv_blocks(config, hardware, settings, block_bytes, left_bytes)
     kv_line = MemoryLine(
@@ -156,9 +158,14 @@ def _lay_out(
         n_blocks=n_blocks,
         lag=settings.lag,
         prefix_cache=config.prefix_cache,
+        graph_buckets=graphs.buckets,
         cache=cache,
         memory=(fixed[0], kv_line, *fixed[1:]),
-        decisions=(*answers.decisions, *_memory_decisions(config, budget, n_blocks, settings, kv_line)),
+        decisions=(
+            *answers.decisions,
+            graphs.decision,
+            *_memory_decisions(config, budget, n_blocks, settings, kv_line),
+        ),
     )
     return Draft(
         plan=plan,
@@ -174,6 +181,7 @@ def _fixed_lines(
     overlay: DeviceOverlay | None,
     sizes: Sizes,
     settings: Settings,
+    graphs: MemoryLine,
 ) -> list[MemoryLine]:
     """Account for everything but KV blocks; weights first."""
     inside = workspaces(model, hardware.target, settings)
@@ -199,7 +207,7 @@ def _fixed_lines(
             bytes=peak_bytes,
             why=f"peak of a step of {settings.step_tokens} tokens, in its {phase}",
         ),
-        MemoryLine(name="graphs", bytes=0, why="no step is captured as a graph"),
+        graphs,
         MemoryLine(
             name="workspaces",
             bytes=tables,

@@ -87,6 +87,20 @@ def step_peak_bytes(
     return _aligned(phases[phase] + inputs), phase
 
 
+def decode_peak_bytes(
+    model: ModelConfig, dtype: Dtype, *, n_rows: int, attention_workspace_bytes: int
+) -> int:
+    """Return the most bytes that a captured decode of so many sequences holds at one moment."""
+    phases = (
+        _norm_bytes(model, dtype, n_rows),
+        _rope_step_bytes(model, dtype, n_rows),
+        _attention_bytes(model, dtype, n_rows) + attention_workspace_bytes,
+        max(_mlp_bytes(model, layer, dtype, n_rows) for layer in model.layers),
+        _logits_bytes(model, dtype, n_rows, n_rows),
+    )
+    return _aligned(max(phases) + n_rows * _STEP_INPUT_BYTES)
+
+
 def rope_bytes(model: ModelConfig, context_tokens: int) -> int:
     """Return the bytes of the cos and sin tables, one pair in float32 for each distinct RoPE."""
     return sum(

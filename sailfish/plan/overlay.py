@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -15,3 +15,5 @@ class DeviceOverlay:
     """What was measured with, such as "torch 2.11.0+cu130"; another version is measured again."""
     runtime_bytes: int
     """Memory of the process outside weights, KV blocks, activations and workspaces."""
+    launches: dict[int, dict[str, int]] = field(default_factory=dict)
+    """Launches of each kernel in a captured decode of up to so many sequences."""

@@ -83,6 +83,8 @@ class Plan:
     lag: Literal[0, 1]
     """Steps planned before the previous step's tokens are known."""
     prefix_cache: bool
+    graph_buckets: tuple[int, ...]
+    """Numbers of sequences for which a decode step is captured as a CUDA graph, ascending."""
     cache: tuple[CacheSpec, ...]
     memory: tuple[MemoryLine, ...]
     decisions: tuple[Decision, ...]

@@ -396,6 +396,7 @@ def test_limits_come_from_the_plan() -> None:
         n_blocks=640,
         lag=0,
         prefix_cache=True,
+        graph_buckets=(),
         cache=(),
         memory=(),
         decisions=(),

@@ -6,6 +6,7 @@ import ctypes
 from collections import Counter
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -15,16 +16,15 @@ _KERNEL_NODE = 0
 _COPY_NODE = 1
 
 
-def new_pool() -> tuple[int, int]:
+def new_pool() -> Any:
     """Return a pool of device memory for graphs that never run at the same time."""
-    pool: tuple[int, int] = torch.cuda.graph_pool_handle()
-    return pool
+    return torch.cuda.graph_pool_handle()
 
 
 class Graph:
     """What one call of a function launched, to be launched again."""
 
-    def __init__(self, function: Callable[[], None], pool: tuple[int, int]) -> None:
+    def __init__(self, function: Callable[[], None], pool: Any) -> None:
         """Capture a call on the current stream; `function` must have run on that stream before.
 
         Temporaries come from `pool`, which graphs that never run at the same time share.

@@ -92,7 +92,8 @@ def append_draws(
     Mutates rows.token_RC and the first S rows of drawn_S2.
     """
     rows.token_RC[tensors.row_S, tensors.length_S] = token_S.to(torch.int32)
-    torch.stack((token_S, finite_S.long()), 1, out=drawn_S2[: len(token_S)])
+    drawn_S2[: len(token_S), 0] = token_S
+    drawn_S2[: len(token_S), 1] = finite_S
 
 
 def _part(host: np.ndarray, start: dict[str, int], name: str, skip: int = 0) -> np.ndarray:

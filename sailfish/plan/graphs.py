@@ -1,0 +1,101 @@
+"""Decides which decode steps are captured as CUDA graphs, and what they take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from sailfish.base.config import EngineConfig
+from sailfish.checkpoint.model_config import ModelConfig
+from sailfish.hardware.profile import MIB, HardwareProfile
+from sailfish.kernels.choose import uncapturable
+from sailfish.kernels.contract import Choice
+from sailfish.plan.memory import decode_peak_bytes
+from sailfish.plan.ops import choose_all, op_cases, workspaces
+from sailfish.plan.settings import Settings
+from sailfish.plan.types import Decision, MemoryLine
+
+_STEPS = ((1, 1), (2, 2), (4, 4), (8, 8), (128, 16), (256, 32), (512, 64))
+"""From so many runs on, the next bucket is so many further: padding is 7 rows up to 128, 12% above."""
+_GRAPH_BYTES = 2 * MIB
+"""Driver memory of one captured step: some hundred kernels with their arguments."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Graphs:
+    """The decode steps to capture, if any."""
+
+    buckets: tuple[int, ...]
+    """Runs of each captured step, ascending; empty: none is."""
+    line: MemoryLine
+    decision: Decision
+
+
+def plan_graphs(
+    config: EngineConfig, model: ModelConfig, hardware: HardwareProfile, settings: Settings
+) -> Graphs:
+    """Return what is captured, or nothing with the reason."""
+    choices = choose_all(
+        op_cases(
+            model,
+            target=hardware.target,
+            dtype=settings.dtype,
+            kv_dtype=settings.kv_dtype,
+            page_tokens=settings.page_tokens,
+            formats=settings.formats,
+        )
+    )
+    obstacle = _obstacle(config, hardware, choices)
+    requested = "on" if config.cuda_graphs else "off"
+    if obstacle is not None:
+        return Graphs(
+            buckets=(),
+            line=MemoryLine(name="graphs", bytes=0, why="no step is captured as a graph"),
+            decision=Decision(
+                name="cuda_graphs",
+                requested=requested,
+                active="off",
+                why=obstacle,
+                is_downgrade=config.cuda_graphs and hardware.device == "cuda",
+            ),
+        )
+    buckets = decode_buckets(min(settings.max_sequences, settings.step_tokens))
+    most = replace(settings, max_sequences=buckets[-1], step_tokens=buckets[-1])
+    inside = workspaces(model, hardware.target, most)
+    pool_bytes = decode_peak_bytes(
+        model, settings.dtype, n_rows=buckets[-1], attention_workspace_bytes=inside["attention"]
+    )
+    return Graphs(
+        buckets=buckets,
+        line=MemoryLine(
+            name="graphs",
+            bytes=pool_bytes + len(buckets) * _GRAPH_BYTES,
+            why=f"{len(buckets)} decode steps of 1 to {buckets[-1]} sequences, one pool of temporaries",
+        ),
+        decision=Decision(
+            name="cuda_graphs",
+            requested=requested,
+            active="on",
+            why=f"a decode of up to {buckets[-1]} sequences is one launch",
+        ),
+    )
+
+
+def decode_buckets(most: int) -> tuple[int, ...]:
+    """Return the numbers of runs to capture a decode for: 1, 2, 4, 8, 16, 24 and so on, `most` the last."""
+    found = [1]
+    while found[-1] < most:
+        n = found[-1]
+        found.append(min(most, n + max(step for above, step in _STEPS if n >= above)))
+    return tuple(found)
+
+
+def _obstacle(config: EngineConfig, hardware: HardwareProfile, choices: Iterable[Choice]) -> str | None:
+    if not config.cuda_graphs:
+        return "as asked"
+    if hardware.device == "cpu":
+        return "the CPU has no launches to save"
+    held_up = uncapturable(choices)
+    if held_up is None:
+        return None
+    return f"{held_up.op} is {held_up.implementation}, whose launches depend on what only the host knows"
