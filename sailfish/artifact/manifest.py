@@ -15,8 +15,9 @@ import msgspec
 from sailfish.base.config import EngineConfig
 from sailfish.base.errors import ArtifactError
 from sailfish.checkpoint.model_config import GenerationDefaults, ModelConfig
-from sailfish.checkpoint.names import tensor_specs
+from sailfish.checkpoint.names import FLOAT_DTYPES
 from sailfish.kernels.contract import Choice
+from sailfish.plan.formats import GROUPS, STORED_BYTES, arena_tensors, is_quantised
 from sailfish.plan.types import Plan
 
 FORMAT = 2
@@ -24,7 +25,6 @@ FORMAT = 2
 MANIFEST_FILE = "manifest.json"
 DIGEST_FILE = "manifest.sha256"
 MAX_MANIFEST_BYTES = 64 << 20
-PIECE_ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 _OWN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}", re.ASCII)
 _SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
 _MAX_LAYERS = 1024
@@ -54,14 +54,16 @@ class Piece(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     offset: int
     n_bytes: int
     dtype: str
-    """As safetensors spells it: "F32", "F16" or "BF16"."""
+    """As safetensors spells it, such as "BF16"."""
 
 
 class TensorEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One canonical tensor: its pieces, concatenated along the first axis."""
+    """One tensor of the arena: its pieces, concatenated along the first axis."""
 
     name: str
     shape: tuple[int, ...]
+    dtype: str | None
+    """That it has in memory, as safetensors spells it; None: the plan's."""
     pieces: tuple[Piece, ...]
 
 
@@ -90,6 +92,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     plan: Plan
     ops: tuple[Choice, ...]
     """Implementations chosen for the target."""
+    quantised_by: str | None
+    """How the weights in 4 and 8 bits were made; None: there are none."""
     tensors: tuple[TensorEntry, ...]
     weights: tuple[WeightFile, ...]
     files: tuple[FileEntry, ...]
@@ -133,7 +137,11 @@ def decode(data: bytes, where: str) -> Manifest:
 def check(manifest: Manifest, where: str) -> None:
     """Raise ArtifactError unless every name, offset and shape is sound."""
     reason = (
-        _bad_model(manifest.model) or _bad_files(manifest) or _bad_tensors(manifest) or _bad_pieces(manifest)
+        _bad_model(manifest.model)
+        or _bad_formats(manifest)
+        or _bad_files(manifest)
+        or _bad_tensors(manifest)
+        or _bad_pieces(manifest)
     )
     if reason is not None:
         raise ArtifactError(f"{where} is not sound: {reason}", hint="build the engine again")
@@ -172,6 +180,17 @@ def _bad_model(model: ModelConfig) -> str | None:
     return None
 
 
+def _bad_formats(manifest: Manifest) -> str | None:
+    formats = manifest.plan.formats
+    if formats.group not in GROUPS:
+        return f"{formats.group} inputs share a scale"
+    if formats.embedding not in ("plain", "int8"):
+        return f"the embedding is in {formats.embedding}"
+    if is_quantised(formats) != (manifest.quantised_by is not None):
+        return "it is not clear who quantised its weights"
+    return None
+
+
 def _bad_files(manifest: Manifest) -> str | None:
     names = [file.name for file in manifest.files]
     names += [file.path for file in manifest.weights if not file.is_source]
@@ -194,16 +213,19 @@ def _bad_files(manifest: Manifest) -> str | None:
 
 
 def _bad_tensors(manifest: Manifest) -> str | None:
-    """The tensors must be exactly the model's own."""
-    wanted = {spec.name: tuple(spec.shape) for spec in tensor_specs(manifest.model)}
-    found = {tensor.name: tensor.shape for tensor in manifest.tensors}
+    """The tensors must be exactly what the model's own become in the plan's formats."""
+    wanted = {tensor.name: tensor for tensor in arena_tensors(manifest.model, manifest.plan.formats)}
+    found = {tensor.name: tensor for tensor in manifest.tensors}
     if len(found) != len(manifest.tensors):
         return "a tensor is listed twice"
-    for name, shape in wanted.items():
+    for name, tensor in wanted.items():
         if name not in found:
             return f"tensor {name} is missing"
-        if found[name] != shape:
-            return f"tensor {name} has shape {list(found[name])[:8]}, the model needs {list(shape)}"
+        if found[name].shape != tensor.shape:
+            shape = list(found[name].shape)[:8]
+            return f"tensor {name} has shape {shape}, the model needs {list(tensor.shape)}"
+        if found[name].dtype != tensor.dtype:
+            return f"tensor {name} is in {str(found[name].dtype)[:20]!r}, its format has {tensor.dtype!r}"
     extra = next((name for name in found if name not in wanted), None)
     return None if extra is None else f"the model has no tensor {extra[:80]!r}"
 
@@ -212,9 +234,9 @@ def _bad_pieces(manifest: Manifest) -> str | None:
     for tensor in manifest.tensors:
         n_elements = 0
         for piece in tensor.pieces:
-            item_bytes = PIECE_ITEM_BYTES.get(piece.dtype)
-            if item_bytes is None:
+            if piece.dtype not in (FLOAT_DTYPES if tensor.dtype is None else (tensor.dtype,)):
                 return f"tensor {tensor.name} has a piece of dtype {piece.dtype[:20]!r}"
+            item_bytes = STORED_BYTES[piece.dtype]
             if not 0 <= piece.file < len(manifest.weights):
                 return f"tensor {tensor.name} names weight file {piece.file} of {len(manifest.weights)}"
             file = manifest.weights[piece.file]

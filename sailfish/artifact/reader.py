@@ -1,9 +1,9 @@
-"""Opens an engine directory: sizes and header digests at once, weights through mmap, the rest on demand."""
+"""Opens an engine directory: sizes and header digests at once, the weights on demand."""
 
 from __future__ import annotations
 
 import hashlib
-import mmap
+import os
 import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,7 +15,6 @@ from sailfish.artifact.manifest import (
     MANIFEST_FILE,
     MAX_MANIFEST_BYTES,
     Manifest,
-    Piece,
     WeightFile,
     decode,
     digest,
@@ -25,12 +24,36 @@ from sailfish.base.errors import ArtifactError
 _HASH_CHUNK_BYTES = 8 << 20
 
 
-class StoredPiece(NamedTuple):
-    """Rows of a tensor as they are stored: a view of the mapped file."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredPiece:
+    """Rows of a tensor as they are stored, read from the file when asked for."""
 
-    data: memoryview
+    path: Path
+    offset: int
+    n_bytes: int
     dtype: str
     """As safetensors spells it."""
+
+    def read_into(self, buffer: memoryview, start: int) -> None:
+        """Fill the buffer with the piece's bytes from `start`; may be called from any thread."""
+        offset = self.offset + start
+        try:
+            handle = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                while len(buffer) and (n_bytes := os.preadv(handle, [buffer], offset)):
+                    buffer, offset = buffer[n_bytes:], offset + n_bytes
+            finally:
+                os.close(handle)
+        except OSError as error:
+            raise ArtifactError(f"{self.path} cannot be read: {error.strerror}") from None
+        if len(buffer):
+            raise _changed(self.path, f"it ends at byte {offset}")
+
+    def read(self) -> bytes:
+        """Return all of the piece's bytes."""
+        data = bytearray(self.n_bytes)
+        self.read_into(memoryview(data), 0)
+        return bytes(data)
 
 
 class StoredTensor(NamedTuple):
@@ -81,24 +104,16 @@ class Artifact:
         return self.directory / file.path
 
     def tensors(self) -> Iterator[StoredTensor]:
-        """Yield every tensor in the manifest's order, its bytes read from the files as they are touched.
-
-        Once the next tensor is asked for, the pages of the last one are given back to the system.
-        """
-        maps: dict[int, mmap.mmap] = {}
+        """Yield every tensor in the manifest's order; nothing is read yet."""
+        paths = [self.weight_path(file) for file in self.manifest.weights]
         for tensor in self.manifest.tensors:
-            for piece in tensor.pieces:
-                if piece.file not in maps:
-                    maps[piece.file] = self._map(self.manifest.weights[piece.file])
             pieces = tuple(
                 StoredPiece(
-                    memoryview(maps[piece.file])[piece.offset : piece.offset + piece.n_bytes], piece.dtype
+                    path=paths[piece.file], offset=piece.offset, n_bytes=piece.n_bytes, dtype=piece.dtype
                 )
                 for piece in tensor.pieces
             )
             yield StoredTensor(tensor.name, tensor.shape, pieces)
-            for piece in tensor.pieces:
-                _drop_pages(maps[piece.file], piece)
 
     def verify(self, on_progress: Callable[[int, int], None] | None = None) -> list[FileCheck]:
         """Read every byte and compare full digests; the manifest itself was checked by `open`.
@@ -125,17 +140,6 @@ class Artifact:
         header = _read(path, file.n_bytes, may_link=file.is_source, n_read=file.header_bytes)
         if hashlib.sha256(header).hexdigest() != file.header_sha256:
             raise _changed(path, "the digest of its header differs")
-
-    def _map(self, file: WeightFile) -> mmap.mmap:
-        path = self.weight_path(file)
-        try:
-            with path.open("rb") as stream:
-                mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-        except (OSError, ValueError) as error:
-            raise ArtifactError(f"{path} cannot be mapped: {error}") from None
-        if len(mapped) != file.n_bytes:
-            raise _changed(path, f"it has {len(mapped)} bytes, the manifest says {file.n_bytes}")
-        return mapped
 
 
 def is_engine(directory: Path) -> bool:
@@ -226,10 +230,3 @@ def _changed(path: Path, how: str) -> ArtifactError:
     return ArtifactError(
         f"{path} is not what the engine was built from: {how}", hint="build the engine again"
     )
-
-
-def _drop_pages(mapped: mmap.mmap, piece: Piece) -> None:
-    page_bytes = mmap.PAGESIZE
-    start = piece.offset // page_bytes * page_bytes
-    if hasattr(mmap, "MADV_DONTNEED"):
-        mapped.madvise(mmap.MADV_DONTNEED, start, piece.offset + piece.n_bytes - start)

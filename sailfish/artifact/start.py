@@ -8,8 +8,10 @@ from importlib.metadata import version
 from sailfish.artifact.reader import Artifact
 from sailfish.artifact.side import read_overlay
 from sailfish.base.config import EngineConfig
+from sailfish.base.errors import ConfigError
 from sailfish.hardware.profile import HardwareProfile
 from sailfish.kernels.contract import Choice
+from sailfish.plan.formats import words
 from sailfish.plan.make import make_plan
 from sailfish.plan.ops import choose_ops
 from sailfish.plan.overlay import DeviceOverlay
@@ -39,6 +41,13 @@ def plan_start(artifact: Artifact, asked: EngineConfig, hardware: HardwareProfil
     config = manifest.requested.overruled_by(asked)
     overlay = read_overlay(artifact, hardware.key, software())
     plan = make_plan(config, manifest.model, hardware, overlay)
+    if plan.formats != manifest.plan.formats:
+        raise ConfigError(
+            f"{artifact.directory} holds {words(manifest.plan.formats)} weights, asked for were "
+            f"{words(plan.formats)}",
+            hint="leave the formats of weights out, or build the engine again with them",
+            param="weights",
+        )
     ops = manifest.ops if _ask(plan) == _ask(manifest.plan) else choose_ops(manifest.model, plan)
     return Start(plan=plan, ops=ops, overlay=overlay, downgrades=refuse_downgrades(config, plan, ops))
 

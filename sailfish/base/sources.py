@@ -29,9 +29,13 @@ _BOOLEANS = {
     "off": False,
     "0": False,
 }
+_DTYPES = {"float32": "float32", "fp32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16"}
 _CHOICES = {
     "device": {"cpu": "cpu", "cuda": "cuda", "gpu": "cuda"},
-    "dtype": {"float32": "float32", "fp32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16"},
+    "dtype": _DTYPES,
+    "weights": {**_DTYPES, "int4": "int4", "int8": "int8", "fp8": "fp8"},
+    "head": {"plain": "plain", "int4": "int4", "int8": "int8", "fp8": "fp8"},
+    "embedding": {"plain": "plain", "int8": "int8"},
 }
 _RANGES: dict[str, tuple[int, int | None]] = {"port": (0, 65535), "lag": (0, 1), "max_queue": (0, None)}
 """Whole numbers that may be zero, or have an upper end; all others are at least 1."""

@@ -92,6 +92,7 @@ def build_engine(
             requested=config,
             plan=plan,
             ops=ops,
+            quantised_by=None,
             tensors=tensors,
             weights=weights,
             files=_copy_files(writer, directory),
@@ -129,6 +130,7 @@ def _referenced(
         TensorEntry(
             name=spec.name,
             shape=spec.shape,
+            dtype=None,
             pieces=tuple(
                 Piece(file=index[ref.file], offset=ref.offset, n_bytes=ref.n_bytes, dtype=ref.dtype)
                 for ref in (checkpoint.tensors[source] for source in spec.sources)
@@ -180,7 +182,9 @@ def _copied(
                     offset = weights.append(data, count)
                     dtype = checkpoint.tensors[source].dtype
                     pieces.append(Piece(file=len(files), offset=offset, n_bytes=len(data), dtype=dtype))
-                tensors.append(TensorEntry(name=spec.name, shape=spec.shape, pieces=_joined(pieces)))
+                tensors.append(
+                    TensorEntry(name=spec.name, shape=spec.shape, dtype=None, pieces=_joined(pieces))
+                )
             files.append(weights.entry())
     return tuple(tensors), tuple(files)
 

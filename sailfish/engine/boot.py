@@ -25,7 +25,8 @@ from sailfish.hardware.probe import probe
 from sailfish.kernels.choose import bind
 from sailfish.models.arena import arena_layout
 from sailfish.models.decoder import Decoder, KvCache
-from sailfish.models.load import load_weights
+from sailfish.models.load import assemble, load_weights
+from sailfish.plan.formats import arena_tensors
 from sailfish.plan.memory import SCALE_BYTES
 from sailfish.plan.overlay import DeviceOverlay
 from sailfish.plan.types import CacheDtype, Plan
@@ -76,10 +77,11 @@ def boot(
     if plan.device == "cpu" and "OMP_NUM_THREADS" not in environ:
         torch.set_num_threads(hardware.n_cores)
     meter = Meter(device, idle_free_bytes=hardware.free_bytes)
-    entries = [(tensor.name, tensor.shape) for tensor in manifest.tensors]
-    offsets, arena_bytes = arena_layout(entries, plan.dtype)
+    tensors = arena_tensors(manifest.model, plan.formats)
+    _, arena_bytes = arena_layout(tensors, plan.dtype)
     arena = torch.zeros(arena_bytes, dtype=torch.uint8, device=device)
-    weights = load_weights(artifact.tensors(), arena, offsets, plan.dtype)
+    pieces = {tensor.name: tensor.pieces for tensor in artifact.tensors()}
+    weights = assemble(manifest.model, plan.formats, load_weights(tensors, pieces, arena, plan.dtype))
     meter.mark("weights")
     on_progress("weights", format_bytes(arena_bytes))
 
@@ -95,17 +97,26 @@ def boot(
         plan.max_sequences, plan.context_tokens, plan.blocks_per_sequence, plan.page_tokens, device
     )
     meter.mark("workspaces")
-    runner = Runner(decoder, kv, table)
+    runner = Runner(decoder, kv, table, plan.graph_buckets)
     warm_up(runner, plan, model.vocab_size)
     meter.mark("activations")
     on_progress("warm-up", f"one step of {plan.step_tokens} tokens and {plan.max_sequences} sequences")
+    if plan.graph_buckets:
+        runner.capture()
+        on_progress("graphs", f"decode steps of up to {plan.graph_buckets[-1]} sequences captured")
+        meter.mark("graphs")
     gc.collect()
     gc.freeze()  # what lives now lives for ever: the collector need not look at it again
     runtime_bytes = meter.runtime_bytes
     if start.overlay is None and runtime_bytes <= MAX_RUNTIME_BYTES:
         _remember(
             artifact,
-            DeviceOverlay(device_key=hardware.key, software=software(), runtime_bytes=runtime_bytes),
+            DeviceOverlay(
+                device_key=hardware.key,
+                software=software(),
+                runtime_bytes=runtime_bytes,
+                launches=runner.launches(),
+            ),
         )
     return Booted(
         artifact=artifact, plan=plan, runner=runner, memory=meter.readings(plan), downgrades=start.downgrades

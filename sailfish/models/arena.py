@@ -1,20 +1,20 @@
-"""Where each weight lies in the one allocation that holds them all. No torch."""
+"""Where each tensor lies in the one allocation that holds all weights. No torch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from math import prod
 
-from sailfish.plan.memory import ARENA_ALIGN_BYTES, ITEM_BYTES
+from sailfish.plan.formats import ArenaTensor
+from sailfish.plan.memory import ARENA_ALIGN_BYTES
 from sailfish.plan.types import Dtype
 
 
-def arena_layout(shapes: Iterable[tuple[str, tuple[int, ...]]], dtype: Dtype) -> tuple[dict[str, int], int]:
-    """Return the offset of each named tensor, and the arena's size, in bytes."""
+def arena_layout(tensors: Iterable[ArenaTensor], dtype: Dtype) -> tuple[dict[str, int], int]:
+    """Return the offset of each named tensor, and the arena's size, in bytes; plain ones are in `dtype`."""
     offsets: dict[str, int] = {}
     end = 0
-    for name, shape in shapes:
-        assert name not in offsets, "tensor names are distinct"
-        offsets[name] = end
-        end += -(-prod(shape) * ITEM_BYTES[dtype] // ARENA_ALIGN_BYTES) * ARENA_ALIGN_BYTES
+    for tensor in tensors:
+        assert tensor.name not in offsets, "tensor names are distinct"
+        offsets[tensor.name] = end
+        end += -(-tensor.n_bytes(dtype) // ARENA_ALIGN_BYTES) * ARENA_ALIGN_BYTES
     return offsets, end

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,30 +19,44 @@ from sailfish.kernels.contract import AttentionSpan, Ops
 from sailfish.models.arena import arena_layout
 from sailfish.models.decoder import Decoder, KvCache, StepInputs
 from sailfish.models.load import ARENA_DTYPES, load_weights
+from sailfish.plan.formats import arena_tensors
 from sailfish.plan.ops import choose_all, op_cases
-from sailfish.plan.types import WeightFormats
+from sailfish.plan.types import Dtype, WeightFormats
 
 PAGE_TOKENS = 8
 N_BLOCKS = 128
 
 
+@dataclass(frozen=True)
+class BytesPiece:
+    """A piece of a tensor that is in memory."""
+
+    data: bytes | memoryview
+    dtype: str
+
+    @property
+    def n_bytes(self) -> int:
+        return len(self.data)
+
+    def read_into(self, buffer: memoryview, start: int) -> None:
+        """Fill the buffer with the bytes from `start`."""
+        buffer[:] = self.data[start : start + len(buffer)]
+
+
 def load_twin_weights(
-    path: Path, config: ModelConfig, dtype: str = "float32", device: str = "cpu"
+    path: Path, config: ModelConfig, dtype: Dtype = "float32", device: str = "cpu"
 ) -> dict[str, Tensor]:
     """Read a checkpoint's weights into one arena."""
-    specs = tensor_specs(config)
     checkpoint = Checkpoint.open(path)
-    offsets, n_bytes = arena_layout([(spec.name, spec.shape) for spec in specs], dtype)
-    arena = torch.empty(n_bytes, dtype=torch.uint8, device=device)
-    tensors = (
-        (
-            spec.name,
-            spec.shape,
-            [(checkpoint.bytes(source), checkpoint.tensors[source].dtype) for source in spec.sources],
-        )
-        for spec in specs
-    )
-    return load_weights(tensors, arena, offsets, dtype)
+    tensors = arena_tensors(config, WeightFormats())
+    _, n_bytes = arena_layout(tensors, dtype)
+    pieces = {
+        spec.name: [
+            BytesPiece(checkpoint.bytes(source), checkpoint.tensors[source].dtype) for source in spec.sources
+        ]
+        for spec in tensor_specs(config)
+    }
+    return load_weights(tensors, pieces, torch.empty(n_bytes, dtype=torch.uint8, device=device), dtype)
 
 
 def chosen_ops(config: ModelConfig, target: str = "cpu", dtype: str = "float32") -> Ops:

@@ -8,12 +8,20 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from paged import BytesPiece
 
 from sailfish.base.errors import ArtifactError
 from sailfish.models import load
 from sailfish.models.arena import arena_layout
-from sailfish.models.load import ARENA_DTYPES, SOURCE_DTYPES, load_weights
+from sailfish.models.load import ARENA_DTYPES, DTYPES, load_weights
+from sailfish.plan.formats import ArenaTensor
 from sailfish.plan.memory import ARENA_ALIGN_BYTES
+
+SOURCES = ("F32", "F16", "BF16")
+
+
+def _plain(name: str, shape: tuple[int, ...]) -> ArenaTensor:
+    return ArenaTensor(name=name, shape=shape, dtype=None)
 
 
 def _bytes(x: torch.Tensor) -> bytes:
@@ -25,7 +33,7 @@ def _bytes(x: torch.Tensor) -> bytes:
     dtype=st.sampled_from(sorted(ARENA_DTYPES)),
 )
 def test_tensors_lie_aligned_and_apart(shapes: list[tuple[int, ...]], dtype: str) -> None:
-    offsets, n_bytes = arena_layout([(str(i), shape) for i, shape in enumerate(shapes)], dtype)
+    offsets, n_bytes = arena_layout([_plain(str(i), shape) for i, shape in enumerate(shapes)], dtype)
     ends = [*list(offsets.values())[1:], n_bytes]
     for (name, offset), end in zip(offsets.items(), ends, strict=True):
         size = torch.Size(shapes[int(name)]).numel() * ARENA_DTYPES[dtype].itemsize
@@ -40,35 +48,47 @@ def test_pieces_of_any_source_dtype_are_joined_and_converted(
 ) -> None:
     monkeypatch.setattr(load, "_STAGING_BYTES", staging_bytes)
     draw = random.Random(staging_bytes)
-    expected, tensors = {}, []
+    expected, tensors, pieces = {}, [], {}
     for i in range(6):
-        rows = [(draw.randint(1, 5), draw.choice(sorted(SOURCE_DTYPES))) for _ in range(draw.randint(1, 4))]
-        parts = [torch.randn(n, 7).to(SOURCE_DTYPES[source]) for n, source in rows]
+        rows = [(draw.randint(1, 5), draw.choice(SOURCES)) for _ in range(draw.randint(1, 4))]
+        parts = [torch.randn(n, 7).to(DTYPES[source]) for n, source in rows]
         expected[f"w{i}"] = torch.cat([part.to(ARENA_DTYPES[dtype]) for part in parts])
-        pieces = [(memoryview(_bytes(part)), source) for part, (_, source) in zip(parts, rows, strict=True)]
-        tensors.append((f"w{i}", tuple(expected[f"w{i}"].shape), pieces))
-    offsets, n_bytes = arena_layout([(name, shape) for name, shape, _ in tensors], dtype)
+        pieces[f"w{i}"] = [BytesPiece(_bytes(x), source) for x, (_, source) in zip(parts, rows, strict=True)]
+        tensors.append(_plain(f"w{i}", tuple(expected[f"w{i}"].shape)))
+    offsets, n_bytes = arena_layout(tensors, dtype)
     arena = torch.zeros(n_bytes, dtype=torch.uint8)
-    weights = load_weights(tensors, arena, offsets, dtype)
+    weights = load_weights(tensors, pieces, arena, dtype)
     for name, tensor in expected.items():
         assert torch.equal(weights[name], tensor)
         assert weights[name].data_ptr() == arena.data_ptr() + offsets[name]
 
 
+@pytest.mark.parametrize("stored", ["I32", "I8", "F8_E4M3", "BF16", "F32"])
+def test_a_tensor_with_a_dtype_of_its_own_keeps_it_whatever_the_plan_has(stored: str) -> None:
+    tensors = [ArenaTensor(name="w", shape=(3, 5), dtype=stored), _plain("v", (1,))]
+    n_bytes = 15 * DTYPES[stored].itemsize
+    data = torch.arange(n_bytes, dtype=torch.uint8)
+    pieces = {"w": [BytesPiece(_bytes(data), stored)], "v": [BytesPiece(_bytes(torch.ones(1)), "F32")]}
+    arena = torch.zeros(arena_layout(tensors, "bfloat16")[1], dtype=torch.uint8)
+    weights = load_weights(tensors, pieces, arena, "bfloat16")
+    assert weights["w"].dtype == DTYPES[stored] and weights["w"].shape == (3, 5)
+    assert torch.equal(weights["w"].flatten().view(torch.uint8), data)
+    assert weights["v"] == torch.ones(1, dtype=torch.bfloat16)
+
+
+def _load_one(pieces: dict[str, list[BytesPiece]]) -> None:
+    tensors = [_plain("w", (2, 3))]
+    load_weights(tensors, pieces, torch.zeros(256, dtype=torch.uint8), "float32")
+
+
 def test_pieces_that_do_not_fill_the_shape_are_refused() -> None:
-    offsets, n_bytes = arena_layout([("w", (2, 3))], "float32")
-    arena = torch.zeros(n_bytes, dtype=torch.uint8)
     with pytest.raises(ArtifactError, match=r"tensor w \[2, 3\] needs 6 elements, its pieces hold 5"):
-        load_weights([("w", (2, 3), [(_bytes(torch.zeros(5)), "F32")])], arena, offsets, "float32")
+        _load_one({"w": [BytesPiece(_bytes(torch.zeros(5)), "F32")]})
 
 
-def test_missing_surplus_and_repeated_tensors_are_refused() -> None:
-    offsets, n_bytes = arena_layout([("w", (1,))], "float32")
-    arena = torch.zeros(n_bytes, dtype=torch.uint8)
-    one = [(_bytes(torch.zeros(1)), "F32")]
+def test_missing_and_surplus_tensors_are_refused() -> None:
+    six = [BytesPiece(_bytes(torch.zeros(6)), "F32")]
     with pytest.raises(ArtifactError, match="tensor w is missing"):
-        load_weights([], arena, offsets, "float32")
+        _load_one({})
     with pytest.raises(ArtifactError, match="tensor v is not expected"):
-        load_weights([("v", (1,), one)], arena, offsets, "float32")
-    with pytest.raises(ArtifactError, match="tensor w is not expected, or comes twice"):
-        load_weights([("w", (1,), one), ("w", (1,), one)], arena, offsets, "float32")
+        _load_one({"w": six, "v": six})

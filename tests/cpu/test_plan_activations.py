@@ -24,6 +24,7 @@ from sailfish.models import arena
 from sailfish.models.decoder import Decoder, KvCache
 from sailfish.models.layers.rope import rope_table
 from sailfish.plan import make_plan
+from sailfish.plan.formats import arena_tensors
 from sailfish.plan.ops import choose_ops
 from sailfish.plan.types import Plan
 
@@ -127,5 +128,5 @@ def test_the_planned_tables_are_the_ones_the_engine_makes() -> None:
 def test_the_planned_weights_are_the_arena_that_the_engine_allocates(name: str, dtype: str) -> None:
     model = _MODELS[name]
     plan = make_plan(EngineConfig(dtype=dtype), model, profile("cpu"))
-    _, n_bytes = arena.arena_layout([(spec.name, spec.shape) for spec in tensor_specs(model)], dtype)
+    _, n_bytes = arena.arena_layout(arena_tensors(model, plan.formats), dtype)
     assert plan.memory_bytes("weights") == n_bytes

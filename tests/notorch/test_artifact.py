@@ -67,7 +67,7 @@ def refusal(engine: Path) -> str:
 
 def test_an_engine_gives_back_every_tensor_of_its_checkpoint(sound: Artifact) -> None:
     shapes = tensor_shapes()
-    found = {name: b"".join(bytes(data) for data, _ in pieces) for name, _, pieces in sound.tensors()}
+    found = {name: b"".join(p.read() for p in pieces) for name, _, pieces in sound.tensors()}
     assert found["embed.weight"] == tensor_bytes("model.embed_tokens.weight", 64 * 32 * 2)
     parts = [f"model.layers.1.self_attn.{x}_proj.weight" for x in "qkv"]
     assert found["layers.1.qkv.weight"] == b"".join(
@@ -84,7 +84,7 @@ def test_a_bundle_holds_the_same_bytes_on_pages_of_its_own(
         sound.tensors(), bundle.tensors(), strict=True
     ):
         assert (name, shape) == (own_name, own_shape)
-        assert b"".join(bytes(p.data) for p in pieces) == b"".join(bytes(p.data) for p in own_pieces)
+        assert b"".join(p.read() for p in pieces) == b"".join(p.read() for p in own_pieces)
     assert all(tensor.pieces[0].offset % 4096 == 0 for tensor in bundle.manifest.tensors)
     assert not any(file.is_source for file in bundle.manifest.weights)
 
@@ -111,6 +111,7 @@ PLAN = Plan(
     n_blocks=32,
     lag=0,
     prefix_cache=True,
+    graph_buckets=(),
     cache=(CacheSpec(layers=(0, 1), kind="full", window_tokens=None, dtype="float32", bytes_per_token=256),),
     memory=(MemoryLine(name="weights", bytes=1024, why="one arena"),),
     decisions=(Decision(name="dtype", requested="auto", active="float32", why="small"),),
@@ -247,7 +248,7 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "another shape": (lambda m: m["tensors"][0].update(shape=[32, 64]), "the model needs [64, 32]"),
     "a missing tensor": (lambda m: m["tensors"].pop(), "is missing"),
     "a foreign tensor": (
-        lambda m: m["tensors"].append({"name": "x", "pieces": [], "shape": [1]}),
+        lambda m: m["tensors"].append({"dtype": None, "name": "x", "pieces": [], "shape": [1]}),
         "the model has no tensor 'x'",
     ),
     "the same tensor twice": (lambda m: m["tensors"].append(m["tensors"][0]), "listed twice"),

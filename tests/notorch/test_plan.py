@@ -15,11 +15,12 @@ from sailfish.base.errors import ConfigError, PlanError
 from sailfish.checkpoint.names import tensor_specs
 from sailfish.hardware.profile import GIB, MIB, PROFILES, HardwareProfile, profile
 from sailfish.plan import DeviceOverlay, make_plan, suggest
+from sailfish.plan.formats import arena_tensors
 from sailfish.plan.memory import weights_bytes
 from sailfish.plan.ops import choose_ops
 from sailfish.plan.render import as_data, decision_rows, memory_rows
 from sailfish.plan.strict import refuse_downgrades
-from sailfish.plan.types import Plan
+from sailfish.plan.types import Plan, WeightFormats
 
 H200 = profile("h200")
 RTX_3090 = profile("sm_86")
@@ -53,7 +54,7 @@ def test_the_arena_starts_every_tensor_at_256_bytes() -> None:
         for dim in spec.shape:
             n_elements *= dim
         sizes.append((n_elements * 2 + 255) // 256 * 256)
-    assert weights_bytes(specs, "bfloat16") == sum(sizes) > 0
+    assert weights_bytes(arena_tensors(odd, WeightFormats()), "bfloat16") == sum(sizes) > 0
 
 
 def test_layers_are_grouped_by_their_window_and_the_plan_says_that_windows_keep_all_blocks() -> None:
@@ -89,6 +90,7 @@ def test_what_was_asked_for_stays_as_asked() -> None:
         memory_bytes=60 * GIB,
         kv_bytes=1 * GIB,
         prefix_cache=False,
+        cuda_graphs=False,
     )
     plan = make_plan(asked, LLAMA_8B, H200)
     for name in (

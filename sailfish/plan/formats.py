@@ -1,0 +1,208 @@
+"""Which numbers each weight is stored in, and the tensors of the arena that this makes. No torch."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from math import prod
+
+from sailfish.base.config import EngineConfig
+from sailfish.base.errors import ConfigError
+from sailfish.checkpoint.model_config import ModelConfig
+from sailfish.checkpoint.names import TensorSpec, tensor_specs
+from sailfish.plan.types import Decision, Dtype, WeightFormat, WeightFormats
+
+STORED_BYTES: dict[str, int] = {"I32": 4, "F32": 4, "BF16": 2, "F16": 2, "I8": 1, "F8_E4M3": 1}
+"""Bytes of one element, by the name that safetensors has for its dtype."""
+_SPELLED: dict[Dtype, str] = {"float32": "F32", "bfloat16": "BF16"}
+GROUPS = (32, 64, 128)
+"""Inputs that may share a scale in 4 bits."""
+PLAIN: tuple[Dtype, ...] = ("bfloat16", "float32")
+"""What `weights` may be besides 4 and 8 bits: a plain dtype, which the activations then have too."""
+_IN_FORMAT: dict[str, tuple[str, ...]] = {
+    "weights": (*PLAIN, "int4", "int8", "fp8"),
+    "head": ("plain", "int4", "int8", "fp8"),
+    "embedding": ("plain", "int8"),
+    "weight_group": tuple(map(str, GROUPS)),
+}
+_LAYER_WEIGHT = re.compile(r"layers\.\d+\.(qkv|o|gate_up|down)\.weight")
+_EMBED, _HEAD = "embed.weight", "head.weight"
+_STRIP, _UNIT, _ROWS = 16, 64, 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArenaTensor:
+    """One tensor as it lies in memory: a whole weight, or a part of a quantised one."""
+
+    name: str
+    """Of the weight; a part has its own name after it, as in "layers.0.qkv.weight.scale"."""
+    shape: tuple[int, ...]
+    dtype: str | None
+    """As safetensors spells it; None: the plan's dtype."""
+
+    def n_bytes(self, dtype: Dtype) -> int:
+        """Return its size where the plan's dtype is `dtype`."""
+        return prod(self.shape) * STORED_BYTES[self.dtype or _SPELLED[dtype]]
+
+
+def formats_of(config: EngineConfig, model: ModelConfig) -> WeightFormats:
+    """Return the formats that are asked for; raises ConfigError for one that does not exist."""
+    for name, allowed in _IN_FORMAT.items():
+        value = getattr(config, name)
+        if value is not None and str(value) not in allowed:
+            raise ConfigError(
+                f"{name} {value!r} is not supported", hint=f"use one of {', '.join(allowed)}", param=name
+            )
+    layers = _format(None if config.weights in PLAIN else config.weights)
+    embedding = _format(config.embedding)
+    head = _format(config.head if config.head is not None or not model.tied_head else config.embedding)
+    if config.weight_group is not None and "int4" not in (layers, head):
+        raise ConfigError(
+            "weight_group is for int4 weights, and none were asked for",
+            hint="add --weights int4, or leave weight_group out",
+            param="weight_group",
+        )
+    group = WeightFormats().group if config.weight_group is None else config.weight_group
+    return WeightFormats(layers=layers, head=head, embedding=embedding, group=group)
+
+
+def is_quantised(formats: WeightFormats) -> bool:
+    """Say whether any weight is in 4 or 8 bits."""
+    return (formats.layers, formats.head, formats.embedding) != ("plain", "plain", "plain")
+
+
+def config_of(formats: WeightFormats) -> EngineConfig:
+    """Return the settings that ask for nothing but these formats."""
+    return EngineConfig(
+        weights=None if formats.layers == "plain" else formats.layers,
+        head=None if formats.head == "plain" else formats.head,
+        embedding=None if formats.embedding == "plain" else formats.embedding,
+        weight_group=formats.group if _has_int4(formats) else None,
+    )
+
+
+def words(formats: WeightFormats) -> str:
+    """Return the formats in words, as in "int4 (groups of 128), int8 head"."""
+    parts = [_word(formats.layers, formats)] if formats.layers != "plain" else []
+    parts += [f"{_word(formats.head, formats)} head"] if formats.head != "plain" else []
+    parts += [f"{formats.embedding} embedding"] if formats.embedding != "plain" else []
+    return ", ".join(parts) or "plain"
+
+
+def decisions(
+    config: EngineConfig, model: ModelConfig, formats: WeightFormats, dtype: Dtype
+) -> list[Decision]:
+    """Return what was asked of the weights' formats, what is active and why."""
+
+    def decide(name: str, value: str | int | None, active: str, default: str) -> Decision:
+        why = default if value is None else "as asked"
+        return Decision(name=name, requested="auto" if value is None else str(value), active=active, why=why)
+
+    plain_layers = formats.layers == "plain"
+    found = [
+        decide(
+            "weights", config.weights, dtype if plain_layers else _word(formats.layers, formats), "as dtype"
+        ),
+        decide("head", config.head, _active(formats.head, dtype), _why_head(model, formats)),
+        decide(
+            "embedding",
+            config.embedding,
+            _active(formats.embedding, dtype),
+            "a step reads a row for each token and no more, so 8 bits save memory, not time",
+        ),
+    ]
+    found.append(
+        decide("weight_group", config.weight_group, str(formats.group), "the usual one, a scale for 64 bytes")
+        if _has_int4(formats)
+        else Decision(name="weight_group", requested="auto", active="none", why="no weight is in 4 bits")
+    )
+    n_routed = sum(layer.moe is not None for layer in model.layers)
+    if n_routed and not plain_layers:
+        why = f"no kernel reads {formats.layers} experts; the {n_routed} layers' experts keep their dtype"
+        found.append(Decision(name="experts", requested=formats.layers, active=dtype, why=why))
+    return found
+
+
+def engine_specs(model: ModelConfig, formats: WeightFormats) -> list[tuple[TensorSpec, WeightFormat]]:
+    """Return every weight of the engine with its format, in the order the forward pass meets them.
+
+    A head that is tied to an embedding of another format becomes a weight of its own.
+    """
+    specs = tensor_specs(model)
+    if model.tied_head and formats.head != formats.embedding:
+        embed = next(spec for spec in specs if spec.name == _EMBED)
+        specs.append(replace(embed, name=_HEAD))
+    return [(spec, format_of(spec.name, formats)) for spec in specs]
+
+
+def format_of(name: str, formats: WeightFormats) -> WeightFormat:
+    """Return the format of a weight; norms, biases, routers and experts are always plain."""
+    if name == _EMBED:
+        return formats.embedding
+    if name == _HEAD:
+        return formats.head
+    return formats.layers if _LAYER_WEIGHT.fullmatch(name) else "plain"
+
+
+def arena_tensors(model: ModelConfig, formats: WeightFormats) -> list[ArenaTensor]:
+    """Return every tensor of the arena in order."""
+    return [
+        tensor
+        for spec, format in engine_specs(model, formats)
+        for tensor in parts(spec.name, spec.shape, format, formats.group)
+    ]
+
+
+def parts(name: str, shape: tuple[int, ...], format: WeightFormat, group: int) -> list[ArenaTensor]:
+    """Return the tensors that hold one weight."""
+    if format == "plain":
+        return [ArenaTensor(name=name, shape=shape, dtype=None)]
+    n_out, n_in = shape
+    if format == "int4":
+        rows, width, group = int4_sizes(n_out, n_in, group)
+        packed = (rows // _STRIP, width // _UNIT, 32, 4)
+        scale = (rows // _STRIP, width // group, _STRIP)
+        return [
+            ArenaTensor(name=f"{name}.packed", shape=packed, dtype="I32"),
+            ArenaTensor(name=f"{name}.scale", shape=scale, dtype="BF16"),
+        ]
+    values = "I8" if format == "int8" else "F8_E4M3"
+    return [
+        ArenaTensor(name=f"{name}.values", shape=shape, dtype=values),
+        ArenaTensor(name=f"{name}.scale", shape=(n_out,), dtype="F32"),
+    ]
+
+
+def int4_sizes(n_out: int, n_in: int, group: int) -> tuple[int, int, int]:
+    """Return outputs and inputs with their padding, and the group: all of a row where one holds it."""
+    rows, width = _up(n_out, _ROWS), _up(n_in, _UNIT)
+    if n_in <= group:
+        return rows, width, width
+    return rows, _up(width, group), group
+
+
+def _has_int4(formats: WeightFormats) -> bool:
+    return "int4" in (formats.layers, formats.head)
+
+
+def _format(asked: str | None) -> WeightFormat:
+    formats: dict[str | None, WeightFormat] = {"int4": "int4", "int8": "int8", "fp8": "fp8"}
+    return formats.get(asked, "plain")
+
+
+def _word(format: str, formats: WeightFormats) -> str:
+    return f"int4 (groups of {formats.group})" if format == "int4" else format
+
+
+def _active(format: str, dtype: Dtype) -> str:
+    return dtype if format == "plain" else format
+
+
+def _why_head(model: ModelConfig, formats: WeightFormats) -> str:
+    if model.tied_head:
+        return "as the embedding, whose weight it shares"
+    return "its errors reach every token's choice"
+
+
+def _up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
