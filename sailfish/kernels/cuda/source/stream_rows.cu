@@ -1,0 +1,129 @@
+// y = x W^T for few tokens with weights that lie row by row, as in a checkpoint: 16-bit floats, or 8-bit
+// integers and floats (e4m3) with activations of the same kind, one scale a token and one an output.
+//
+// A chunk of 128 bytes of inputs means the same fragments in all formats: ldmatrix moves bytes, and only the
+// product differs. Rows lie in the ring 128 bytes apart, their 16-byte pieces rotated against bank conflicts.
+#include "stream.cuh"
+
+#if DTYPE == 16
+using T = f16;
+#else
+using T = bf16;
+#endif
+
+#define PLAIN 0
+#define INT8 1
+#define FP8 2
+
+struct Rows {
+#if FORMAT == INT8
+    using Sum = int;
+#else
+    using Sum = float;
+#endif
+    static constexpr int NT = TILES, WARPS = N_WARPS, WK = WARP_SPLITS, DEPTH = RING, THREADS = WARPS * 32;
+    static constexpr int STAGE = 2;  // chunks
+    static constexpr int PIECE_BYTES = STRIP * CHUNK_BYTES, STAGE_BYTES = STAGE * PIECE_BYTES;
+    static constexpr int CHAINS = NT == 1 ? 2 : 1;  // sums in flight: one would wait for the tensor cores
+
+    const char* weight;
+    int row_bytes;
+    int last_row;
+    uint64_t policy;
+    int lane;
+    const char* rows[4];  // of those whose pieces this lane copies
+    int at;               // what to copy next
+
+    static __device__ __forceinline__ int sum_bytes(int) { return 0; }
+    __device__ __forceinline__ void take(uint4&, bool, int, int, float*) const {}
+    __device__ __forceinline__ void finish(int, Sum (&total)[NT][4]) const {
+#if FORMAT == FP8 && __CUDA_ARCH__ < 890
+#pragma unroll
+        for (int t = 0; t < NT; ++t)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) total[t][i] *= 0x1p16f;  // see halves_of
+#endif
+    }
+
+    __device__ __forceinline__ void seek(int strip, int chunk) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            rows[i] = weight + int64_t(min(strip * STRIP + i * 4 + lane / 8, last_row)) * row_bytes;
+        at = chunk * CHUNK_BYTES + lane % 8 * 16;
+    }
+
+    // Copy the next n chunks, zeros beyond the end of a row.
+    __device__ __forceinline__ void fill(uint32_t slot, int n) {
+#pragma unroll
+        for (int u = 0; u < STAGE; ++u, at += CHUNK_BYTES)
+            if (u < n) {
+                const int valid = max(0, min(16, row_bytes - at));
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const int row = i * 4 + lane / 8;
+                    stream_16(slot + u * PIECE_BYTES + row * CHUNK_BYTES + (lane % 8 ^ row % 8) * 16,
+                              rows[i] + (valid ? at : 0), valid, policy);
+                }
+            }
+    }
+
+    // Four e4m3 as two pairs of f16, each value times 2^-8, exactly.
+    static __device__ __forceinline__ void halves_of(uint32_t bytes, uint32_t& low, uint32_t& high) {
+        low = __byte_perm(bytes, 0, 0x1404), high = __byte_perm(bytes, 0, 0x3424);
+        low = (low & 0x80008000) | (low & 0x7f007f00) >> 1;
+        high = (high & 0x80008000) | (high & 0x7f007f00) >> 1;
+    }
+
+    static __device__ __forceinline__ void add(Sum (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+#if FORMAT == PLAIN
+        multiply_add<T>(c, a, b0, b1);
+#elif FORMAT == INT8
+        multiply_add_s8(c, a, b0, b1);
+#elif __CUDA_ARCH__ >= 890
+        multiply_add_e4m3(c, a, b0, b1);
+#else
+        uint32_t first[4], second[4], x[2][2];
+        halves_of(a[0], first[0], first[2]), halves_of(a[1], first[1], first[3]);
+        halves_of(a[2], second[0], second[2]), halves_of(a[3], second[1], second[3]);
+        halves_of(b0, x[0][0], x[0][1]), halves_of(b1, x[1][0], x[1][1]);
+        multiply_add<f16>(c, first, x[0][0], x[0][1]);
+        multiply_add<f16>(c, second, x[1][0], x[1][1]);
+#endif
+    }
+
+    __device__ __forceinline__ void multiply(uint32_t slot, const uint32_t (&x)[NT], const float*, int, int chunk,
+                                             int n, Sum (&total)[NT][4]) const {
+        const int row = lane % 16;
+        Sum other[NT][4] = {};
+#pragma unroll
+        for (int u = 0; u < STAGE; ++u) {
+            if (u >= n) break;
+#pragma unroll
+            for (int pair = 0; pair < 2; ++pair) {
+                uint32_t b[NT][4];
+#pragma unroll
+                for (int t = 0; t < NT; ++t) load_matrices(b[t], x[t] + (chunk + u) * CHUNK_BYTES + pair * 64);
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    const int piece = pair * 4 + half * 2 + lane / 16;
+                    uint32_t a[4];
+                    load_matrices(a, slot + u * PIECE_BYTES + row * CHUNK_BYTES + (piece ^ row % 8) * 16);
+#pragma unroll
+                    for (int t = 0; t < NT; ++t)
+                        add(half % CHAINS ? other[t] : total[t], a, b[t][half * 2], b[t][half * 2 + 1]);
+                }
+            }
+        }
+        if constexpr (CHAINS == 2)
+#pragma unroll
+            for (int t = 0; t < NT; ++t)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) total[t][i] += other[t][i];
+    }
+};
+
+extern "C" __global__ void __launch_bounds__(Rows::THREADS, 1)
+    stream_rows(Shape shape, Output<T> out, const char* weight) {
+    Rows reader{weight, shape.row_bytes, shape.n_out - 1, evict_first(), int(threadIdx.x % 32), {}, 0};
+    stream_linear(reader, shape, out);
+}
