@@ -42,10 +42,12 @@ def explain(
         }
         for choice in start.ops
     ]
+    launches = {} if start.overlay is None else start.overlay.launches
     data = {
         "target": manifest.target,
         "settings": decisions,
         "ops": ops,
+        "launches": launches,
         "downgrades": start.downgrades,
     }
     if as_json:
@@ -57,8 +59,20 @@ def explain(
         for op in ops
     ]
     tables.show(f"Ops on {manifest.target}", ("op", "for", "implementation", "why", "declined"), rows)
+    if launches:
+        counts = [
+            (f"up to {n_runs}", str(sum(kernels.values())), _counted(kernels))
+            for n_runs, kernels in sorted(launches.items())
+        ]
+        tables.show("Launches of a captured decode", ("sequences", "launches", "kernels"), counts)
     for downgrade in start.downgrades:
         opening.say(f"downgrade: {downgrade}")
+
+
+def _counted(kernels: dict[str, int]) -> str:
+    """Return the kernels with their counts, the most frequent first."""
+    ordered = sorted(kernels.items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{n} x {name}" for name, n in ordered)
 
 
 def _what_for(choice: Choice) -> str:

@@ -226,6 +226,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     memory: list[MemoryReading]
     downgrades: list[str] = []
     """What the device forces below what the checkpoint offers, in words."""
+    launches: dict[int, dict[str, int]] = {}
+    """Launches of each kernel in a captured decode of up to so many sequences."""
     started_s: float
     """Seconds from process start to READY."""
     pid: int

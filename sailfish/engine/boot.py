@@ -49,6 +49,8 @@ class Booted:
     runner: Runner
     memory: list[MemoryReading]
     downgrades: list[str]
+    launches: dict[int, dict[str, int]]
+    """Launches of each kernel in a captured decode of up to so many sequences."""
 
 
 def boot(
@@ -107,7 +109,7 @@ def boot(
         meter.mark("graphs")
     gc.collect()
     gc.freeze()  # what lives now lives for ever: the collector need not look at it again
-    runtime_bytes = meter.runtime_bytes
+    runtime_bytes, launches = meter.runtime_bytes, runner.launches()
     if start.overlay is None and runtime_bytes <= MAX_RUNTIME_BYTES:
         _remember(
             artifact,
@@ -115,11 +117,16 @@ def boot(
                 device_key=hardware.key,
                 software=software(),
                 runtime_bytes=runtime_bytes,
-                launches=runner.launches(),
+                launches=launches,
             ),
         )
     return Booted(
-        artifact=artifact, plan=plan, runner=runner, memory=meter.readings(plan), downgrades=start.downgrades
+        artifact=artifact,
+        plan=plan,
+        runner=runner,
+        memory=meter.readings(plan),
+        downgrades=start.downgrades,
+        launches=launches,
     )
 
 

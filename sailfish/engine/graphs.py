@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import Counter
 from collections.abc import Callable, Sequence
 
 from sailfish.kernels.cuda.graph import Graph, new_pool
@@ -40,6 +39,12 @@ class DecodeGraphs:
         """Launch the step of a bucket."""
         self._graphs[n_runs].replay()
 
-    def kernels(self) -> dict[int, Counter[str]]:
-        """Return how often each step launches each kernel, by bucket."""
-        return {n_runs: graph.kernels() for n_runs, graph in sorted(self._graphs.items())}
+    def launches(self) -> dict[int, dict[str, int]]:
+        """Return how often each step launches each kernel, by bucket; the last of equal neighbours stands."""
+        found: dict[int, dict[str, int]] = {}
+        for n_runs, graph in sorted(self._graphs.items()):
+            counts = dict(graph.kernels())
+            if found and found[(last := next(reversed(found)))] == counts:
+                del found[last]
+            found[n_runs] = counts
+        return found

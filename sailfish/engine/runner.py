@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -87,9 +86,9 @@ class Runner:
             self._table.send(nothing, Batch.of(nothing.runs), pad_to=self._graphs.most_runs)
             self._graphs.capture(self._decode)
 
-    def launches(self) -> dict[int, Counter[str]]:
-        """Return how often each captured step launches each kernel, by its number of runs."""
-        return self._graphs.kernels()
+    def launches(self) -> dict[int, dict[str, int]]:
+        """Return how often a captured decode of up to so many runs launches each kernel."""
+        return self._graphs.launches()
 
     def _captured(self, batch: Batch) -> int | None:
         """Return the captured step that does the batch, if there is one."""

@@ -131,6 +131,7 @@ def _info(booted: Booted, name: str | None, started_s: float) -> EngineInfo:
         defaults=defaults,
         memory=booted.memory,
         downgrades=booted.downgrades,
+        launches=booted.launches,
         started_s=started_s,
         pid=os.getpid(),
     )
