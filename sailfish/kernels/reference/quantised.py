@@ -14,7 +14,8 @@ LARGEST = {"int8": 127.0, "fp8": 448.0}
 def quantise(x_TI: Tensor, out: ActivationFormat) -> Quantised:
     """Meet `contract.Quantise`; takes any number of leading axes."""
     largest_T = x_TI.float().abs().amax(-1)
-    scale_T = torch.where(largest_T > 0, largest_T / LARGEST[out], 1.0)
+    # In float64, for on a GPU torch multiplies by the rounded reciprocal of a constant divisor.
+    scale_T = torch.where(largest_T > 0, (largest_T.double() / LARGEST[out]).float(), 1.0)
     scaled = x_TI.float() / scale_T.unsqueeze(-1)
     values = scaled.round().to(torch.int8) if out == "int8" else scaled.to(torch.float8_e4m3fn)
     return Quantised(values, scale_T, x_TI.dtype)
