@@ -15,6 +15,8 @@ from sailfish.base.errors import ArtifactError
 from sailfish.plan.overlay import DeviceOverlay
 
 EVIDENCE_FILE = "evidence.jsonl"
+WEIGHT_ERROR = "weight_error"
+"""Kind of evidence: mean of ||W - Wq|| / ||W|| over the quantised weights of each kind, such as "gate_up"."""
 _MAX_SIDE_BYTES = 16 << 20
 MAX_RUNTIME_BYTES = 4 << 30
 """No runtime takes more; a larger figure was another process's doing."""

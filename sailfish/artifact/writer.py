@@ -64,6 +64,11 @@ class EngineWriter:
             shutil.rmtree(self._staging, ignore_errors=True)
             self._release()
 
+    @property
+    def staging(self) -> Path:
+        """The hidden directory, for whoever writes files of the engine in another process."""
+        return self._staging
+
     def add_file(self, name: str, data: bytes) -> FileEntry:
         """Write a small file."""
         with self._told(), self._create(name) as stream:

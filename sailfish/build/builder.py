@@ -7,25 +7,34 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
+
+import msgspec
 
 from sailfish.artifact.manifest import FileEntry, Manifest, Piece, TensorEntry, WeightFile
 from sailfish.artifact.reader import Artifact, file_digest, header_digest, is_engine
+from sailfish.artifact.side import WEIGHT_ERROR, Evidence, append_evidence
 from sailfish.artifact.writer import ALIGN_BYTES, EngineWriter
 from sailfish.base.config import EngineConfig
 from sailfish.base.errors import CheckpointError
 from sailfish.base.sources import environment
+from sailfish.build.quantise import Quantiser
 from sailfish.checkpoint.files import read_bytes
 from sailfish.checkpoint.hf_config import load_generation_defaults, load_model_config
 from sailfish.checkpoint.model_config import ModelConfig
 from sailfish.checkpoint.names import TensorSpec, check_tensors, tensor_specs
 from sailfish.checkpoint.safetensors_reader import Checkpoint
 from sailfish.checkpoint.tokenizer import Tokenizer
+from sailfish.compress.job import Done, method
 from sailfish.hardware.probe import find_gpu, probe, profile_of_gpu
 from sailfish.hardware.profile import HardwareProfile, profile
 from sailfish.plan import make_plan
+from sailfish.plan.formats import arena_tensors, engine_specs, is_quantised
 from sailfish.plan.ops import choose_ops
 from sailfish.plan.strict import refuse_downgrades
+from sailfish.plan.types import WeightFormats
 from sailfish.version import __version__
 
 Progress = Callable[[str, int, int], None]
@@ -62,8 +71,9 @@ def build_engine(
 
     `config` stays in the engine as what it was built to do; every start may overrule it. The recorded
     plan is for `planned_for` where that is given. Weights stay where they are, named by path, size and
-    digests; `bundle` copies them in. `force` replaces an engine of that name. Raises CheckpointError,
-    PlanError, ArtifactError or BuildError; then nothing is left behind.
+    digests; `bundle` copies them in, and where some are quantised all are in any case. `force` replaces
+    an engine of that name. Raises CheckpointError, PlanError, ArtifactError or BuildError; then nothing
+    is left behind.
     """
     config, tell = config or EngineConfig(), progress or _silent
     directory, out = Path(os.path.abspath(checkpoint_dir)), Path(os.path.abspath(out_dir))
@@ -78,9 +88,15 @@ def build_engine(
     plan = make_plan(planned_for or config, model, hardware)
     ops = choose_ops(model, plan)
     refuse_downgrades(planned_for or config, plan, ops)
+    evidence: Done | None = None
     with EngineWriter(out, force=force) as writer:
-        if bundle:
-            tensors, weights = _copied(writer, model, checkpoint, tell)
+        if is_quantised(plan.formats):
+            may_use_gpu = config.device != "cpu"
+            tensors, weights, evidence = _quantised(
+                writer, model, checkpoint, plan.formats, may_use_gpu, tell
+            )
+        elif bundle:
+            tensors, weights = _copied(writer, tensor_specs(model), checkpoint, tell)
         else:
             tensors, weights = _referenced(out, model, checkpoint, tell)
         manifest = Manifest(
@@ -92,12 +108,15 @@ def build_engine(
             requested=config,
             plan=plan,
             ops=ops,
-            quantised_by=None,
+            quantised_by=method(plan.formats) if is_quantised(plan.formats) else None,
             tensors=tensors,
             weights=weights,
             files=_copy_files(writer, directory),
         )
-        return writer.commit(manifest)
+        artifact = writer.commit(manifest)
+    if evidence is not None:
+        _remember(artifact, evidence)
+    return artifact
 
 
 def target_profile(target: str | None, device: str | None, environ: Mapping[str, str]) -> HardwareProfile:
@@ -162,11 +181,50 @@ def _source(out: Path, checkpoint: Checkpoint, file: str, count: Callable[[int],
     )
 
 
+def _quantised(
+    writer: EngineWriter,
+    model: ModelConfig,
+    checkpoint: Checkpoint,
+    formats: WeightFormats,
+    may_use_gpu: bool,
+    tell: Progress,
+) -> tuple[tuple[TensorEntry, ...], tuple[WeightFile, ...], Done]:
+    """Copy the plain tensors while another process quantises the others."""
+    plain = [spec for spec, format in engine_specs(model, formats) if format == "plain"]
+    wanted = arena_tensors(model, formats)
+    writer.require_space(sum(tensor.n_bytes("float32") + ALIGN_BYTES for tensor in wanted))
+    with Quantiser(checkpoint.directory, writer.staging, formats, may_use_gpu=may_use_gpu) as quantiser:
+        tensors, weights = _copied(writer, plain, checkpoint, tell)
+        done = quantiser.finish(partial(tell, "quantise"))
+    entries = {tensor.name: tensor for tensor in tensors}
+    entries |= {tensor.name: _shifted(tensor, len(weights)) for tensor in done.tensors}
+    return tuple(entries[tensor.name] for tensor in wanted), (*weights, *done.weights), done
+
+
+def _shifted(tensor: TensorEntry, n_files: int) -> TensorEntry:
+    """Count the files of a tensor's pieces after the first `n_files`."""
+    pieces = tuple(msgspec.structs.replace(piece, file=piece.file + n_files) for piece in tensor.pieces)
+    return msgspec.structs.replace(tensor, pieces=pieces)
+
+
+def _remember(artifact: Artifact, done: Done) -> None:
+    """Store how far the quantised weights are from the checkpoint's."""
+    append_evidence(
+        artifact,
+        Evidence(
+            manifest=artifact.digest,
+            kind=WEIGHT_ERROR,
+            at=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            device=done.device,
+            values=dict(done.error),
+        ),
+    )
+
+
 def _copied(
-    writer: EngineWriter, model: ModelConfig, checkpoint: Checkpoint, tell: Progress
+    writer: EngineWriter, specs: Sequence[TensorSpec], checkpoint: Checkpoint, tell: Progress
 ) -> tuple[tuple[TensorEntry, ...], tuple[WeightFile, ...]]:
-    """Copy every tensor into the engine's own files, each on a page of its own."""
-    specs = tensor_specs(model)
+    """Copy tensors into the engine's own files, each on a page of its own."""
     sizes = [sum(checkpoint.tensors[source].n_bytes for source in spec.sources) for spec in specs]
     writer.require_space(sum(size + ALIGN_BYTES for size in sizes))
     count = _counter(tell, "copy", sum(sizes))

@@ -19,9 +19,12 @@ from sailfish.base.config import EngineConfig
 from sailfish.base.errors import ArtifactError, BuildError, PlanError
 from sailfish.base.sources import cache_dir, environment
 from sailfish.build.builder import COPIED_FILES, Progress, build_engine, model_name, target_profile
+from sailfish.checkpoint.hf_config import load_model_config
 from sailfish.checkpoint.hub import HubEnv, resolve
 from sailfish.checkpoint.safetensors_reader import Checkpoint
 from sailfish.data import DEMO_MODEL_NAME, demo_model
+from sailfish.plan.formats import config_of, formats_of, words
+from sailfish.plan.types import WeightFormats
 from sailfish.version import __version__
 
 log = logging.getLogger(__name__)
@@ -76,7 +79,8 @@ def locate_engine(
     if is_engine(directory):
         return FoundEngine(path=directory, is_built=False, why="given")
     hardware = target_profile(target, config.device, environ)
-    path = cache_root(environ) / _entry_name(directory, hardware.target)
+    formats = formats_of(config, load_model_config(directory))
+    path = cache_root(environ) / _entry_name(directory, hardware.target, formats)
     with _locked(path):
         why = "built"
         if is_engine(path):
@@ -90,6 +94,7 @@ def locate_engine(
             build_engine,
             directory,
             path,
+            config=config_of(formats),
             target=hardware.target,
             force=True,
             progress=progress,
@@ -107,12 +112,12 @@ def cache_root(environ: Mapping[str, str]) -> Path:
     return cache_dir(environ) / "engines"
 
 
-def _entry_name(directory: Path, target: str) -> str:
+def _entry_name(directory: Path, target: str, formats: WeightFormats) -> str:
     """Name the entry after the model and a digest of all that would change the engine."""
     checkpoint = Checkpoint.open(directory)
     state = hashlib.sha256()
     facts = [
-        f"format {FORMAT}, sailfish {__version__}, target {target}",
+        f"format {FORMAT}, sailfish {__version__}, target {target}, weights {words(formats)}",
         str(Path(os.path.abspath(directory))),
     ]
     for file in sorted(checkpoint.file_bytes):

@@ -52,7 +52,31 @@ ENGINE = (
         field="dtype",
         flag="--dtype",
         metavar="float32|bfloat16",
-        help="Number format of weights and KV cache.",
+        help="Number format of activations, and of weights not quantised.",
+    ),
+    Setting(
+        field="weights",
+        flag="--weights",
+        metavar="FORMAT",
+        help="Attention and MLP weights in int4, int8 or fp8. Default: as --dtype.",
+    ),
+    Setting(
+        field="weight_group",
+        flag="--weight-group",
+        metavar="N",
+        help="Inputs that share a scale in int4 weights: 32, 64 or 128. Default: 128.",
+    ),
+    Setting(
+        field="head",
+        flag="--head",
+        metavar="FORMAT",
+        help="Output projection in int4, int8 or fp8. Default: as --dtype.",
+    ),
+    Setting(
+        field="embedding",
+        flag="--embedding",
+        metavar="FORMAT",
+        help="Token embedding in int8. Default: as --dtype.",
     ),
     Setting(
         field="context_tokens", flag="--ctx", metavar="TOKENS", help="Longest prompt plus answer, e.g. 8k."

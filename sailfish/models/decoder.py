@@ -80,7 +80,9 @@ class Decoder:
             for i, layer in enumerate(config.layers)
         ]
         self._final_norm = norm("final_norm")
-        self._head = Linear(self._embed_VD, None) if config.tied_head else Linear.named("head", weights)
+        # A tied head is a weight of its own where its format is not the embedding's.
+        has_head = "head.weight" in weights
+        self._head = Linear.named("head", weights) if has_head else Linear(self._embed_VD, None)
 
     def forward(self, step: StepInputs, kv: KvCache) -> Tensor:
         """Return hidden_TD after the final norm; writes the step's keys and values to the cache."""

@@ -39,7 +39,8 @@ class Piece(Protocol):
     """Consecutive elements of a tensor, in a file."""
 
     @property
-    def n_bytes(self) -> int: ...
+    def n_bytes(self) -> int:
+        """Its size as it is stored."""
 
     @property
     def dtype(self) -> str:

@@ -1,0 +1,194 @@
+"""The process that quantises an engine's weights: `python -m sailfish.compress.worker`.
+
+It takes a job on standard input and answers in lines on standard output. A process of its own, so that
+whoever builds holds neither torch nor a GPU's memory afterwards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import msgspec
+import torch
+from torch import Tensor
+
+from sailfish.artifact.manifest import Piece, TensorEntry, WeightFile
+from sailfish.artifact.writer import WeightsWriter
+from sailfish.base.errors import BuildError, SailfishError
+from sailfish.checkpoint.hf_config import load_model_config
+from sailfish.checkpoint.names import TensorSpec
+from sailfish.checkpoint.safetensors_reader import Checkpoint
+from sailfish.compress import rtn
+from sailfish.compress.job import Done, Failed, Job, Progress
+from sailfish.kernels import int4
+from sailfish.plan.formats import engine_specs, parts
+from sailfish.plan.types import WeightFormat
+
+_FILE_BYTES = 4 << 30
+_SOURCE_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_ERROR_ROWS_ELEMENTS = 1 << 22
+
+
+def main() -> int:
+    """Do the job on standard input; return the exit code."""
+    job = msgspec.json.decode(sys.stdin.buffer.read(), type=Job)
+    try:
+        _say(quantise(job, lambda done, total: _say(Progress(done, total))))
+    except SailfishError as error:
+        _say(Failed(error.code, error.message, error.hint))
+        return error.exit_code
+    except OSError as error:
+        failure = BuildError(f"writing the quantised weights failed: {error.strerror or error}")
+        _say(Failed(failure.code, failure.message, "free some space, or choose a directory on another disk"))
+        return failure.exit_code
+    return 0
+
+
+def quantise(job: Job, tell: Callable[[int, int], None]) -> Done:
+    """Quantise weight after weight; the next one is made while the last one is hashed and written."""
+    checkpoint = Checkpoint.open(Path(job.checkpoint))
+    model = load_model_config(Path(job.checkpoint))
+    specs = [(spec, to) for spec, to in engine_specs(model, job.formats) if to != "plain"]
+    total_bytes = sum(_source_bytes(checkpoint, spec) for spec, _ in specs)
+    device = _device(job.may_use_gpu)
+    errors: dict[str, list[float]] = {}
+    done_bytes = 0
+    with _Files(Path(job.out)) as files, ThreadPoolExecutor(1) as pool:
+        written: Future[None] | None = None
+        for spec, to in specs:
+            try:
+                tensors, error = _quantised(checkpoint, spec, to, job.formats.group, device)
+            except torch.OutOfMemoryError:  # others use the GPU; the CPU gives the same numbers
+                device = torch.device("cpu")
+                tensors, error = _quantised(checkpoint, spec, to, job.formats.group, device)
+            errors.setdefault(_kind(spec.name), []).append(error)
+            if written is not None:
+                written.result()
+            written = pool.submit(files.append, spec, to, job.formats.group, tensors)
+            done_bytes += _source_bytes(checkpoint, spec)
+            tell(done_bytes, total_bytes)
+        if written is not None:
+            written.result()
+        weights = files.entries()
+    return Done(
+        tensors=files.tensors,
+        weights=weights,
+        error={kind: sum(values) / len(values) for kind, values in errors.items()},
+        device=device.type,
+    )
+
+
+def _quantised(
+    checkpoint: Checkpoint, spec: TensorSpec, to: WeightFormat, group: int, device: torch.device
+) -> tuple[list[Tensor], float]:
+    """Return the tensors of a weight on the host, in the order of its parts, and its relative error."""
+    weight_OI = torch.cat([_load(checkpoint, source, device) for source in spec.sources])
+    try:
+        if to == "int4":
+            code, scale, zero = rtn.quantise_int4(weight_OI, group)
+            error = _relative_error(
+                weight_OI, lambda rows: rtn.restore_int4(code[rows], scale[rows], zero, group)
+            )
+            packed = int4.pack(code, scale, zero, torch.bfloat16)
+            tensors = [packed.packed, packed.scale]
+        else:
+            assert to != "plain"
+            values, row_scale = rtn.quantise_8(weight_OI, to)
+            error = _relative_error(weight_OI, lambda rows: rtn.restore_8(values[rows], row_scale[rows]))
+            tensors = [values, row_scale]
+    except BuildError as error_:
+        raise BuildError(
+            f"{checkpoint.directory}: {spec.name} cannot be quantised: {error_.message}"
+        ) from None
+    return [tensor.contiguous().cpu() for tensor in tensors], error
+
+
+def _load(checkpoint: Checkpoint, source: str, device: torch.device) -> Tensor:
+    ref = checkpoint.tensors[source]
+    data = bytearray(checkpoint.bytes(source)) if device.type == "cpu" else checkpoint.bytes(source)
+    return torch.frombuffer(data, dtype=_SOURCE_DTYPES[ref.dtype]).view(ref.shape).to(device)
+
+
+def _relative_error(weight_OI: Tensor, restored: Callable[[slice], Tensor]) -> float:
+    """Return ||W - Wq|| / ||W||, some rows at a time; 0 for a weight of zeros."""
+    n_rows = max(1, _ERROR_ROWS_ELEMENTS // weight_OI.shape[1])
+    wrong = norm = weight_OI.new_zeros((), dtype=torch.float64)
+    for start in range(0, len(weight_OI), n_rows):
+        rows = slice(start, start + n_rows)
+        w = weight_OI[rows].float()
+        wrong = wrong + (restored(rows) - w).square().sum(dtype=torch.float64)
+        norm = norm + w.square().sum(dtype=torch.float64)
+    return float((wrong / norm.clamp(min=1e-300)).sqrt())
+
+
+class _Files:
+    """Files of bounded size that tensors are appended to, each on a page of its own."""
+
+    def __init__(self, out: Path) -> None:
+        self._out = out
+        self._stack = contextlib.ExitStack()
+        self._writers: list[WeightsWriter] = []
+        self.tensors: list[TensorEntry] = []
+
+    def __enter__(self) -> _Files:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def append(self, spec: TensorSpec, to: WeightFormat, group: int, tensors: list[Tensor]) -> None:
+        """Write the parts of one weight."""
+        for part, tensor in zip(parts(spec.name, spec.shape, to, group), tensors, strict=True):
+            assert part.dtype is not None and part.shape == tuple(tensor.shape)
+            data = memoryview(tensor.flatten().view(torch.uint8).numpy().data)
+            writer = self._writer(len(data))
+            writer.align()
+            offset = writer.append(data, lambda _: None)
+            piece = Piece(file=len(self._writers) - 1, offset=offset, n_bytes=len(data), dtype=part.dtype)
+            self.tensors.append(
+                TensorEntry(name=part.name, shape=part.shape, dtype=part.dtype, pieces=(piece,))
+            )
+
+    def entries(self) -> list[WeightFile]:
+        """Describe all files."""
+        return [writer.entry() for writer in self._writers]
+
+    def _writer(self, n_bytes: int) -> WeightsWriter:
+        if not self._writers or self._writers[-1].n_bytes + n_bytes > _FILE_BYTES:
+            name = f"quantised-{len(self._writers) + 1:05d}.bin"
+            self._writers.append(self._stack.enter_context(_durable(self._out / name)))
+        return self._writers[-1]
+
+
+@contextlib.contextmanager
+def _durable(path: Path) -> Iterator[WeightsWriter]:
+    with path.open("xb", buffering=0) as stream:
+        yield WeightsWriter(path.name, stream)
+        os.fsync(stream.fileno())
+
+
+def _device(may_use_gpu: bool) -> torch.device:
+    accelerator = torch.accelerator.current_accelerator() if may_use_gpu else None
+    return accelerator if accelerator is not None and accelerator.type == "cuda" else torch.device("cpu")
+
+
+def _kind(name: str) -> str:
+    return name.removesuffix(".weight").rpartition(".")[2]
+
+
+def _source_bytes(checkpoint: Checkpoint, spec: TensorSpec) -> int:
+    return sum(checkpoint.tensors[source].n_bytes for source in spec.sources)
+
+
+def _say(message: Progress | Done | Failed) -> None:
+    sys.stdout.buffer.write(msgspec.json.encode(message) + b"\n")
+    sys.stdout.buffer.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
