@@ -1,119 +1,108 @@
-"""Measures an engine through its Python API: tokens per second of prefill and decode, time to first token."""
+"""Measures an engine's decode, prefill and throughput, by the definitions that the peers were measured by."""
 
 from __future__ import annotations
 
-import asyncio
 import random
 import statistics
-import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
-from sailfish.bench.results import Recorder, Result
-from sailfish.engine.api import SamplingParams
+from sailfish.bench.asking import ask_together, random_prompt
 from sailfish.engine.client import AsyncEngine
+
+Kind = Literal["decode", "ttft", "prefill", "tput"]
+_UNITS: dict[Kind, str] = {"decode": "tokens/s", "ttft": "ms", "prefill": "tokens/s", "tput": "tokens/s"}
+BATCHES = (1, 16, 64, 256)
+_WARM_TOKENS = 8
+_TTFT_RUNS = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """`batch` requests at once, each with `n_in` prompt tokens and `n_out` generated ones."""
+    """`batch` requests at once, each with `n_in` prompt tokens and `n_out` generated ones.
 
+    decode: tokens per second of the steps alone: the time for one token each is taken off. ttft: until the
+    first token. prefill: prompt tokens per second until all have their first. tput: generated tokens per
+    second over everything.
+    """
+
+    kind: Kind
     batch: int
     n_in: int
     n_out: int
 
-    def __str__(self) -> str:
-        return f"batch {self.batch}, {self.n_in} in, {self.n_out} out"
+    @property
+    def name(self) -> str:
+        """Return what its row is called; the lengths are named where they are not the usual ones."""
+        match self.kind:
+            case "decode":
+                usual = (128, 512 if self.batch == 1 else 256)
+                lengths = "" if (self.n_in, self.n_out) == usual else f" ({self.n_in} in, {self.n_out} out)"
+                return f"decode B={self.batch}{lengths}"
+            case "ttft":
+                return f"ttft {self.n_in}"
+            case "prefill":
+                return f"prefill {self.batch} x {self.n_in}"
+            case "tput":
+                return f"tput {self.batch} x ({self.n_in} in, {self.n_out} out)"
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
-    """One run of a case."""
-
-    total_s: float
-    """From the first submit to the last token."""
-    first_s: float
-    """Until every request had its first token."""
-    n_after: int
-    """Tokens that came after `first_s`: by then no step holds a prompt any more."""
+    @property
+    def unit(self) -> str:
+        """Return the unit of its figure."""
+        return _UNITS[self.kind]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """All measured runs of a case."""
+    """The figures of a case, one for each run."""
 
     case: Case
-    runs: tuple[Run, ...]
-
-    @property
-    def prefill_per_s(self) -> list[float]:
-        """Prompt tokens per second until the last first token, of each run."""
-        return [self.case.batch * self.case.n_in / run.first_s for run in self.runs]
-
-    @property
-    def decode_per_s(self) -> list[float]:
-        """Tokens per second of the steps after that, of each run; none when one token was asked for."""
-        return [run.n_after / (run.total_s - run.first_s) for run in self.runs if run.n_after]
-
-    @property
-    def output_per_s(self) -> list[float]:
-        """Generated tokens per second over everything, of each run."""
-        return [self.case.batch * self.case.n_out / run.total_s for run in self.runs]
-
-    def results(self, recorder: Recorder, model: str) -> list[Result]:
-        """Return the rows to store."""
-        name = f"{model}, {self.case}"
-        rows = [recorder.result(f"{name}: time to first token", [r.first_s * 1e3 for r in self.runs], "ms")]
-        if self.decode_per_s:
-            rows.append(recorder.result(f"{name}: decode", self.decode_per_s, "tokens/s"))
-            rows.append(recorder.result(f"{name}: output", self.output_per_s, "tokens/s"))
-        else:
-            rows.append(recorder.result(f"{name}: prefill", self.prefill_per_s, "tokens/s"))
-        return rows
-
-    def summary(self) -> str:
-        """Return one line for the terminal."""
-        if self.decode_per_s:
-            rate = f"decode {statistics.median(self.decode_per_s):10.1f} tokens/s"
-        else:
-            rate = f"prefill {statistics.median(self.prefill_per_s):9.1f} tokens/s"
-        first_ms = statistics.median(run.first_s for run in self.runs) * 1e3
-        return f"{self.case!s:32} {rate}, first token after {first_ms:.1f} ms"
+    values: tuple[float, ...]
 
 
 def cases_for(context_tokens: int, max_sequences: int, batches: Sequence[int]) -> list[Case]:
-    """Return the standard cases that fit: prefills, decodes in batches, and twice the rows of mixed work."""
+    """Return the standard cases, shortened where they do not fit the engine."""
     n_in = min(128, context_tokens // 4)
-    n_out = min(256, context_tokens - n_in)
     n_long = min(2048, context_tokens // 2)
-    wanted = [Case(batch=batch, n_in=n_long, n_out=1) for batch in (1, 64)]
-    wanted += [Case(batch=batch, n_in=n_in, n_out=n_out) for batch in batches]
-    fitting = [case for case in wanted if case.batch <= max_sequences]
     n_mixed = min(512, context_tokens // 2)
-    return [*fitting, Case(batch=2 * max_sequences, n_in=n_mixed, n_out=min(n_out, context_tokens - n_mixed))]
+    cases = [
+        Case(kind="decode", batch=b, n_in=n_in, n_out=min(512 if b == 1 else 256, context_tokens - n_in))
+        for b in batches
+        if b <= max_sequences
+    ]
+    cases.append(Case(kind="ttft", batch=1, n_in=n_long, n_out=1))
+    cases.append(Case(kind="prefill", batch=min(64, max_sequences), n_in=n_long, n_out=1))
+    n_out = min(256, context_tokens - n_mixed)
+    cases.append(Case(kind="tput", batch=min(512, 2 * max_sequences), n_in=n_mixed, n_out=n_out))
+    return cases
 
 
 async def measure(engine: AsyncEngine, cases: Sequence[Case], *, repeats: int) -> AsyncIterator[Measured]:
-    """Yield each case measured: one run that does not count, then `repeats` that do."""
+    """Yield each case measured, after a few tokens that do not count."""
     draw = random.Random(0)
     for case in cases:
-        runs = [await _run(engine, case, draw) for _ in range(repeats + 1)]
-        yield Measured(case=case, runs=tuple(runs[1:]))
+        await _seconds(engine, case, min(case.n_out, _WARM_TOKENS), draw)
+        n_runs = max(repeats, _TTFT_RUNS) if case.kind == "ttft" else repeats
+        yield Measured(case=case, values=tuple([await _value(engine, case, draw) for _ in range(n_runs)]))
 
 
-async def _run(engine: AsyncEngine, case: Case, draw: random.Random) -> Run:
-    params = SamplingParams(max_tokens=case.n_out, temperature=0.0, ignore_eos=True)
-    prompts = [draw.choices(range(engine.info.vocab_size), k=case.n_in) for _ in range(case.batch)]
-    start_s = time.perf_counter()
+async def _value(engine: AsyncEngine, case: Case, draw: random.Random) -> float:
+    total_s = await _seconds(engine, case, case.n_out, draw)
+    match case.kind:
+        case "decode":
+            first_s = statistics.median([await _seconds(engine, case, 1, draw) for _ in range(3)])
+            return case.batch * (case.n_out - 1) / (total_s - first_s)
+        case "ttft":
+            return total_s * 1e3
+        case "prefill":
+            return case.batch * case.n_in / total_s
+        case "tput":
+            return case.batch * case.n_out / total_s
 
-    async def one(prompt_ids: list[int]) -> list[tuple[float, int]]:
-        arrivals = []
-        async for chunk in await engine.submit(prompt_ids, params):
-            arrivals.append((time.perf_counter() - start_s, len(chunk.token_ids)))
-        return arrivals
 
-    answers = await asyncio.gather(*(one(prompt_ids) for prompt_ids in prompts))
-    total_s = time.perf_counter() - start_s
-    first_s = max(arrivals[0][0] for arrivals in answers)
-    n_after = sum(n for arrivals in answers for at_s, n in arrivals if at_s > first_s)
-    return Run(total_s=total_s, first_s=first_s, n_after=n_after)
+async def _seconds(engine: AsyncEngine, case: Case, n_out: int, draw: random.Random) -> float:
+    """Return how long all requests of a case take together, every prompt a new one."""
+    prompts = [random_prompt(draw, engine, case.n_in) for _ in range(case.batch)]
+    total_s, _ = await ask_together(engine, prompts, n_out)
+    return total_s

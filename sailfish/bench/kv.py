@@ -7,9 +7,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sailfish.bench.results import Recorder, Result
 from sailfish.engine.api import Options, SamplingParams
 from sailfish.engine.client import AsyncEngine
+
+ROW = "KV cache against recomputing"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,11 +50,9 @@ async def measure_kv(engine: AsyncEngine, *, n_in: int, n_out: int, repeats: int
     return runs[1:]
 
 
-def results(runs: Sequence[KvRun], recorder: Recorder, model: str) -> list[Result]:
-    """Return the speed-up as a row to store."""
-    gains = [run.recomputed_s / run.cached_s for run in runs]
-    name = f"{model}, {runs[0].n_in} in, {runs[0].n_out} out: KV cache against recomputing"
-    return [recorder.result(name, gains, "times faster")]
+def gains(runs: Sequence[KvRun]) -> list[float]:
+    """Return how many times faster each run was with the cache."""
+    return [run.recomputed_s / run.cached_s for run in runs]
 
 
 async def _answer(engine: AsyncEngine, prompt_ids: list[int], n_tokens: int, *, tenant: str) -> list[int]:

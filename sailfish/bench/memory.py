@@ -1,10 +1,9 @@
-"""The memory plan beside what was measured, as rows to store."""
+"""The memory plan beside what was measured, row by row."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-from sailfish.bench.results import Recorder, Result
 from sailfish.engine.api import MemoryReading
 
 _NOT_COMPARED = ("kv_blocks", "margin")
@@ -19,28 +18,16 @@ def error_percent(memory: Sequence[MemoryReading]) -> float:
     return 100.0 * (planned - measured) / measured
 
 
-def results(
-    memory: Sequence[MemoryReading], reserved_bytes: Sequence[int], recorder: Recorder, model: str
-) -> list[Result]:
-    """Return each line measured, with the plan as its target, the error, and the growth since READY.
+def figures(
+    memory: Sequence[MemoryReading], reserved_bytes: Sequence[int]
+) -> Iterator[tuple[str, float, str]]:
+    """Yield (row, value, unit): each line measured, the plan's error, and the growth since READY.
 
     `reserved_bytes`: the device memory held at READY and after the last request.
     """
-    rows = [
-        recorder.result(
-            f"{model}, memory: {line.name}",
-            [line.measured_bytes / 2**20],
-            "MiB",
-            target=round(line.planned_bytes / 2**20, 2),
-        )
-        for line in memory
-        if line.measured_bytes is not None
-    ]
-    rows.append(
-        recorder.result(
-            f"{model}, memory: plan against measured, without KV blocks", [error_percent(memory)], "%"
-        )
-    )
-    growth_mib = (reserved_bytes[-1] - reserved_bytes[0]) / 2**20
-    rows.append(recorder.result(f"{model}, memory: growth after READY", [growth_mib], "MiB"))
-    return rows
+    for line in memory:
+        if line.measured_bytes is not None:
+            name = "resident weights" if line.name == "weights" else f"memory: {line.name}"
+            yield name, line.measured_bytes / 1e9, "GB"
+    yield "memory: plan against measured, without KV blocks", error_percent(memory), "%"
+    yield "memory: growth after READY", (reserved_bytes[-1] - reserved_bytes[0]) / 1e6, "MB"

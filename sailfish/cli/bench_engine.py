@@ -3,58 +3,94 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from sailfish.artifact.reader import Artifact
 from sailfish.base.errors import ConfigError
 from sailfish.base.sources import environment
+from sailfish.bench import peers
 from sailfish.bench.calibrate import calibrate
-from sailfish.bench.results import Recorder, store
+from sailfish.bench.engine import BATCHES
+from sailfish.bench.replay import read_trace
+from sailfish.bench.results import Recorder, Result, store
 from sailfish.bench.shapes import SHAPES, write_checkpoint
-from sailfish.bench.suite import keep_as_evidence, run_suite
+from sailfish.bench.suite import Wanted, keep_as_evidence, run_suite
 from sailfish.build.cache import cache_root
 from sailfish.checkpoint.safetensors_reader import INDEX_FILE
-from sailfish.cli import opening
-from sailfish.cli.options import ENGINE, Download, Model, Offline, Settings, with_settings
+from sailfish.cli import measured, opening
+from sailfish.cli.measured import Only, Repeats
+from sailfish.cli.options import ENGINE, Download, Offline, Settings, with_settings
 from sailfish.hardware.probe import probe
+from sailfish.plan.types import Plan
 
 _OUT = Path("benchmarks/results/engine.jsonl")
-_RANDOM_HELP = f"Take MODEL as a shape and give it random weights: {', '.join(SHAPES)}."
+_MODEL_HELP = "A checkpoint or engine directory, a Hugging Face id org/name, or books-4m (packaged)."
+_SHAPE_HELP = f"Instead of a model, random weights of a shape: {', '.join(SHAPES)}."
+_TRACE_HELP = "Replay the requests of Azure's conversation trace: its CSV file, plain or .xz."
+_BATCHES = ",".join(map(str, BATCHES))
 
 
 @with_settings(ENGINE)
 def engine(
-    model: Model,
-    random_weights: Annotated[bool, typer.Option("--random-weights", help=_RANDOM_HELP)] = False,
-    batches: Annotated[str, typer.Option("--batches", help="Batch sizes of the decode cases.")] = "1,4,16",
-    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Measured runs of each case.")] = 3,
+    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help=_MODEL_HELP)] = None,
+    shape: Annotated[str | None, typer.Option("--shape", metavar="SHAPE", help=_SHAPE_HELP)] = None,
+    only: Only = None,
+    batches: Annotated[str, typer.Option("--batches", help="Batch sizes of the decode rows.")] = _BATCHES,
+    repeats: Repeats = 3,
+    trace: Annotated[Path | None, typer.Option("--trace", metavar="FILE", help=_TRACE_HELP)] = None,
     out: Annotated[Path, typer.Option("--out", help="File of JSON lines to append to.")] = _OUT,
     offline: Offline = False,
     download: Download = False,
     *,
     settings: Settings,
 ) -> None:
-    """Measure speed and memory through the Python API; append a row for each figure to a file."""
+    """Measure speed, memory and start through the Python API; append a row for each figure to a file."""
     sizes = _numbers(batches)
-    source = str(_random_checkpoint(model)) if random_weights else model
+    if (model is None) == (shape is None):
+        raise ConfigError("give either a model or --shape", hint="sailfish bench engine books-4m")
+    lengths = read_trace(trace) if trace is not None else []
+    source = str(_random_checkpoint(shape)) if shape is not None else str(model)
     engine_dir = opening.find(source, settings, offline=offline, download=download)
 
     device = probe(settings.engine.device, environ=environment())
     recorder = Recorder(
-        suite="engine",
-        device=device.name,
-        command="sailfish " + " ".join(sys.argv[1:]),
-        calibration=calibrate(device.device),
+        suite="engine", device=device.name, command=measured.command(), calibration=calibrate(device.device)
+    )
+    measured.say_calibration(recorder.calibration)
+    artifact = Artifact.open(engine_dir)
+    start = opening.start_of(artifact, settings.engine)
+    wanted = Wanted(
+        name=_name(artifact.manifest.name, start.plan),
+        device_key=device.key,
+        ops=start.ops,
+        only=measured.patterns(only),
+        repeats=repeats,
+        batches=sizes,
+        trace=lengths,
     )
 
-    work = run_suite(engine_dir, settings.engine, recorder, batches=sizes, repeats=repeats, say=typer.echo)
-    rows = asyncio.run(work)
-    store(rows, out)
+    def keep(result: Result) -> None:
+        measured.say(result)
+        store([result], out)
+
+    rows = asyncio.run(run_suite(engine_dir, settings.engine, recorder, wanted, keep))
+    if not rows:
+        raise ConfigError("--only picks no row", hint='try --only "decode B=1"')
     keep_as_evidence(engine_dir, rows)
-    opening.say(f"appended to {out}, and to the engine's evidence")
+    opening.say(f"appended to {out}, and to the engine's evidence; peers: {peers.source()}")
+
+
+def _name(model: str, plan: Plan) -> str:
+    """Return the model and its formats, as rows are named."""
+    formats = plan.formats
+    name = f"{model} {plan.dtype if formats.layers == 'plain' else formats.layers}"
+    if formats.head != "plain":
+        both = formats.head == formats.embedding
+        name += f", {formats.head} head{' and embedding' if both else ''}"
+    return name if plan.kv_dtype == plan.dtype else f"{name}, {plan.kv_dtype} kv"
 
 
 def _numbers(text: str) -> list[int]:

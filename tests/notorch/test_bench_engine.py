@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import lzma
 from collections.abc import AsyncIterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
 import pytest
 
+from sailfish.base.errors import ConfigError
+from sailfish.bench import asking, prefix
 from sailfish.bench import engine as bench
-from sailfish.bench.results import Recorder
-from sailfish.engine.api import Chunk, SamplingParams
+from sailfish.bench import replay as replaying
+from sailfish.bench.replay import percentile, read_trace, replay
+from sailfish.engine.api import Chunk, Options, SamplingParams
 from sailfish.engine.client import AsyncEngine
 
 FIRST_S, STEP_S = 2.0, 0.5
-_RECORDER = Recorder(suite="engine", device="a machine", command="bench", calibration={})
 
 
 class _Clock:
@@ -34,9 +38,11 @@ class _FakeEngine:
     def __init__(self, clock: _Clock) -> None:
         self.clock = clock
         self.prompts: list[list[int]] = []
-        self.info = SimpleNamespace(vocab_size=50)
+        self.info = SimpleNamespace(vocab_size=50, max_sequences=4, context_tokens=4096)
 
-    async def submit(self, prompt_ids: list[int], params: SamplingParams) -> AsyncIterator[Chunk]:
+    async def submit(
+        self, prompt_ids: list[int], params: SamplingParams, options: Options = Options()
+    ) -> AsyncIterator[Chunk]:
         assert params.ignore_eos
         assert params.temperature == 0.0
         self.prompts.append(prompt_ids)
@@ -51,51 +57,116 @@ class _FakeEngine:
         return chunks()
 
 
-def _measured(
-    monkeypatch: pytest.MonkeyPatch, cases: list[bench.Case]
-) -> tuple[list[bench.Measured], _FakeEngine]:
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> _FakeEngine:
     clock = _Clock()
-    monkeypatch.setattr(bench, "time", clock)
-    engine = _FakeEngine(clock)
+    monkeypatch.setattr(asking, "time", clock)
+    monkeypatch.setattr(replaying, "time", clock)
+    return _FakeEngine(clock)
 
+
+def _measured(engine: _FakeEngine, *cases: bench.Case) -> list[bench.Measured]:
     async def run() -> list[bench.Measured]:
-        return [row async for row in bench.measure(cast(AsyncEngine, engine), cases, repeats=3)]
+        return [row async for row in bench.measure(cast(AsyncEngine, engine), cases, repeats=2)]
 
-    return asyncio.run(run()), engine
-
-
-def test_rates_follow_from_the_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    [measured], engine = _measured(monkeypatch, [bench.Case(batch=3, n_in=10, n_out=5)])
-    assert [run.total_s for run in measured.runs] == pytest.approx([FIRST_S + 4 * STEP_S] * 3)
-    assert measured.prefill_per_s == pytest.approx([3 * 10 / FIRST_S] * 3)
-    assert measured.decode_per_s == pytest.approx([3 * 4 / (4 * STEP_S)] * 3)
-    assert measured.output_per_s == pytest.approx([3 * 5 / (FIRST_S + 4 * STEP_S)] * 3)
-    assert len(engine.prompts) == (1 + 3) * 3
+    return asyncio.run(run())
 
 
-def test_a_case_of_one_token_measures_prefill_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    [measured], _ = _measured(monkeypatch, [bench.Case(batch=1, n_in=20, n_out=1)])
-    assert measured.decode_per_s == []
-    first, rate = measured.results(_RECORDER, "fake")
-    assert (first.value, first.unit) == (FIRST_S * 1e3, "ms")
-    assert (rate.value, rate.unit) == (20 / FIRST_S, "tokens/s")
-    assert rate.row == "fake, batch 1, 20 in, 1 out: prefill"
+def test_a_decode_row_takes_off_what_one_token_each_costs(engine: _FakeEngine) -> None:
+    [measured] = _measured(engine, bench.Case(kind="decode", batch=3, n_in=10, n_out=5))
+    assert measured.values == pytest.approx([3 * 4 / (4 * STEP_S)] * 2)
 
 
-def test_rows_are_named_after_their_case(monkeypatch: pytest.MonkeyPatch) -> None:
-    [measured], _ = _measured(monkeypatch, [bench.Case(batch=2, n_in=4, n_out=3)])
-    names = [row.row for row in measured.results(_RECORDER, "fake")]
-    case = "fake, batch 2, 4 in, 3 out"
-    assert names == [f"{case}: time to first token", f"{case}: decode", f"{case}: output"]
-    assert "decode        4.0 tokens/s" in measured.summary()
+def test_the_other_rows_count_prompt_and_generated_tokens_over_all_their_time(engine: _FakeEngine) -> None:
+    first, prefill, output = _measured(
+        engine,
+        bench.Case(kind="ttft", batch=1, n_in=10, n_out=1),
+        bench.Case(kind="prefill", batch=3, n_in=10, n_out=1),
+        bench.Case(kind="tput", batch=3, n_in=10, n_out=5),
+    )
+    assert first.values == pytest.approx([FIRST_S * 1e3] * 5)
+    assert prefill.values == pytest.approx([3 * 10 / FIRST_S] * 2)
+    assert output.values == pytest.approx([3 * 5 / (FIRST_S + 4 * STEP_S)] * 2)
 
 
-def test_no_two_prompts_are_equal_so_that_no_prefix_is_reused(monkeypatch: pytest.MonkeyPatch) -> None:
-    _, engine = _measured(monkeypatch, [bench.Case(batch=4, n_in=16, n_out=2)])
+def test_no_two_prompts_are_equal_so_that_no_prefix_is_reused(engine: _FakeEngine) -> None:
+    _measured(engine, bench.Case(kind="decode", batch=4, n_in=16, n_out=2))
     assert len({tuple(prompt) for prompt in engine.prompts}) == len(engine.prompts)
 
 
-def test_cases_fit_the_engine() -> None:
-    cases = bench.cases_for(context_tokens=256, max_sequences=4, batches=[1, 4, 16])
-    assert [case.batch for case in cases] == [1, 1, 4, 8]
-    assert all(case.n_in + case.n_out <= 256 for case in cases)
+def test_rows_have_the_peers_names_and_name_their_lengths_where_they_had_to_be_cut() -> None:
+    usual = [case.name for case in bench.cases_for(131072, 256, bench.BATCHES)]
+    assert usual == [
+        *(f"decode B={batch}" for batch in (1, 16, 64, 256)),
+        "ttft 2048",
+        "prefill 64 x 2048",
+        "tput 512 x (512 in, 256 out)",
+    ]
+    cut = bench.cases_for(context_tokens=256, max_sequences=4, batches=[1, 4, 16])
+    assert [case.name for case in cut] == [
+        "decode B=1 (64 in, 192 out)",
+        "decode B=4 (64 in, 192 out)",
+        "ttft 128",
+        "prefill 4 x 128",
+        "tput 8 x (128 in, 128 out)",
+    ]
+    assert all(case.n_in + case.n_out <= 256 for case in cut)
+
+
+def test_the_common_part_of_prompts_is_asked_for_before_it_is_measured(engine: _FakeEngine) -> None:
+    shared = asyncio.run(prefix.measure_share(cast(AsyncEngine, engine), 50, repeats=1))
+    n_common = prefix.PROMPT_TOKENS // 2
+    assert len(engine.prompts) == 1 + 4 + 5
+    assert len({tuple(prompt[:n_common]) for prompt in engine.prompts}) == 1
+    assert len({tuple(prompt) for prompt in engine.prompts}) == len(engine.prompts)
+    figures = list(shared.figures())
+    assert [row for row, _, _ in figures] == [
+        "prefix 50 % (4 requests): requests",
+        "prefix 50 % (4 requests): lone ttft",
+    ]
+    assert figures[0][1] == pytest.approx([4 / (FIRST_S + 15 * STEP_S)])
+
+
+def test_a_replay_waits_for_each_arrival_and_times_from_there(
+    engine: _FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[float] = []
+    real_sleep = asyncio.sleep
+
+    async def sleep(seconds: float) -> None:
+        if seconds:
+            waited.append(seconds)
+        await real_sleep(0)
+
+    monkeypatch.setattr(replaying, "asyncio", SimpleNamespace(sleep=sleep, gather=asyncio.gather))
+    replayed = asyncio.run(replay(cast(AsyncEngine, engine), [(5, 3), (6, 1)], rate=8))
+    assert len(waited) == 1  # the first is due at once
+    assert sorted(map(len, engine.prompts)) == [5, 6]
+    assert replayed.gap_ms == pytest.approx([STEP_S * 1e3] * 2)
+    assert replayed.token_ms == pytest.approx([STEP_S * 1e3])
+    names = [name for name, _, _ in replayed.figures()]
+    assert names[:5] == ["output", "ttft p50", "ttft p90", "ttft p99", "gap p50"]
+
+
+def test_a_trace_is_read_plain_and_compressed_and_capped(tmp_path: Path) -> None:
+    text = "TIMESTAMP,ContextTokens,GeneratedTokens\n2023,374,44\n2023,9000,1200\n2023,5,0\n"
+    plain, packed = tmp_path / "trace.csv", tmp_path / "trace.csv.xz"
+    plain.write_text(text)
+    packed.write_bytes(lzma.compress(text.encode()))
+    assert read_trace(plain) == read_trace(packed) == [(374, 44), (4096, 800), (5, 1)]
+
+
+@pytest.mark.parametrize("text", ["a,b\n1,2\n", "ContextTokens,GeneratedTokens\n1,x\n"])
+def test_what_is_no_trace_is_refused_in_one_line(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "trace.csv"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="is no trace"):
+        read_trace(path)
+    with pytest.raises(ConfigError, match="is no trace"):
+        read_trace(tmp_path / "absent.csv")
+
+
+def test_a_percentile_is_a_value_that_occurred() -> None:
+    values = [float(i) for i in range(100, 0, -1)]
+    assert (percentile(values, 50), percentile(values, 99), percentile(values, 100)) == (51.0, 100.0, 100.0)
+    assert percentile([], 50) == 0.0
