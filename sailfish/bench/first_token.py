@@ -11,6 +11,8 @@ import msgspec
 
 from sailfish.base.config import EngineConfig
 from sailfish.base.errors import EngineError
+from sailfish.engine.api import SamplingParams
+from sailfish.engine.sync import Engine
 
 _SAID = b"token"
 _PROMPT_TOKENS = 16
@@ -33,8 +35,6 @@ def seconds(engine_dir: Path, config: EngineConfig) -> float:
 
 def main() -> None:
     """Start the engine of the first argument with the configuration of the second, and ask it."""
-    from sailfish import Engine, SamplingParams
-
     config = msgspec.json.decode(sys.argv[2], type=EngineConfig)
     with Engine(sys.argv[1], config=config) as engine:
         prompt_ids = list(range(1, 1 + _PROMPT_TOKENS))

@@ -21,6 +21,7 @@ def replayed_us(calls: Sequence[Callable[[], object]], *, runs: int) -> list[flo
     import torch
 
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    side.wait_stream(torch.cuda.current_stream())  # the data is made there
     with torch.cuda.stream(side):
         for call in calls:
             call()

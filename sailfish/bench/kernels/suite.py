@@ -18,6 +18,8 @@ from sailfish.bench.select import is_wanted
 
 log = logging.getLogger(__name__)
 
+_LOST = "CUDA error"
+"""In what torch says once a kernel has failed; nothing runs in this process after it."""
 _BANDS = {
     "M=1..8": range(1, 9),
     "M=16..64": range(16, 65),
@@ -44,8 +46,13 @@ def run(
             continue
         try:
             measured = measure(row, repeats)
-        except (EngineError, RuntimeError) as error:  # the others can still be measured
-            log.error("%s, %s: %s", row.name, row.implementation, error)
+        except (EngineError, RuntimeError) as error:
+            said = str(error).partition("\n")[0]
+            if _LOST in said:
+                raise EngineError(
+                    f"{row.name}, {row.implementation}: {said}; the GPU takes no more work"
+                ) from error
+            log.error("%s, %s: %s", row.name, row.implementation, said)  # the others can still be measured
             continue
         results.append(_result(measured, recorder))
         say(results[-1])
