@@ -10,10 +10,12 @@ from torch import Tensor
 from sailfish.engine.api import TokenLogprob, TopLogprob
 from sailfish.engine.graphs import DecodeGraphs
 from sailfish.engine.packing import Batch
-from sailfish.engine.sampler import greedy, sample, top_logprobs
+from sailfish.engine.sampler import sample, top_logprobs
 from sailfish.engine.step import RowRun, StepPlan, StepResult
 from sailfish.engine.table import DeviceTable
 from sailfish.engine.transfer import Pending, download
+from sailfish.kernels.cuda.sampling import pick
+from sailfish.kernels.rows import StepTensors
 from sailfish.kernels.step_words import StepLayout
 from sailfish.models.decoder import Decoder, KvCache
 from sailfish.plan.memory import SCORED_ROWS
@@ -43,7 +45,8 @@ class Step:
             finite=finite_S.astype(bool).tolist(),
             logprobs=[None if p is None else p.rows()[0] for p in self._logprobs],
             prompt_logprobs=[
-                [row for part in parts for row in part.rows()] for parts in self._prompt_logprobs
+                [row for part in parts for row in part.rows()] if parts else []
+                for parts in self._prompt_logprobs
             ],
         )
 
@@ -93,7 +96,7 @@ class Runner:
     def _captured(self, batch: Batch) -> int | None:
         """Return the captured step that does the batch, if there is one."""
         n_runs = self._graphs.fitting(len(batch.row_B))
-        is_same = n_runs is not None and batch.is_decode and self._table.is_plain(batch)
+        is_same = n_runs is not None and batch.is_decode and not self._table.has_scores(batch)
         return n_runs if is_same else None
 
     def _decode(self, n_runs: int) -> None:
@@ -103,7 +106,7 @@ class Runner:
         bounds = (table.context_tokens,) * n_runs
         inputs, made = table.inputs(layout, tuple(range(n_runs + 1)), bounds, n_runs)
         hidden_SD = self._decoder.forward(inputs, self._kv)
-        table.append(made, *greedy(self._decoder.logits(hidden_SD)))
+        table.append(made, *self._draw(self._logits(hidden_SD), made, []))
 
     def _run(self, plan: StepPlan, batch: Batch, layout: StepLayout) -> Step:
         """Run a step of any kind, launch by launch."""
@@ -119,24 +122,40 @@ class Runner:
         if not sampled:
             return Step(plan, table.take_draws(0), [], prompt_logprobs)
         rows = [table.sampling_of(run) for run in sampled]
-        logits_SV = self._decoder.logits(hidden_TD if made.at_S is None else hidden_TD[made.at_S])
-        raw = {i: logits_SV[i : i + 1].clone() for i, row in enumerate(rows) if row.logprobs is not None}
-        token_S, finite_S = sample(
-            logits_SV,
-            made.row_S,
-            made.length_S,
-            table.rows,
-            rows,
-            [run.row for run in sampled],
-            [run.start + run.count for run in sampled],
-            [table.n_prompt[run.row] for run in sampled],
-        )
+        logits_SV = self._logits(hidden_TD if made.at_S is None else hidden_TD[made.at_S])
+        raw = {
+            i: logits_SV[i : i + 1].to(torch.float32, copy=True)  # a draw may change its logits
+            for i, row in enumerate(rows)
+            if row.logprobs is not None
+        }
+        token_S, finite_S = self._draw(logits_SV, made, sampled)
         table.append(made, token_S, finite_S)
         logprobs = [
             _Logprobs(raw[i], token_S[i : i + 1], row.logprobs) if row.logprobs is not None else None
             for i, row in enumerate(rows)
         ]
         return Step(plan, table.take_draws(len(sampled)), logprobs, prompt_logprobs)
+
+    def _logits(self, hidden_SD: Tensor) -> Tensor:
+        """Return logits_SV in a dtype that `_draw` takes."""
+        logits_SV = self._decoder.logits(hidden_SD)
+        return logits_SV if logits_SV.is_cuda else logits_SV.float()
+
+    def _draw(self, logits_SV: Tensor, made: StepTensors, sampled: list[RowRun]) -> tuple[Tensor, Tensor]:
+        """Return (token_S int64, finite_S bool). May mutate logits_SV."""
+        table = self._table
+        if logits_SV.is_cuda:
+            return pick(logits_SV, made.row_S, made.length_S, table.rows)
+        return sample(
+            logits_SV,
+            made.row_S,
+            made.length_S,
+            table.rows,
+            [table.sampling_of(run) for run in sampled],
+            [run.row for run in sampled],
+            [run.start + run.count for run in sampled],
+            [table.n_prompt[run.row] for run in sampled],
+        )
 
     def _prompt_logprobs(self, hidden_QD: Tensor, run: RowRun) -> list[_Logprobs]:
         """Score the prompt tokens that this run's positions predict: start + 1 .. start + count."""
@@ -147,7 +166,7 @@ class Runner:
         token_Q = self._table.rows.token_RC[run.row, run.start + 1 : run.start + 1 + n_scored].to(torch.int64)
         return [
             _Logprobs(
-                self._decoder.logits(hidden_QD[i : min(i + SCORED_ROWS, n_scored)]),
+                self._decoder.logits(hidden_QD[i : min(i + SCORED_ROWS, n_scored)]).float(),
                 token_Q[i : i + SCORED_ROWS],
                 n_top,
             )

@@ -15,17 +15,6 @@ from sailfish.kernels.rows import Rows
 from sailfish.plan.memory import SAMPLER_CHUNK_ELEMENTS
 
 
-def is_plain(row: RowSampling) -> bool:
-    """Whether a row wants the likeliest token, unchanged logits, and nothing else."""
-    changes = _is_penalised(row) or row.logit_bias or (row.min_tokens and row.stop_token_ids)
-    return not (row.temperature > 0 or changes or (row.logprobs, row.prompt_logprobs) != (None, None))
-
-
-def greedy(logits_SV: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (token_S int64, finite_S bool): the likeliest tokens, the first of equals."""
-    return logits_SV.argmax(dim=1), torch.isfinite(logits_SV.sum(dim=1))
-
-
 def sample(
     logits_SV: Tensor,
     row_S: Tensor,

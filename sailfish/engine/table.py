@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from sailfish.engine.packing import Batch, pack_runs, pack_starts, start_words
-from sailfish.engine.sampler import is_plain
 from sailfish.engine.step import RowRun, RowSampling, RowStart, StepPlan
 from sailfish.engine.transfer import ArraysDown, Pending, WordsUp
 from sailfish.kernels.contract import AttentionSpan
@@ -39,7 +38,7 @@ class DeviceTable:
         self.row_sampling: list[RowSampling | None] = [None] * n_rows
         """Host copies of what the rows were started with."""
         self.n_prompt: list[int] = [0] * n_rows
-        self._is_plain_R = np.zeros(n_rows, np.bool_)
+        self._has_scores_R = np.zeros(n_rows, np.bool_)
         n_words = max_words(
             max_sequences=n_rows, context_tokens=context_tokens, blocks_per_sequence=blocks_per_sequence
         )
@@ -59,11 +58,11 @@ class DeviceTable:
             sampling = start.sampling
             self.row_sampling[start.row] = sampling
             self.n_prompt[start.row] = start.n_prompt
-            self._is_plain_R[start.row] = is_plain(sampling)
+            self._has_scores_R[start.row] = (sampling.logprobs, sampling.prompt_logprobs) != (None, None)
 
-    def is_plain(self, batch: Batch) -> bool:
-        """Whether all of the batch's rows want the likeliest token and nothing else."""
-        return bool(self._is_plain_R[batch.row_B].all())
+    def has_scores(self, batch: Batch) -> bool:
+        """Whether any of the batch's rows wants log-probabilities."""
+        return bool(self._has_scores_R[batch.row_B].any())
 
     def sampling_of(self, run: RowRun) -> RowSampling:
         """Return the sampling parameters of a run's row."""

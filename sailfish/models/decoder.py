@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from sailfish.checkpoint.model_config import ModelConfig
-from sailfish.kernels.contract import AttentionSpan, KvLayer, Ops, Quantised
+from sailfish.kernels.contract import AttentionSpan, KvLayer, Ops, Quantised, Weight8
 from sailfish.models.layers.attention import SelfAttention
 from sailfish.models.layers.linear import Linear, LinearWeight, dense
 from sailfish.models.layers.mlp import Experts, Mlp, feed_forward
@@ -61,9 +61,11 @@ class Decoder:
         """Take the canonical weights: one device, one dtype. Positions are below max_positions."""
         self._config = config
         self._ops = ops
-        self._embed_VD = dense(weights, "embed.weight")
+        self._embed = weights["embed.weight"]
+        self._dtype = dense(weights, "final_norm.weight").dtype
+        device = dense(weights, "final_norm.weight").device
         ropes = {layer.rope for layer in config.layers}
-        tables = {rope: rope_table(rope, max_positions, self._embed_VD.device) for rope in ropes}
+        tables = {rope: rope_table(rope, max_positions, device) for rope in ropes}
 
         def norm(name: str) -> Norm:
             return Norm(dense(weights, f"{name}.weight"), config.norm_eps, config.norm_plus_one)
@@ -82,12 +84,12 @@ class Decoder:
         self._final_norm = norm("final_norm")
         # A tied head is a weight of its own where its format is not the embedding's.
         has_head = "head.weight" in weights
-        self._head = Linear.named("head", weights) if has_head else Linear(self._embed_VD, None)
+        self._head = Linear.named("head", weights) if has_head else Linear(self._embed, None)
 
     def forward(self, step: StepInputs, kv: KvCache) -> Tensor:
         """Return hidden_TD after the final norm; writes the step's keys and values to the cache."""
         ops = self._ops
-        residual_TD = ops.embed(step.token_T, self._embed_VD, self._config.embed_scale)
+        residual_TD = self._embedded(step.token_T)
         delta_TD: Tensor | None = None
         x_TD: Tensor | Quantised
         for layer, cache in zip(self._layers, kv.layers, strict=True):
@@ -109,8 +111,18 @@ class Decoder:
         assert not isinstance(hidden_TD, Quantised)
         return hidden_TD
 
+    def _embedded(self, token_T: Tensor) -> Tensor:
+        scale = self._config.embed_scale
+        if isinstance(self._embed, Weight8):
+            return self._ops.embed_int8(token_T, self._embed, scale, self._dtype)
+        assert isinstance(self._embed, Tensor), "no 4-bit embedding is ever made"
+        return self._ops.embed(token_T, self._embed, scale)
+
     def logits(self, hidden_SD: Tensor) -> Tensor:
-        """Return float32 logits_SV of normed hidden states."""
-        logits_SV = self._head(hidden_SD, self._ops).float()
+        """Return logits_SV of normed hidden states: in the model's dtype, behind a soft-cap in float32."""
+        logits_SV = self._head(hidden_SD, self._ops)
         cap = self._config.logit_softcap
-        return logits_SV if cap is None else self._ops.softcap(logits_SV, cap)
+        if cap is None:
+            return logits_SV
+        logits_SV = logits_SV.float()
+        return self._ops.softcap(logits_SV, cap)

@@ -118,7 +118,7 @@ class PagedDriver:
             slot_T=torch.tensor(slots, device=self._device),
             span=make_span(table, query_start, kv_len, self._device),
         )
-        logits_TV = self.decoder.logits(self.decoder.forward(inputs, self._kv))
+        logits_TV = self.decoder.logits(self.decoder.forward(inputs, self._kv)).float()
         return [logits_TV[a:b] for a, b in zip(query_start, query_start[1:], strict=False)]
 
     def prefill(self, prompts: dict[int, list[int]], largest_chunk: int) -> dict[int, Tensor]:

@@ -123,7 +123,7 @@ def packed(
     runs: list[RowRun], appended: list[tuple[int, int, int]], starts: list[RowStart], pad_to: int
 ) -> tuple[np.ndarray, StepLayout, int]:
     """Return a step's words, its layout, and where the rows that begin lie."""
-    words = np.full(500 + sum(map(start_words, starts)), 0x5A5A5A5A, np.int32)
+    words = np.full(500 + 4 * pad_to + sum(map(start_words, starts)), 0x5A5A5A5A, np.int32)
     layout, at = pack_runs(words, Batch.of(runs), appended, pad_to, N_ROWS)
     pack_starts(words, at, starts)
     return words, layout, at

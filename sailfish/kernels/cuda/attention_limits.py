@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from sailfish.kernels.contract import Case
+from sailfish.kernels.contract import Case, StepBounds
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
 PAGE_TOKENS = (16, 32, 64)
+_MOST_PROCESSORS = 264
 
 
 def rejects_paged(case: Case) -> str | None:
@@ -24,3 +25,9 @@ def rejects_paged(case: Case) -> str | None:
     if case.n_heads > most_rows * case.n_kv_heads:
         return f"made for up to {most_rows} heads that share a key, not {case.n_heads // case.n_kv_heads}"
     return None
+
+
+def paged_bytes(case: Case, bounds: StepBounds) -> int:
+    """Return what the blocks of a decode exchange: two parts of a head's result each, on any card."""
+    rows = 8 * -(-case.n_heads // case.n_kv_heads // 8)
+    return 2 * _MOST_PROCESSORS * rows * (case.head_dim + 2) * 4

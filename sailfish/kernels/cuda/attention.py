@@ -1,0 +1,39 @@
+"""Paged attention of any step: one query of a sequence by the decode kernel, more by the prefill kernel."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sailfish.kernels.contract import AttentionSpan, KvLayer
+from sailfish.kernels.cuda.decode_attention import decode
+from sailfish.kernels.cuda.prefill_attention import prefill
+
+
+def attention(
+    q_THE: Tensor,
+    kv: KvLayer,
+    span: AttentionSpan,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """Meet `contract.Attention`. A span of single queries can be captured and replayed for other lengths."""
+    out_THE = torch.empty(q_THE.shape, dtype=q_THE.dtype, device=q_THE.device)
+    n = span.n_single
+    if n:
+        decode(
+            q_THE[:n],
+            kv,
+            span.block_table_RW,
+            span.row_B[:n],
+            span.kv_len_B[:n],
+            max(span.kv_len[:n]),
+            scale,
+            window,
+            softcap,
+            out_BHE=out_THE[:n],
+        )
+    if n < len(span.kv_len):
+        prefill(q_THE, kv, span, scale, window, softcap, first=n, out_THE=out_THE)
+    return out_THE
