@@ -6,6 +6,7 @@ from collections.abc import Callable
 from types import MappingProxyType
 
 from sailfish.kernels.contract import Case, Impl, Op
+from sailfish.kernels.cuda.attention_limits import paged_bytes, rejects_paged
 from sailfish.kernels.cuda.elementwise_limits import (
     rejects_act_mul,
     rejects_norm,
@@ -147,6 +148,15 @@ PREFERRED: MappingProxyType[str, tuple[Impl, ...]] = MappingProxyType(
                 why="torch's fused attention over gathered pages, groups sized for the CPU's caches",
                 rejects=lambda case: _only_cpu(case) or _no_softcap(case),
                 workspace_bytes=sdpa_bytes,
+            ),
+            Impl(
+                op="attention",
+                name="cuda_paged",
+                entry="sailfish.kernels.cuda.attention:attention",
+                why="reads pages in place: decodes split over the whole card, prompts on the tensor cores",
+                rejects=lambda case: _only_cuda(case) or rejects_paged(case),
+                workspace_bytes=paged_bytes,
+                can_capture=True,
             ),
             Impl(
                 op="attention",

@@ -12,15 +12,17 @@ from plan_models import BOOKS_4M, EXPERTS, LLAMA_8B, LOCAL_GLOBAL
 
 from sailfish.base.config import EngineConfig
 from sailfish.base.errors import ConfigError, PlanError
+from sailfish.checkpoint.model_config import ModelConfig
 from sailfish.checkpoint.names import tensor_specs
 from sailfish.hardware.profile import GIB, MIB, PROFILES, HardwareProfile, profile
 from sailfish.plan import DeviceOverlay, make_plan, suggest
 from sailfish.plan.formats import arena_tensors
+from sailfish.plan.graphs import decode_buckets
 from sailfish.plan.memory import weights_bytes
 from sailfish.plan.ops import choose_ops
 from sailfish.plan.render import as_data, decision_rows, memory_rows
 from sailfish.plan.strict import refuse_downgrades
-from sailfish.plan.types import Plan, WeightFormats
+from sailfish.plan.types import Decision, Plan, WeightFormats
 
 H200 = profile("h200")
 RTX_3090 = profile("sm_86")
@@ -169,7 +171,7 @@ def test_strict_refuses_what_the_device_forces_and_nothing_else() -> None:
     assert refuse_downgrades(EngineConfig(strict=True), sound, ops) == []
     shortened = make_plan(EngineConfig(), LLAMA_8B, with_free(RTX_3090, 20 * GIB))
     halved = make_plan(EngineConfig(), replace(LLAMA_8B, dtype="float16"), H200)
-    capped = choose_ops(replace(LLAMA_8B, attention_softcap=50.0), sound)
+    capped = choose_ops(replace(LLAMA_8B, attention_softcap=50.0, head_dim=72), sound)
     for plan, chosen, words in (
         (shortened, ops, "context_tokens is"),
         (halved, ops, "dtype is bfloat16"),
@@ -254,7 +256,7 @@ def test_every_op_is_chosen_with_reasons_for_every_target() -> None:
         model = LLAMA_8B if row.device == "cuda" else BOOKS_4M
         chosen = {choice.op: choice for choice in choose_ops(model, make_plan(EngineConfig(), model, row))}
         assert all(choice.why for choice in chosen.values())
-        expected = "cpu_sdpa" if row.device == "cpu" else "cuda_sdpa"
+        expected = "cpu_sdpa" if row.device == "cpu" else "cuda_paged"
         assert chosen["attention"].implementation == expected
 
 
@@ -358,3 +360,34 @@ def test_asking_for_more_never_plans_fewer_bytes_outside_the_kv_blocks(
 def test_planning_is_pure() -> None:
     config = EngineConfig(context_tokens=1024)
     assert make_plan(config, LLAMA_8B, H200) == make_plan(config, LLAMA_8B, H200)
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 8, 9, 100, 256, 300, 1000, 4096])
+def test_any_decode_is_padded_little_to_a_captured_one(most: int) -> None:
+    buckets = decode_buckets(most)
+    assert list(buckets) == sorted(set(buckets)) and (buckets[0], buckets[-1]) == (1, most)
+    assert len(buckets) <= 92
+    for n in range(1, most + 1):
+        padded = next(bucket for bucket in buckets if bucket >= n)
+        assert padded - n <= max(7, n // 8)
+
+
+def test_graphs_are_planned_where_every_op_can_be_captured_and_declined_in_words_elsewhere() -> None:
+    def graphs(model: ModelConfig, hardware: HardwareProfile, **asked: object) -> tuple[Plan, Decision]:
+        plan = make_plan(EngineConfig(**asked), model, hardware)
+        return plan, next(d for d in plan.decisions if d.name == "cuda_graphs")
+
+    plan, decision = graphs(LLAMA_8B, H200, max_sequences=64)
+    assert plan.graph_buckets == (1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64)
+    assert decision.active == "on" and not decision.is_downgrade
+    assert plan.memory_bytes("graphs") > 64 * LLAMA_8B.vocab_size * 4
+    for model, hardware, asked, words, is_downgrade in (
+        (LLAMA_8B, H200, {"dtype": "float32"}, "attention is cuda_sdpa, whose launches depend", True),
+        (EXPERTS, H200, {}, "whose launches depend", True),
+        (LLAMA_8B, H200, {"cuda_graphs": False}, "as asked", False),
+        (BOOKS_4M, CPU, {}, "the CPU has no launches to save", False),
+    ):
+        plan, decision = graphs(model, hardware, **asked)
+        assert plan.graph_buckets == () and plan.memory_bytes("graphs") == 0
+        assert decision.active == "off" and words in decision.why
+        assert decision.is_downgrade == is_downgrade
