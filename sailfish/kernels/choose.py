@@ -64,7 +64,7 @@ def bind(choices: Iterable[Choice]) -> Ops:
     return Ops(**{field.name: bound.get(field.name) or _unused(field.name) for field in fields(Ops)})
 
 
-NEEDED = frozenset({"rms_norm", "add_rms_norm", "rope_write", "attention", "embed"})
+NEEDED = frozenset({"rms_norm", "add_rms_norm", "rope_write", "attention"})
 """Ops that every decoder has."""
 
 

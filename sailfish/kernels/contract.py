@@ -335,6 +335,12 @@ class Embed(Protocol):
     def __call__(self, token_T: Tensor, weight_VD: Tensor, scale: float) -> Tensor: ...
 
 
+class EmbedInt8(Protocol):
+    """Return the rows of weight, each times its scale and `scale`, rounded to dtype once."""
+
+    def __call__(self, token_T: Tensor, weight: Weight8, scale: float, dtype: torch.dtype) -> Tensor: ...
+
+
 class Softcap(Protocol):
     """Return cap * tanh(x / cap)."""
 
@@ -357,4 +363,5 @@ class Ops:
     act_mul: ActMul
     moe: Moe
     embed: Embed
+    embed_int8: EmbedInt8
     softcap: Softcap

@@ -13,7 +13,14 @@ from sailfish.kernels.cuda.elementwise_limits import (
     rejects_quantise,
     rejects_rope_write,
 )
-from sailfish.kernels.plain.limits import math_bytes, moe_bytes, none_bytes, sdpa_bytes
+from sailfish.kernels.plain.limits import (
+    math_bytes,
+    moe_bytes,
+    none_bytes,
+    quantise_bytes,
+    sdpa_bytes,
+    widening_bytes,
+)
 
 _ELEMENTWISE = "sailfish.kernels.reference.elementwise:"
 _QUANTISED = "sailfish.kernels.reference.quantised:"
@@ -90,6 +97,11 @@ OPS: MappingProxyType[str, Op] = MappingProxyType(
                 axes={"token": "T", "weight": "VD", "out": "TD"},
                 tolerance={"float32": 0.0, "bfloat16": 0.0},
             ),
+            Op(
+                name="embed_int8",
+                reference=_QUANTISED + "embed_int8",
+                axes={"token": "T", "weight": "VD, V", "out": "TD"},
+            ),
             Op(name="softcap", reference=_ELEMENTWISE + "softcap", axes={"x": "SV", "out": "SV"}),
         )
     }
@@ -125,6 +137,20 @@ def _accepts(case: Case) -> str | None:
     return None
 
 
+def _widening(op: str, entry: str) -> Impl:
+    """Return the plain product with a quantised weight, for where no kernel reads it."""
+    return Impl(
+        op=op,
+        name="widened_rows",
+        entry=f"sailfish.kernels.plain.linear:{entry}",
+        why="no kernel of this device reads such weights; some rows at a time become float32",
+        is_fallback=True,
+        rejects=_accepts,
+        workspace_bytes=widening_bytes,
+        can_capture=True,
+    )
+
+
 PREFERRED: MappingProxyType[str, tuple[Impl, ...]] = MappingProxyType(
     {
         "rms_norm": (_elementwise("rms_norm", "one pass, one launch, 8 bits on the way out", rejects_norm),),
@@ -140,6 +166,9 @@ PREFERRED: MappingProxyType[str, tuple[Impl, ...]] = MappingProxyType(
         "act_mul": (_elementwise("act_mul", "one launch, 8 bits on the way out", rejects_act_mul),),
         "embed": (_elementwise("embed", "gathers and scales in one launch", _accepts),),
         "softcap": (_elementwise("softcap", "one pass", _accepts),),
+        "linear_int4": (_widening("linear_int4", "linear_int4"),),
+        "linear_int8": (_widening("linear_int8", "linear_8"),),
+        "linear_fp8": (_widening("linear_fp8", "linear_8"),),
         "attention": (
             Impl(
                 op="attention",
@@ -208,7 +237,7 @@ def implementations(op: str) -> tuple[Impl, ...]:
         entry=OPS[op].reference,
         why="the reference, which takes every case",
         rejects=_accepts,
-        workspace_bytes=none_bytes,
+        workspace_bytes=quantise_bytes if op == "quantise" else none_bytes,
         can_capture=op not in ("attention", "moe"),  # whose references read lengths and experts on the host
     )
     return (*PREFERRED.get(op, ()), reference)

@@ -18,7 +18,7 @@ from sailfish.plan.memory import (
     table_bytes,
     weights_bytes,
 )
-from sailfish.plan.ops import kept_index_bytes, workspaces
+from sailfish.plan.ops import LINEAR_OPS, kept_index_bytes, workspaces
 from sailfish.plan.overlay import DeviceOverlay
 from sailfish.plan.settings import MIN_CONTEXT_TOKENS, Answers, Settings, settle
 from sailfish.plan.types import CacheSpec, Decision, Dtype, MemoryLine, Plan
@@ -192,6 +192,7 @@ def _fixed_lines(
         max_sequences=settings.max_sequences,
         attention_workspace_bytes=inside["attention"],
         moe_workspace_bytes=inside["moe"],
+        linear_workspace_bytes=max(inside[op] for op in LINEAR_OPS),
         index_bytes=kept_index_bytes(hardware.target, settings),
     )
     tables = rope_bytes(model, settings.context_tokens) + table_bytes(

@@ -11,7 +11,7 @@ from sailfish.hardware.profile import MIB, HardwareProfile
 from sailfish.kernels.choose import uncapturable
 from sailfish.kernels.contract import Choice
 from sailfish.plan.memory import decode_peak_bytes
-from sailfish.plan.ops import choose_all, op_cases, workspaces
+from sailfish.plan.ops import LINEAR_OPS, choose_all, op_cases, workspaces
 from sailfish.plan.settings import Settings
 from sailfish.plan.types import Decision, MemoryLine
 
@@ -63,7 +63,11 @@ def plan_graphs(
     most = replace(settings, max_sequences=buckets[-1], step_tokens=buckets[-1])
     inside = workspaces(model, hardware.target, most)
     pool_bytes = decode_peak_bytes(
-        model, settings.dtype, n_rows=buckets[-1], attention_workspace_bytes=inside["attention"]
+        model,
+        settings.dtype,
+        n_rows=buckets[-1],
+        attention_workspace_bytes=inside["attention"],
+        linear_workspace_bytes=max(inside[op] for op in LINEAR_OPS),
     )
     return Graphs(
         buckets=buckets,

@@ -64,11 +64,13 @@ def step_peak_bytes(
     max_sequences: int,
     attention_workspace_bytes: int,
     moe_workspace_bytes: int,
+    linear_workspace_bytes: int,
     index_bytes: int,
 ) -> tuple[int, str]:
     """Return the most bytes a step holds at one moment, workspaces inside ops included, and that phase.
 
     `index_bytes` is what attention derives from the block table once and keeps for all layers.
+    Of the linears the widest ones' workspace counts: those of the MLP and the head are never smaller.
     Temporaries of the plain ops count: norms and rotary embeddings widen bfloat16 to float32.
     """
     n_rows = min(max_sequences, step_tokens)
@@ -77,8 +79,8 @@ def step_peak_bytes(
         "rope": _rope_step_bytes(model, dtype, step_tokens),
         "attention": _attention_bytes(model, dtype, step_tokens) + attention_workspace_bytes,
         "mlp": max(_mlp_bytes(model, layer, dtype, step_tokens) for layer in model.layers)
-        + moe_workspace_bytes,
-        "logits": _logits_bytes(model, dtype, step_tokens, n_rows),
+        + max(moe_workspace_bytes, linear_workspace_bytes),
+        "logits": _logits_bytes(model, dtype, step_tokens, n_rows) + linear_workspace_bytes,
         "sampling": _sampling_bytes(model, dtype, step_tokens, n_rows),
         "prompt scores": _scoring_bytes(model, dtype, step_tokens),
     }
@@ -88,15 +90,20 @@ def step_peak_bytes(
 
 
 def decode_peak_bytes(
-    model: ModelConfig, dtype: Dtype, *, n_rows: int, attention_workspace_bytes: int
+    model: ModelConfig,
+    dtype: Dtype,
+    *,
+    n_rows: int,
+    attention_workspace_bytes: int,
+    linear_workspace_bytes: int,
 ) -> int:
     """Return the most bytes that a captured decode of so many sequences holds at one moment."""
     phases = (
         _norm_bytes(model, dtype, n_rows),
         _rope_step_bytes(model, dtype, n_rows),
         _attention_bytes(model, dtype, n_rows) + attention_workspace_bytes,
-        max(_mlp_bytes(model, layer, dtype, n_rows) for layer in model.layers),
-        _logits_bytes(model, dtype, n_rows, n_rows),
+        max(_mlp_bytes(model, layer, dtype, n_rows) for layer in model.layers) + linear_workspace_bytes,
+        _logits_bytes(model, dtype, n_rows, n_rows) + linear_workspace_bytes,
     )
     return _aligned(max(phases) + n_rows * _STEP_INPUT_BYTES)
 

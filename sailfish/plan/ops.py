@@ -19,6 +19,9 @@ from sailfish.kernels.table import OPS
 from sailfish.plan.settings import Settings
 from sailfish.plan.types import CacheDtype, Plan, WeightFormat, WeightFormats
 
+LINEAR_OPS = ("linear", "linear_int4", "linear_int8", "linear_fp8", "quantise")
+"""Products with weights, and what 8-bit ones need done to activations before."""
+
 
 def choose_ops(model: ModelConfig, plan: Plan) -> tuple[Choice, ...]:
     """Return the implementation of each op for the plan's target, with the reasons of those before it."""
@@ -98,7 +101,8 @@ def op_cases(
         n_active=0 if moe is None else moe.n_active,
     )
     linears = linear_shapes(model, formats)
-    ops = ["embed", "rms_norm", "add_rms_norm", "rope_write", "attention"]
+    ops = ["embed" if formats.embedding == "plain" else "embed_int8"]
+    ops += ["rms_norm", "add_rms_norm", "rope_write", "attention"]
     ops += ["act_mul"] if any(layer.moe is None for layer in model.layers) else []
     ops += ["moe"] if moe is not None else []
     ops += ["softcap"] if model.logit_softcap is not None else []

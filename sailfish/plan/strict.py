@@ -17,11 +17,11 @@ def downgrades(plan: Plan, ops: Iterable[Choice]) -> list[str]:
     """
     settings = [f"{d.name} is {d.active}: {d.why}" for d in plan.decisions if d.is_downgrade]
     slower = [
-        f"{choice.op} is {choice.implementation}: {'; '.join(reason for _, reason in choice.declined[:1])}"
+        f"{choice.op} is {choice.implementation}: {choice.declined[0][1] if choice.declined else choice.why}"
         for choice in ops
         if choice.is_fallback
     ]
-    return settings + slower
+    return settings + list(dict.fromkeys(slower))
 
 
 def refuse_downgrades(config: EngineConfig, plan: Plan, ops: Iterable[Choice]) -> list[str]:

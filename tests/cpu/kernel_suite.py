@@ -171,6 +171,11 @@ _LINEAR_8 = {
 }
 
 
+def _embed_int8(draw: Draw, n: int, scale: float, dtype: torch.dtype) -> tuple[Any, ...]:
+    table = quantise(draw.normal(40, 16), "int8")
+    return draw.integers(40, n), Weight8(table.values_TI, table.scale_T), scale, dtype
+
+
 def _moe(n_tokens: int, n_active: int, *, normalise: bool, routing: str = "any") -> Make:
     n_experts, d_model, d_mlp = 7, 24, 40
 
@@ -286,6 +291,11 @@ SCENARIOS: dict[str, dict[str, Make]] = {
         "plain": lambda draw: (draw.integers(40, 9), draw.normal(40, 16), 1.0),
         "scaled": lambda draw: (draw.integers(40, 9), draw.normal(40, 16), 9.7979589),
         "no token": lambda draw: (draw.integers(40, 0), draw.normal(40, 16), 2.0),
+    },
+    "embed_int8": {
+        "float32": lambda draw: _embed_int8(draw, 9, 1.0, torch.float32),
+        "bfloat16, scaled": lambda draw: _embed_int8(draw, 9, 9.7979589, torch.bfloat16),
+        "no token": lambda draw: _embed_int8(draw, 0, 2.0, torch.float32),
     },
     "softcap": {
         "any": lambda draw: (draw.normal(5, 33, scale=4.0), 2.5),

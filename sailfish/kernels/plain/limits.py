@@ -17,6 +17,11 @@ INDEX_BYTES = 9
 _INDEXING_BYTES = 24
 """The same while it is being made."""
 
+_WIDENED_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 24}
+"""Quantised weights that are float32 at one moment: in the CPU's caches, or enough to fill a GPU."""
+_WIDENING_BYTES = 16
+"""Of each of them: itself in float32 and what it is made from."""
+
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 
 
@@ -62,6 +67,24 @@ def moe_bytes(case: Case, bounds: StepBounds) -> int:
     """Return the workspace of sorted routing when one expert gets every token."""
     per_row = case.n_active * (case.d_model + 24) + 4 * case.d_mlp + 2 * case.d_model
     return bounds.step_tokens * per_row * _ITEM_BYTES[case.dtype]
+
+
+def widened_rows(n_in: int, device: str) -> int:
+    """Return how many rows of a quantised weight are widened at a time, whole strips of 64."""
+    return max(64, _WIDENED_ELEMENTS[device] // n_in // 64 * 64)
+
+
+def widening_bytes(case: Case, bounds: StepBounds) -> int:
+    """Return the workspace of a linear that widens its weight: those rows, activations and outputs."""
+    n_rows = min(case.n_out, widened_rows(case.n_in, "cpu" if case.target == "cpu" else "cuda"))
+    rows = min(bounds.step_tokens, case.max_rows or bounds.step_tokens)
+    return n_rows * case.n_in * _WIDENING_BYTES + 4 * rows * (case.n_in + n_rows)
+
+
+def quantise_bytes(case: Case, bounds: StepBounds) -> int:
+    """Return the workspace of plain quantisation of the widest activations."""
+    widest = max(case.d_mlp, case.d_model, case.n_heads * case.head_dim)
+    return bounds.step_tokens * widest * _WIDENING_BYTES
 
 
 def none_bytes(case: Case, bounds: StepBounds) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sailfish.kernels.contract import ActivationFormat, Quantised, Weight8
@@ -31,3 +32,9 @@ def linear_8(x: Quantised, weight: Weight8, bias_O: Tensor | None) -> Tensor:
     y_TO = (x.values_TI.double() @ weight.values_OI.double().T).float()
     y_TO = y_TO * x.scale_T[:, None] * weight.scale_O
     return (y_TO if bias_O is None else y_TO + bias_O.float()).to(x.dtype)
+
+
+def embed_int8(token_T: Tensor, weight: Weight8, scale: float, dtype: torch.dtype) -> Tensor:
+    """Meet `contract.EmbedInt8`."""
+    scale_T1 = weight.scale_O[token_T].unsqueeze(-1) * scale
+    return (F.embedding(token_T, weight.values_OI).float() * scale_T1).to(dtype)
