@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sailfish.kernels.contract import AttentionSpan, KvLayer
-from sailfish.kernels.cuda import prefill_attention
+from sailfish.kernels.cuda import program
 from sailfish.kernels.cuda.driver import Kernel, Library
 from sailfish.kernels.cuda.prefill_attention import HEAD_DIMS, prefill
 from sailfish.kernels.cuda.program import Defines, machine_code
@@ -206,5 +206,6 @@ def test_ptx_for_the_oldest_architecture_is_right(
     def old(file: str, name: str, defines: Defines = ()) -> Kernel:
         return Kernel(Library(machine_code(file, "compute_80", dict(defines))), name, name)
 
-    monkeypatch.setattr(prefill_attention, "kernel", old)
+    monkeypatch.setattr(program, "kernel", old)
+    monkeypatch.setattr(program, "architecture", lambda: "compute_80")
     check(make_scene(RAGGED, head_dim=head_dim, kv_dtype=kv_dtype), scale=0.1, window=200)

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import ctypes
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sailfish.kernels.contract import AttentionSpan, KvLayer
-from sailfish.kernels.cuda.program import Variant, kernel, stream
+from sailfish.kernels.cuda import program, tensormap
+from sailfish.kernels.cuda.program import Variant
 
 HEAD_DIMS = (16, 32, 64, 80, 96, 128, 192, 256)
+WIDE_HEAD_DIMS = (64, 128)
+"""Head widths of the Hopper kernel."""
 _FILE = "prefill_attention.cu"
-VARIANTS = tuple(
-    Variant(_FILE, (("HEAD", head_dim), ("KV_BITS", bits))) for head_dim in HEAD_DIMS for bits in (16, 8)
+_WIDE_FILE = "prefill_attention_wide.cu"
+VARIANTS = (
+    *(Variant(_FILE, (("HEAD", head_dim), ("KV_BITS", bits))) for head_dim in HEAD_DIMS for bits in (16, 8)),
+    *(Variant(_WIDE_FILE, (("HEAD", head_dim),), ("sm_90a",)) for head_dim in WIDE_HEAD_DIMS),
 )
 _MAX_ENTRIES = 768
 _NO_WINDOW = 1 << 30
@@ -74,8 +80,15 @@ def prefill(
     assert rejects(head_dim, page_tokens, str(q_THE.dtype).removeprefix("torch.")) is None
     assert q_THE.stride()[1:] == (head_dim, 1) and q_THE.stride(0) % 8 == 0 and out_THE.is_contiguous()
     assert kv.k_NPKE.stride() == kv.v_NPKE.stride() and kv.k_NPKE[0].is_contiguous()
+    bits = 8 * kv.k_NPKE.element_size()
+    is_wide = (
+        program.architecture() == "sm_90a"
+        and head_dim in WIDE_HEAD_DIMS
+        and bits == 16
+        and page_tokens <= 128
+    )
     rows = 128 if head_dim <= 128 else 64
-    pack = _pack(n_heads // n_kv_heads, rows)
+    pack = min(_power_of_two_in(n_heads // n_kv_heads), rows)
     problem = _Problem(
         *map(_pointer, (q_THE, out_THE, kv.k_NPKE, kv.v_NPKE, kv.k_scale_NPK, kv.v_scale_NPK)),
         *map(_pointer, (span.block_table_RW, span.row_B, span.kv_len_B, span.query_start_B1)),
@@ -85,25 +98,62 @@ def prefill(
         *(_NO_WINDOW if window is None else window, kv.k_NPKE.dtype == torch.float8_e4m3fn),
         *(0.0 if softcap is None else scale / softcap, (scale if softcap is None else softcap) * _LOG2_E),
     )
-    bits = 8 * kv.k_NPKE.element_size()
-    keys = 64 if head_dim <= 128 else 32 if bits == 16 else 16
-    n_rows = 4 * keys + (0 if head_dim <= 128 else rows)  # of K and V in two stages, and of Q
-    run = kernel(_FILE, "prefill_attention", (("HEAD", head_dim), ("KV_BITS", bits)))
     for work in _work(span, rows, first):
-        run.launch(
-            (work.n_entries * n_heads,),
-            rows * 2,
-            (problem, work),
-            stream(),
-            shared_bytes=n_rows * (head_dim + 8) * 2,
-            after=True,
-        )
+        if is_wide:
+            _launch_wide(problem, work, _maps(q_THE, kv, pack), head_dim)
+        else:
+            _launch(problem, work, head_dim, bits)
     return out_THE
 
 
-def _pack(n_shared: int, rows: int) -> int:
-    """Return how many of the heads that share keys lie in one tile."""
-    return min(n_shared & -n_shared, rows)
+def _launch(problem: _Problem, work: _Work, head_dim: int, bits: int) -> None:
+    rows, keys = (128, 64) if head_dim <= 128 else (64, 32 if bits == 16 else 16)
+    n_rows = 4 * keys + (0 if head_dim <= 128 else rows)  # of K and V in two stages, and of Q
+    program.kernel(_FILE, "prefill_attention", (("HEAD", head_dim), ("KV_BITS", bits))).launch(
+        (work.n_entries * problem.n_heads,),
+        rows * 2,
+        (problem, work),
+        program.stream(),
+        shared_bytes=n_rows * (head_dim + 8) * 2,
+        after=True,
+    )
+
+
+def _launch_wide(problem: _Problem, work: _Work, maps: Any, head_dim: int) -> None:
+    program.kernel(_WIDE_FILE, "prefill_attention_wide", (("HEAD", head_dim),)).launch(
+        (min(work.n_entries * problem.n_heads, program.n_processors()),),
+        384,
+        (problem, work, maps),
+        program.stream(),
+        shared_bytes=7 * 128 * head_dim * 2 + 256,  # Q, K and V in three stages each; a tile and barriers
+        after=True,
+    )
+
+
+def _maps(q_THE: Tensor, kv: KvLayer, pack: int) -> Any:
+    """Return the maps of Q, in boxes of a tile's rows, and of K and V, in boxes of one head of a block."""
+    n_blocks, page_tokens, n_kv_heads, head_dim = kv.k_NPKE.shape
+    shape = (n_blocks, n_kv_heads, page_tokens, head_dim)
+    strides = (kv.k_NPKE.stride(0) * 2, head_dim * 2, n_kv_heads * head_dim * 2)
+    return tensormap.argument(
+        tensormap.tensor(
+            q_THE.data_ptr(),
+            "bfloat16",
+            tuple(q_THE.shape),
+            (q_THE.stride(0) * 2, head_dim * 2),
+            (128 // pack, pack, 64),
+            True,
+        ),
+        *(
+            tensormap.tensor(x.data_ptr(), "bfloat16", shape, strides, (1, 1, page_tokens, 64), True)
+            for x in (kv.k_NPKE, kv.v_NPKE)
+        ),
+    )
+
+
+def _power_of_two_in(n: int) -> int:
+    """Return the largest power of two that divides n."""
+    return n & -n
 
 
 def _pointer(tensor: Tensor | None) -> int | None:
