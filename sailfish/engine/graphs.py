@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 
@@ -30,9 +31,15 @@ class DecodeGraphs:
         """Capture `decode(n_runs)` for every bucket; the largest first, whose temporaries hold the rest's."""
         pool = new_pool()
         captured: dict[int, Graph] = {}
-        for n_runs in reversed(self._buckets):
-            decode(n_runs)  # loads what it needs, which a capture may not
-            captured[n_runs] = Graph(lambda n=n_runs: decode(n), pool)  # type: ignore[misc]
+        was_collecting = gc.isenabled()
+        gc.disable()  # the end of another engine's graph would end a capture too
+        try:
+            for n_runs in reversed(self._buckets):
+                decode(n_runs)  # loads what it needs, which a capture may not
+                captured[n_runs] = Graph(lambda n=n_runs: decode(n), pool)  # type: ignore[misc]
+        finally:
+            if was_collecting:
+                gc.enable()
         self._graphs = captured
 
     def replay(self, n_runs: int) -> None:
