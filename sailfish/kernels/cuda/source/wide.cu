@@ -2,8 +2,8 @@
 //
 // The product is made transposed, Y^T = W X^T: the weight is wgmma's A operand, which comes from registers,
 // so what is dequantised never goes back to shared memory; the tokens are B, in shared memory. A block has
-// one producer, which keeps a ring of slots full through the bulk copy engine (a slot: 64 inputs of the
-// block's tokens and of its rows), and two consumer warpgroups of 64 * TILES rows each, which turn one slot
+// three producer warps, which keep a ring of slots full through the bulk copy engine (a slot: 64 inputs of the
+// block's tokens and of its rows), and GROUPS consumer warpgroups of 64 * TILES rows each, which turn one slot
 // into A registers while the tensor cores work on the slot before. Blocks walk over tiles of the result.
 //
 // Two kinds of cluster: PEERS blocks with neighbouring rows share their tokens (each fetches a part for
@@ -13,24 +13,30 @@
 
 #ifndef TOKENS
 #define TOKENS 256  // tokens of a tile
-#define TILES 1     // tiles of 64 rows of each consumer
+#define GROUPS 2    // consumer warpgroups
+#define TILES 1     // tiles of 64 rows of each
 #define SLOTS 5     // slots of the ring
 #define PEERS 1     // blocks of a cluster that share tokens
+#define SCALES 1    // groups of the weight in 64 inputs
+#define ZEROS 0     // whether the weight has zero points
 #endif
-constexpr int CONSUMERS = 256, STRIPS = 8 * TILES, ROWS = 16 * STRIPS, OCTETS = TOKENS / 8;
-constexpr int X_BYTES = TOKENS * 128, W_BYTES = STRIPS * 512, SCALE_BYTES = STRIPS * 64;
+
+constexpr int CONSUMERS = 128 * GROUPS, STRIPS = 4 * GROUPS * TILES, ROWS = 16 * STRIPS, OCTETS = TOKENS / 8;
+constexpr int X_BYTES = TOKENS * 128, W_BYTES = STRIPS * 512, SCALE_BYTES = STRIPS * 32 * SCALES;
 constexpr int W_AT = SLOTS * X_BYTES, SCALE_AT = W_AT + SLOTS * W_BYTES, ZERO_AT = SCALE_AT + SLOTS * SCALE_BYTES;
-constexpr int CHUNK = TOKENS < 64 ? TOKENS : 64;  // tokens that are stored at once
-constexpr int STAGED_BYTES = 16384;               // of a consumer: two chunks, or all octets of a split tile
-constexpr int STAGED_AT = (ZERO_AT + SLOTS * SCALE_BYTES + 1023) / 1024 * 1024;
-constexpr int FULL_AT = STAGED_AT + 2 * STAGED_BYTES, EMPTY_AT = FULL_AT + 8 * SLOTS;
-constexpr int BAND = 16;  // token tiles that are walked together: their tokens stay in L2
+constexpr int CHUNK = TOKENS < 64 || GROUPS > 2 ? 32 : 64;  // tokens that are stored at once
+constexpr int STAGED_BYTES = CHUNK * 256;                   // of a consumer: two chunks, or more where a tile is split
+constexpr int STAGED_AT = (ZERO_AT + ZEROS * SLOTS * SCALE_BYTES + 1023) / 1024 * 1024;
+constexpr int FULL_AT = STAGED_AT + GROUPS * STAGED_BYTES, EMPTY_AT = FULL_AT + 8 * SLOTS;
+constexpr int BUFFERS = GROUPS == 2 ? 2 : 1;  // sets of A registers; more than two groups hide each other's waits
+constexpr int PRODUCERS = 3;                  // warps
+constexpr int BAND = 16;                      // token tiles that are walked together: their tokens stay in L2
 static_assert(ROWS * TOKENS * 4 <= STAGED_AT, "a split tile's sums lie where the ring was");
 
 struct Problem {
     const Element* bias_O;
     int n_out, n_pairs, token_tiles, row_tiles;  // pairs of units of 64 inputs; row tiles of a whole cluster
-    int units_per_group, groups_per_unit, has_zero;
+    int units_per_group;
 };
 struct Maps {
     TensorMap x, w, scale, zero, y;
@@ -51,51 +57,47 @@ __device__ __forceinline__ int first_unit(const Problem& p, int split, int split
 
 // ---- the producer ----------------------------------------------------------------------------------
 
-__device__ __forceinline__ void copy_weights(const Problem& p, const Maps& maps, uint32_t smem, int slot, int unit,
-                                             int strip) {
-    const uint32_t full = smem + FULL_AT + 8 * slot;
-    const int scale_bytes = STRIPS * 32 * p.groups_per_unit;
-    const int column = (unit / p.units_per_group) * p.groups_per_unit * 16;
-    barrier_expect(full, X_BYTES + W_BYTES + scale_bytes * (1 + p.has_zero));
-    copy_box(smem + W_AT + slot * W_BYTES, maps.w, unit * 128, strip, full, READ_ONCE);
-    copy_box(smem + SCALE_AT + slot * SCALE_BYTES, maps.scale, column, strip, full, READ_ONCE);
-    if (p.has_zero) copy_box(smem + ZERO_AT + slot * SCALE_BYTES, maps.zero, column, strip, full, READ_ONCE);
-}
+enum Part { TOKENS_OF_X, CODES, SCALES_AND_ZEROS };
 
-__device__ __forceinline__ void copy_tokens(const Maps& maps, uint32_t smem, int slot, int unit, int token, int peer,
-                                            int split) {
-    const uint32_t full = smem + FULL_AT + 8 * slot, at = smem + slot * X_BYTES + peer * (X_BYTES / PEERS);
-    if (PEERS == 1)
-        copy_box(at, maps.x, unit * 64, token, full, READ_AGAIN);
-    else
-        copy_box_to(((1 << PEERS) - 1) << split * PEERS, at, maps.x, unit * 64, token + peer * (TOKENS / PEERS), full, READ_AGAIN);
-}
-
-// One thread. The first weights are asked for before the kernel ahead has ended, its results are not.
+// A warp keeps one part of the slots full. Only the tokens wait for the kernel ahead; weights are no result of it.
+template <Part PART>
 __device__ __forceinline__ void produce(const Problem& p, const Maps& maps, uint32_t smem, int peer, int split,
                                         int splits) {
     const int n_clusters = gridDim.x / (PEERS * splits), n_tiles = p.token_tiles * p.row_tiles;
     const int first = first_unit(p, split, splits), last = first_unit(p, split + 1, splits);
-    int slot = 0, early = 0;
+    int slot = 0;
     uint32_t parity = 1;
+    if (PART == TOKENS_OF_X) wait_for_previous();
     for (int index = blockIdx.x / (PEERS * splits); index < n_tiles; index += n_clusters) {
         const Tile tile = tile_at(p, index);
         const int strip = (tile.row + peer) * STRIPS;
-        int unit = first;
-        if (early == 0) {
-            early = min(SLOTS, last - first);
+        int group = first / p.units_per_group, in_group = first % p.units_per_group;
 #pragma unroll 1
-            for (int i = 0; i < early; ++i) copy_weights(p, maps, smem, i, first + i, strip);
-            wait_for_previous();
-#pragma unroll 1
-            for (int i = 0; i < early; ++i) copy_tokens(maps, smem, i, first + i, tile.token, peer, split);
-            unit += early, slot = early % SLOTS, parity ^= early == SLOTS;
-        }
-#pragma unroll 1
-        for (; unit < last; ++unit) {
+        for (int unit = first; unit < last; ++unit) {
+            const uint32_t full = smem + FULL_AT + 8 * slot;
             barrier_wait(smem + EMPTY_AT + 8 * slot, parity);
-            copy_weights(p, maps, smem, slot, unit, strip);
-            copy_tokens(maps, smem, slot, unit, tile.token, peer, split);
+            if (PART == TOKENS_OF_X && is_elected()) {
+                const uint32_t at = smem + slot * X_BYTES + peer * (X_BYTES / PEERS);
+                barrier_expect(full, X_BYTES);
+                if (PEERS == 1)
+                    copy_box(at, maps.x, unit * 64, tile.token, full, READ_AGAIN);
+                else
+                    copy_box_to(((1 << PEERS) - 1) << split * PEERS, at, maps.x, unit * 64,
+                                tile.token + peer * (TOKENS / PEERS), full, READ_AGAIN);
+            }
+            if (PART == CODES && is_elected()) {
+                barrier_expect(full, W_BYTES);
+                copy_box(smem + W_AT + slot * W_BYTES, maps.w, unit * 128, strip, full, READ_ONCE);
+            }
+            if (PART == SCALES_AND_ZEROS) {
+                if (is_elected()) {
+                    const uint32_t at = smem + SCALE_AT + slot * SCALE_BYTES;
+                    barrier_expect(full, SCALE_BYTES * (1 + ZEROS));
+                    copy_box(at, maps.scale, group * SCALES * 16, strip, full, READ_ONCE);
+                    if (ZEROS) copy_box(at + ZERO_AT - SCALE_AT, maps.zero, group * SCALES * 16, strip, full, READ_ONCE);
+                }
+                if (++in_group == p.units_per_group) in_group = 0, ++group;
+            }
             if (++slot == SLOTS) slot = 0, parity ^= 1;
         }
     }
@@ -155,7 +157,7 @@ __device__ __forceinline__ void store_split(const Problem& p, const Maps& maps, 
                                             const float (&sum)[TILES][TOKENS / 2], Tile tile, int peer, int group,
                                             int split, int splits) {
     const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
-    group_sync(3, CONSUMERS);  // neither consumer reads the ring any more
+    group_sync(1 + GROUPS, CONSUMERS);  // neither consumer reads the ring any more
 #pragma unroll
     for (int i = 0; i < TILES; ++i)
 #pragma unroll
@@ -196,41 +198,51 @@ __device__ __forceinline__ void store_split(const Problem& p, const Maps& maps, 
     }
 }
 
+// This warp's strips in one slot, which it waits for.
+__device__ __forceinline__ void load_slot(Strip (&strips)[TILES], uint32_t smem, int slot, uint32_t parity, int strip,
+                                          int lane) {
+    barrier_wait(smem + FULL_AT + 8 * slot, parity);
+#pragma unroll
+    for (int i = 0; i < TILES; ++i) {
+        const uint32_t codes = smem + W_AT + slot * W_BYTES + (strip + 4 * i) * 512;
+        const uint32_t scales = smem + SCALE_AT + slot * SCALE_BYTES + (strip + 4 * i) * 32 * SCALES;
+        strips[i] = load_strip(codes, scales, scales + ZERO_AT - SCALE_AT, SCALES, ZEROS, lane);
+    }
+}
+
 __device__ __forceinline__ void consume(const Problem& p, const Maps& maps, uint32_t smem, int peer, int split,
-                                        int splits) {
-    const int group = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+                                        int splits, int warp_of_block) {
+    const int group = warp_of_block / 4, strip = group * TILES * 4 + warp_of_block % 4, lane = threadIdx.x % 32;
     const int n_clusters = gridDim.x / (PEERS * splits), n_tiles = p.token_tiles * p.row_tiles;
     const int n_units = first_unit(p, split + 1, splits) - first_unit(p, split, splits);
     const uint32_t empty = lane < PEERS ? address_in(smem + EMPTY_AT, split * PEERS + lane) : 0;
     float sum[TILES][TOKENS / 2];
-    uint32_t a[2][TILES][4][4];
+    uint32_t a[BUFFERS][TILES][4][4];
+    Strip strips[TILES];
     int slot = 0;
     uint32_t parity = 0;
     for (int index = blockIdx.x / (PEERS * splits); index < n_tiles; index += n_clusters) {
         int before = -1;
+        load_slot(strips, smem, slot, parity, strip, lane);
         for (int unit = 0; unit < n_units; unit += 2) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                barrier_wait(smem + FULL_AT + 8 * slot, parity);
 #pragma unroll
-                for (int i = 0; i < TILES; ++i) {
-                    const int strip = (group * TILES + i) * 4 + warp;
-                    const uint32_t scale = smem + SCALE_AT + slot * SCALE_BYTES + strip * 32 * p.groups_per_unit;
-                    dequantise(a[half][i], smem + W_AT + slot * W_BYTES + strip * 512, scale,
-                               scale + ZERO_AT - SCALE_AT, p.groups_per_unit, p.has_zero, lane);
-                }
+                for (int i = 0; i < TILES; ++i) dequantise(a[half % BUFFERS][i], strips[i]);
                 const uint64_t x = swizzled_rows(smem + slot * X_BYTES);
                 wgmma_fence();
 #pragma unroll
                 for (int t = 0; t < 4; ++t)
 #pragma unroll
                     for (int i = 0; i < TILES; ++i)
-                        wgmma<TOKENS>(sum[i], a[half][i][t], x + 2 * t, unit + half + t > 0);
+                        wgmma<TOKENS>(sum[i], a[half % BUFFERS][i][t], x + 2 * t, unit + half + t > 0);
                 wgmma_commit();
-                wgmma_wait<1>();
-                if (before >= 0 && lane < PEERS) barrier_arrive(empty + 8 * before);
+                const int done = BUFFERS == 1 ? slot : before;
                 before = slot;
                 if (++slot == SLOTS) slot = 0, parity ^= 1;
+                if (half == 0 || unit + 2 < n_units) load_slot(strips, smem, slot, parity, strip, lane);
+                wgmma_wait<BUFFERS - 1>();
+                if (done >= 0 && lane < PEERS) barrier_arrive(empty + 8 * done);
             }
         }
         wgmma_wait<0>();
@@ -238,7 +250,7 @@ __device__ __forceinline__ void consume(const Problem& p, const Maps& maps, uint
         for (int i = 0; i < TILES; ++i)
 #pragma unroll
             for (int j = 0; j < TOKENS / 2; ++j) asm volatile("" : "+f"(sum[i][j])::"memory");
-        if (before >= 0 && lane < PEERS) barrier_arrive(empty + 8 * before);
+        if (BUFFERS == 2 && lane < PEERS) barrier_arrive(empty + 8 * before);
         const Tile tile = tile_at(p, index);
         if (splits == 1)
             store_tile(p, maps, smem, sum, tile, peer, group);
@@ -253,24 +265,27 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
     extern __shared__ __align__(1024) uint8_t shared[];
     const uint32_t smem = shared_address(shared);
     const int splits = cluster_size() / PEERS, peer = cluster_rank() % PEERS, split = cluster_rank() / PEERS;
+    const int warp = __shfl_sync(ALL_LANES, threadIdx.x / 32, 0);
     let_next_begin();
     if (threadIdx.x == 0) {
         for (int slot = 0; slot < SLOTS; ++slot) {
-            barrier_init(smem + FULL_AT + 8 * slot, 1);
+            barrier_init(smem + FULL_AT + 8 * slot, PRODUCERS);
             barrier_init(smem + EMPTY_AT + 8 * slot, CONSUMERS / 32 * PEERS);
         }
         barrier_init_done();
     }
     __syncthreads();
     if (PEERS > 1) cluster_meet();
-    if (threadIdx.x >= CONSUMERS) {
-        give_registers<40>();
-        if (threadIdx.x == CONSUMERS) produce(p, maps, smem, peer, split, splits);
+    if (warp >= CONSUMERS / 32) {
+        give_registers<GROUPS == 2 ? 40 : 32>();
+        if (warp == CONSUMERS / 32) produce<TOKENS_OF_X>(p, maps, smem, peer, split, splits);
+        if (warp == CONSUMERS / 32 + 1) produce<CODES>(p, maps, smem, peer, split, splits);
+        if (warp == CONSUMERS / 32 + 2) produce<SCALES_AND_ZEROS>(p, maps, smem, peer, split, splits);
         __syncwarp();
         if (splits > 1) cluster_sync();
     } else {
-        take_registers<232>();
-        consume(p, maps, smem, peer, split, splits);
+        take_registers<GROUPS == 2 ? 232 : GROUPS == 3 ? 160 : 112>();
+        consume(p, maps, smem, peer, split, splits, warp);
         __syncwarp();
     }
     if (cluster_size() > 1) cluster_meet();  // no block ends while another still writes to it or reads it

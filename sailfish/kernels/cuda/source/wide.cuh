@@ -70,6 +70,17 @@ __device__ __forceinline__ void group_sync(uint32_t id, uint32_t n) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(n) : "memory");
 }
 
+// One lane of a converged warp, the same each time; the compiler knows that the rest is uniform.
+__device__ __forceinline__ bool is_elected() {
+    uint32_t elected;
+    asm volatile(
+        "{\n.reg .pred p;\n"
+        "elect.sync _|p, 0xffffffff;\n"
+        "selp.u32 %0, 1, 0, p;\n}"
+        : "=r"(elected));
+    return elected;
+}
+
 // ---- the bulk copy engine --------------------------------------------------------------------------
 
 constexpr uint64_t READ_ONCE = 0x12F0000000000000ull;   // the L2 policy "evict first"

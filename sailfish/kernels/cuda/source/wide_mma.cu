@@ -78,7 +78,8 @@ __device__ __forceinline__ void multiply_slot(const Problem& p, float (&sum)[2][
     for (int i = 0; i < 2; ++i) {
         const int strip = warp % 4 * 2 + i;
         const uint32_t scale = slot + X_BYTES + W_BYTES + strip * 32 * groups;
-        dequantise(a[i], slot + X_BYTES + strip * 512, scale, scale + SCALE_BYTES, groups, p.zero != nullptr, lane);
+        const uint32_t codes = slot + X_BYTES + strip * 512;
+        dequantise(a[i], load_strip(codes, scale, scale + SCALE_BYTES, groups, p.zero != nullptr, lane));
     }
     const int row = warp / 4 * WARP_TOKENS + lane / 16 * 8 + lane % 8;
 #pragma unroll

@@ -31,29 +31,41 @@ __device__ __forceinline__ uint32_t load_pair_of(uint32_t shared) {
     return __byte_perm(x, 0, 0x1010);
 }
 
-// The weights of one strip of 16 rows x 64 inputs, as A registers of four 16 x 16 tiles. `codes`, `scales`
-// and `zeros` are the strip's addresses in shared memory: 512 bytes, and 16 elements for each of its groups.
-__device__ __forceinline__ void dequantise(uint32_t (&a)[4][4], uint32_t codes, uint32_t scales, uint32_t zeros,
-                                           int groups, bool has_zero, int lane) {
-    uint32_t w[4];
+// One strip of 16 rows x 64 inputs as a lane has it: a word for each 16 x 16 tile, and for each half of the
+// inputs the scales and minus (MAGIC + zero) of its rows lane / 4 and lane / 4 + 8, twice in a register.
+struct Strip {
+    uint32_t word[4], scale[2][2], minus[2][2];
+};
+
+// `codes`, `scales` and `zeros` are addresses in shared memory: 512 bytes, and 16 elements for each of the strip's
+// groups, of which there are one or two.
+__device__ __forceinline__ Strip load_strip(uint32_t codes, uint32_t scales, uint32_t zeros, int groups, bool has_zero,
+                                            int lane) {
+    Strip strip;
     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3])
+                 : "=r"(strip.word[0]), "=r"(strip.word[1]), "=r"(strip.word[2]), "=r"(strip.word[3])
                  : "r"(codes + lane * 16)
                  : "memory");
     scales += lane / 4 * 2, zeros += lane / 4 * 2;
-    uint32_t scale[2], minus[2] = {MINUS_MIDDLE, MINUS_MIDDLE};
 #pragma unroll
-    for (int t = 0; t < 4; ++t) {
-        if (t == 0 || (t == 2 && groups == 2)) {
+    for (int half = 0; half < 2; ++half)
 #pragma unroll
-            for (int r = 0; r < 2; ++r) {
-                scale[r] = load_pair_of(scales + t * 16 + r * 16);
-                if (has_zero) minus[r] = fma2(load_pair_of(zeros + t * 16 + r * 16), MINUS_ONE, MINUS_MAGIC);
-            }
+        for (int r = 0; r < 2; ++r) {
+            strip.scale[half][r] = strip.scale[0][r], strip.minus[half][r] = has_zero ? strip.minus[0][r] : MINUS_MIDDLE;
+            if (half > 0 && groups == 1) continue;
+            strip.scale[half][r] = load_pair_of(scales + half * 32 + r * 16);
+            if (has_zero)
+                strip.minus[half][r] = fma2(load_pair_of(zeros + half * 32 + r * 16), MINUS_ONE, MINUS_MAGIC);
         }
+    return strip;
+}
+
+// The A registers of the strip's four 16 x 16 tiles.
+__device__ __forceinline__ void dequantise(uint32_t (&a)[4][4], const Strip& strip) {
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            a[t][j] = fma2(fma2(lowest_codes(w[t] >> 4 * j), ONE, minus[j % 2]), scale[j % 2], 0x80008000);
-        }
-    }
+    for (int t = 0; t < 4; ++t)
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+            a[t][j] = fma2(fma2(lowest_codes(strip.word[t] >> 4 * j), ONE, strip.minus[t / 2][j % 2]),
+                           strip.scale[t / 2][j % 2], 0x80008000);
 }
