@@ -11,7 +11,7 @@ from sailfish.kernels.cuda.driver import _check, _driver
 
 BYTES = 128
 _ALIGNMENT = 64
-_DATA_TYPE = {"int32": 3, "float16": 6, "bfloat16": 9}
+_DATA_TYPE = {"uint8": 0, "int32": 3, "float16": 6, "bfloat16": 9}
 _SWIZZLE_128 = 3
 _PROMOTE_256 = 3
 

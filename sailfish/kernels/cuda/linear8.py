@@ -1,0 +1,178 @@
+"""Multiplies 8-bit activations with 8-bit weights: tile shapes on Hopper, torch's products before it."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sailfish.kernels.contract import Quantised, Weight8
+from sailfish.kernels.cuda import program, tensormap
+from sailfish.kernels.cuda.program import Defines, Variant
+
+_FILE, _ENTRY = "wide8.cu", "wide_linear_8"
+_SHARED_BYTES = 227 << 10
+_INPUTS = 128
+_GROUPS = 2
+_THREADS = 128 * (_GROUPS + 1)
+_CHUNK = 64
+_TYPES = {torch.bfloat16: "bf16", torch.float32: "float"}
+_FEWEST_ROWS = 32
+"""torch._int_mm refuses 16 rows and less."""
+_SCALE_THREADS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """How the Hopper kernel cuts the result into tiles."""
+
+    tokens: int
+    """Tokens of a tile."""
+    tiles: int
+    """64-row tiles of each of the two warpgroups that multiply."""
+    peers: int = 1
+    """Blocks of a cluster that share their tokens."""
+
+    @property
+    def rows(self) -> int:
+        """Return the outputs of a block's tile."""
+        return 64 * _GROUPS * self.tiles
+
+    @property
+    def slots(self) -> int:
+        """Return the slots of 128 inputs that fit in shared memory."""
+        slot_bytes = (self.tokens + self.rows) * _INPUTS + 16
+        return min(8, (_SHARED_BYTES - _GROUPS * 2 * _CHUNK * 128) // slot_bytes)
+
+    def defines(self, dtype: torch.dtype) -> Defines:
+        """Return what the source is compiled with for 8-bit numbers of one kind."""
+        return (
+            ("INT8", int(dtype == torch.int8)),
+            ("TOKENS", self.tokens),
+            ("TILES", self.tiles),
+            ("SLOTS", self.slots),
+            ("PEERS", self.peers),
+        )
+
+
+SHAPES = (
+    Shape(64, 1),
+    Shape(64, 2),
+    Shape(128, 1),
+    Shape(128, 2),
+    Shape(128, 2, 2),
+    Shape(256, 1),
+    Shape(256, 1, 2),
+)
+VARIANTS = (
+    *(
+        Variant(_FILE, shape.defines(dtype), only=("sm_90a",))
+        for shape in SHAPES
+        for dtype in (torch.int8, torch.float8_e4m3fn)
+    ),
+    *(Variant("scale.cu", (("TYPE", type_),)) for type_ in _TYPES.values()),
+)
+
+
+class _Problem(ctypes.Structure):
+    _fields_ = (
+        ("x_scale", ctypes.c_void_p),
+        ("w_scale", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("n_tokens", ctypes.c_int),
+        ("n_out", ctypes.c_int),
+        ("n_units", ctypes.c_int),
+        ("token_tiles", ctypes.c_int),
+        ("row_tiles", ctypes.c_int),
+    )
+
+
+def wide_linear(x: Quantised, weight: Weight8, bias_O: Tensor | None = None) -> Tensor:
+    """Meet `contract.Linear8` on Hopper for bfloat16 results, inputs a multiple of 16, outputs of 8."""
+    y_TO = torch.empty(len(x), len(weight.values_OI), dtype=x.dtype, device=x.values_TI.device)
+    if len(x):
+        shape, splits = choose(len(x), *weight.values_OI.shape)
+        launch(x, weight, bias_O, y_TO, shape, splits)
+    return y_TO
+
+
+def int_mm_linear(x: Quantised, weight: Weight8, bias_O: Tensor | None = None) -> Tensor:
+    """Meet `contract.Linear8` for int8 by torch's integer product and one kernel that scales its sums."""
+    n_tokens, n_out = len(x), len(weight.values_OI)
+    y_TO = torch.empty(n_tokens, n_out, dtype=x.dtype, device=x.values_TI.device)
+    if n_tokens:
+        x_TI = F.pad(x.values_TI, (0, 0, 0, max(0, _FEWEST_ROWS - n_tokens)))
+        sum_TO = torch._int_mm(x_TI, weight.values_OI.T)
+        program.kernel("scale.cu", "scale", (("TYPE", _TYPES[x.dtype]),)).launch(
+            (n_tokens, -(-n_out // (8 * _SCALE_THREADS))),
+            _SCALE_THREADS,
+            (sum_TO, x.scale_T, weight.scale_O, bias_O, y_TO, n_out),
+            program.stream(),
+            after=True,
+        )
+    return y_TO
+
+
+def scaled_mm_linear(x: Quantised, weight: Weight8, bias_O: Tensor | None = None) -> Tensor:
+    """Meet `contract.Linear8` for float8 by torch's product with scales of rows, in bfloat16."""
+    if not len(x):
+        return torch.empty(0, len(weight.values_OI), dtype=x.dtype, device=x.values_TI.device)
+    return torch._scaled_mm(
+        x.values_TI,
+        weight.values_OI.T,
+        scale_a=x.scale_T[:, None],
+        scale_b=weight.scale_O[None, :],
+        bias=bias_O,
+        out_dtype=x.dtype,
+        use_fast_accum=True,
+    )
+
+
+def dequantised_linear(x: Quantised, weight: Weight8, bias_O: Tensor | None = None) -> Tensor:
+    """Meet `contract.Linear8` without 8-bit units: bfloat16 holds every float8 exactly; scales come after."""
+    y_TO = F.linear(x.values_TI.bfloat16(), weight.values_OI.bfloat16()).float()
+    y_TO = y_TO * x.scale_T[:, None] * weight.scale_O
+    return (y_TO if bias_O is None else y_TO + bias_O.float()).to(x.dtype)
+
+
+def choose(n_tokens: int, n_out: int, n_in: int) -> tuple[Shape, int]:
+    """Return the tile shape for a product, and how many blocks share a tile's inputs."""
+    return SHAPES[2], 1
+
+
+def launch(
+    x: Quantised, weight: Weight8, bias_O: Tensor | None, y_TO: Tensor, shape: Shape, splits: int
+) -> None:
+    """Run the Hopper kernel with one tile shape, each tile's inputs split among `splits` blocks."""
+    (n_tokens, n_in), n_out = x.values_TI.shape, len(weight.values_OI)
+    token_tiles = -(-n_tokens // shape.tokens)
+    row_tiles = -(-n_out // (shape.rows * shape.peers))
+    n_units = -(-n_in // _INPUTS)
+    splits = min(splits, n_units)
+    cluster = shape.peers * splits
+    n_tiles = token_tiles * row_tiles
+    n_clusters = n_tiles if splits > 1 else min(n_tiles, program.n_processors() // cluster)
+    maps = tensormap.argument(
+        _map(x.values_TI, "uint8", (shape.tokens // shape.peers, _INPUTS)),
+        _map(weight.values_OI, "uint8", (shape.rows, _INPUTS)),
+        _map(y_TO, "bfloat16", (_CHUNK if splits == 1 else 8, 64)),
+    )
+    bias = None if bias_O is None else bias_O.data_ptr()
+    scales = (x.scale_T.data_ptr(), weight.scale_O.data_ptr(), bias)
+    program.kernel(_FILE, _ENTRY, shape.defines(x.values_TI.dtype)).launch(
+        (n_clusters * cluster,),
+        _THREADS,
+        (maps, _Problem(*scales, n_tokens, n_out, n_units, token_tiles, row_tiles)),
+        program.stream(),
+        shared_bytes=_SHARED_BYTES,
+        after=True,
+        cluster=cluster,
+    )
+
+
+def _map(x: Tensor, dtype: str, box: tuple[int, int]) -> bytes:
+    row_bytes = x.stride(0) * x.element_size()
+    return tensormap.matrix(x.data_ptr(), dtype, x.shape[0], x.shape[1], row_bytes, box, swizzled=True)

@@ -1,0 +1,275 @@
+// Y = (X W^T) * scales + bias of 8-bit activations and weights for many tokens, on Hopper's wgmma.
+//
+// Made transposed, Y^T = W X^T: rows of the weight are wgmma's 64, tokens its N. A block has two producer
+// warps, which keep a ring of slots full through the bulk copy engine (a slot: 128 inputs of the block's tokens
+// and of its rows), and two consumer warpgroups of 64 * TILES rows each. Blocks walk over tiles of the result.
+//
+// Two kinds of cluster: PEERS blocks with neighbouring rows share their tokens (each fetches a part for
+// all), and `splits` blocks with the same tile share its inputs and add up through each other's shared memory.
+#include "wide8.cuh"
+
+#ifndef TOKENS
+#define TOKENS 128  // tokens of a tile
+#define TILES 1     // tiles of 64 rows of each consumer
+#define SLOTS 6     // slots of the ring
+#define PEERS 1     // blocks of a cluster that share tokens
+#endif
+
+constexpr int GROUPS = 2, CONSUMERS = 128 * GROUPS, ROWS = 64 * GROUPS * TILES, OCTETS = TOKENS / 8;
+constexpr int INPUTS = 128;  // of a slot: rows of 128 bytes
+constexpr int X_BYTES = TOKENS * INPUTS, W_BYTES = ROWS * INPUTS;
+constexpr int W_AT = SLOTS * X_BYTES, STAGED_AT = W_AT + SLOTS * W_BYTES;
+constexpr int CHUNK = 64, STAGED_BYTES = 2 * CHUNK * 128;  // tokens that are stored at once; two buffers of them
+constexpr int FULL_AT = STAGED_AT + GROUPS * STAGED_BYTES, EMPTY_AT = FULL_AT + 8 * SLOTS;
+constexpr int BAND = 16;  // token tiles that are walked together: their tokens stay in L2
+static_assert(ROWS * TOKENS * 4 <= STAGED_AT, "a split tile's sums lie where the ring was");
+
+struct Problem {
+    const float *x_scale_T, *w_scale_O;
+    const bf16* bias_O;
+    int n_tokens, n_out, n_units, token_tiles, row_tiles;  // units of 128 inputs; row tiles of a whole cluster
+};
+struct Maps {
+    TensorMap x, w, y;
+};
+struct Tile {
+    int token, row;
+};
+
+__device__ __forceinline__ Tile tile_at(const Problem& p, int index) {
+    const int band = index / (BAND * p.row_tiles), within = index - band * BAND * p.row_tiles;
+    const int width = min(BAND, p.token_tiles - band * BAND);
+    return {(band * BAND + within % width) * TOKENS, within / width * PEERS};
+}
+__device__ __forceinline__ int first_unit(const Problem& p, int split, int splits) {
+    return int(int64_t(p.n_units) * split / splits);
+}
+
+// ---- the producers ---------------------------------------------------------------------------------
+
+// A warp keeps the tokens', or the rows', part of the slots full. Weights are no result of the kernel ahead.
+template <bool IS_X>
+__device__ __forceinline__ void produce(const Problem& p, const Maps& maps, uint32_t smem, int peer, int split,
+                                        int splits) {
+    const int n_clusters = gridDim.x / (PEERS * splits), n_tiles = p.token_tiles * p.row_tiles;
+    const int first = first_unit(p, split, splits), last = first_unit(p, split + 1, splits);
+    const uint64_t policy = p.token_tiles > 1 ? READ_AGAIN : READ_ONCE;
+    int slot = 0;
+    uint32_t parity = 1;
+    if (IS_X) wait_for_previous();
+    for (int index = blockIdx.x / (PEERS * splits); index < n_tiles; index += n_clusters) {
+        const Tile tile = tile_at(p, index);
+#pragma unroll 1
+        for (int unit = first; unit < last; ++unit) {
+            const uint32_t full = smem + FULL_AT + 8 * slot;
+            barrier_wait(smem + EMPTY_AT + 8 * slot, parity);
+            if (is_elected()) {
+                if (!IS_X) {
+                    barrier_expect(full, W_BYTES);
+                    copy_box(smem + W_AT + slot * W_BYTES, maps.w, unit * INPUTS, (tile.row + peer) * ROWS, full, policy);
+                } else if (PEERS == 1) {
+                    barrier_expect(full, X_BYTES);
+                    copy_box(smem + slot * X_BYTES, maps.x, unit * INPUTS, tile.token, full, READ_AGAIN);
+                } else {
+                    barrier_expect(full, X_BYTES);
+                    copy_box_to(((1 << PEERS) - 1) << split * PEERS, smem + slot * X_BYTES + peer * (X_BYTES / PEERS),
+                                maps.x, unit * INPUTS, tile.token + peer * (TOKENS / PEERS), full, READ_AGAIN);
+                }
+            }
+            __syncwarp();
+            if (++slot == SLOTS) slot = 0, parity ^= 1;
+        }
+    }
+}
+
+// ---- the consumers ---------------------------------------------------------------------------------
+
+// 8 x 8 pieces of Y^T, as the tensor cores leave them, to rows of tokens in swizzled shared memory.
+__device__ __forceinline__ void store_pieces(uint32_t at, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(a), "r"(b),
+                 "r"(c), "r"(d)
+                 : "memory");
+}
+__device__ __forceinline__ void store_pieces(uint32_t at, uint32_t a, uint32_t b) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(at), "r"(a), "r"(b)
+                 : "memory");
+}
+
+// Scale and bias of the two rows that a lane holds of every 64, and the two tokens of every eight.
+struct Outputs {
+    float scale[2], bias[2];
+    const float* x_scale;
+    int n_left;  // tokens from x_scale on
+
+    __device__ __forceinline__ Outputs(const Problem& p, int row, int token) {
+        const int lane = threadIdx.x % 32;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const int r = row + threadIdx.x % 128 / 32 * 16 + lane / 4 + 8 * i;
+            scale[i] = r < p.n_out ? p.w_scale_O[r] : 0.f;
+            bias[i] = p.bias_O != nullptr && r < p.n_out ? to_float(p.bias_O[r]) : 0.f;
+        }
+        x_scale = p.x_scale_T + token + lane % 4 * 2;
+        n_left = p.n_tokens - token - lane % 4 * 2;
+    }
+    // The four sums of octet `octet` as two pairs of neighbouring tokens.
+    __device__ __forceinline__ uint2 of(const Total* s, int octet) const {
+        const float a = octet * 8 < n_left ? x_scale[octet * 8] : 0.f;
+        const float b = octet * 8 + 1 < n_left ? x_scale[octet * 8 + 1] : 0.f;
+        return {pack<bf16>(float(s[0]) * a * scale[0] + bias[0], float(s[1]) * b * scale[0] + bias[0]),
+                pack<bf16>(float(s[2]) * a * scale[1] + bias[1], float(s[3]) * b * scale[1] + bias[1])};
+    }
+};
+
+// A consumer's whole sums to Y, CHUNK tokens at a time through two buffers.
+__device__ __forceinline__ void store_tile(const Problem& p, const Maps& maps, uint32_t smem,
+                                           const Total (&sum)[TILES][TOKENS / 2], Tile tile, int peer, int group) {
+    const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
+    const uint32_t staged = smem + STAGED_AT + group * STAGED_BYTES;
+    const uint32_t piece = (lane / 16 * 8 + lane % 8) * 128 + ((warp * 2 + lane / 8 % 2) ^ (lane % 8)) * 16;
+#pragma unroll
+    for (int i = 0; i < TILES; ++i) {
+        const int row = (tile.row + peer) * ROWS + (group * TILES + i) * 64;
+        const Outputs outputs(p, row, tile.token);
+#pragma unroll
+        for (int chunk = 0; chunk < TOKENS / CHUNK; ++chunk) {
+            const uint32_t buffer = staged + (i * (TOKENS / CHUNK) + chunk) % 2 * (STAGED_BYTES / 2);
+            if (thread == 0) store_wait_read<1>();
+            group_sync(1 + group, 128);
+#pragma unroll
+            for (int octet = 0; octet < CHUNK / 8; octet += 2) {
+                const int at = chunk * CHUNK / 8 + octet;
+                const uint2 low = outputs.of(&sum[i][at * 4], at), high = outputs.of(&sum[i][at * 4 + 4], at + 1);
+                store_pieces(buffer + octet * 1024 + piece, low.x, low.y, high.x, high.y);
+            }
+            fence_async();
+            group_sync(1 + group, 128);
+            if (thread == 0) {
+                store_box(maps.y, row, tile.token + chunk * CHUNK, buffer);
+                store_commit();
+            }
+        }
+    }
+}
+
+// Each block of a split tile adds up all blocks' sums of its share of the tokens, and stores those.
+__device__ __forceinline__ void store_split(const Problem& p, const Maps& maps, uint32_t smem,
+                                            const Total (&sum)[TILES][TOKENS / 2], Tile tile, int peer, int group,
+                                            int split, int splits) {
+    const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
+    group_sync(1 + GROUPS, CONSUMERS);  // neither consumer reads the ring any more
+#pragma unroll
+    for (int i = 0; i < TILES; ++i)
+#pragma unroll
+        for (int octet = 0; octet < OCTETS; ++octet) {
+            const Total* s = &sum[i][octet * 4];
+            asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(
+                             smem + ((i * OCTETS + octet) * CONSUMERS + threadIdx.x) * 16),
+                         WGMMA8_IN(s[0]), WGMMA8_IN(s[1]), WGMMA8_IN(s[2]), WGMMA8_IN(s[3])
+                         : "memory");
+        }
+    cluster_sync();
+    const int begin = OCTETS * split / splits, n = OCTETS * (split + 1) / splits - begin;
+    const uint32_t staged = smem + STAGED_AT + group * STAGED_BYTES;
+    const uint32_t piece = lane % 8 * 128 + ((warp * 2 + lane / 8 % 2) ^ (lane % 8)) * 16;
+#pragma unroll
+    for (int i = 0; i < TILES; ++i) {
+        const int row = (tile.row + peer) * ROWS + (group * TILES + i) * 64;
+        const Outputs outputs(p, row, tile.token);
+#pragma unroll 2
+        for (int octet = 0; octet < n; ++octet) {
+            const uint32_t at = smem + ((i * OCTETS + begin + octet) * CONSUMERS + threadIdx.x) * 16;
+            Total total[4] = {0, 0, 0, 0};
+#pragma unroll 4
+            for (int q = 0; q < splits; ++q) {
+                Total part[4];
+                load_four_in_cluster(part, address_in(at, q * PEERS + peer));
+#pragma unroll
+                for (int k = 0; k < 4; ++k) total[k] += part[k];
+            }
+            const uint2 y = outputs.of(total, begin + octet);
+            store_pieces(staged + (i * n + octet) * 1024 + piece, y.x, y.y);
+        }
+    }
+    fence_async();
+    group_sync(1 + group, 128);
+    if (thread < TILES * n) {
+        const int row = (tile.row + peer) * ROWS + (group * TILES + thread / n) * 64;
+        store_box(maps.y, row, tile.token + (begin + thread % n) * 8, staged + thread * 1024);
+        store_commit();
+    }
+}
+
+__device__ __forceinline__ void consume(const Problem& p, const Maps& maps, uint32_t smem, int peer, int split,
+                                        int splits, int group) {
+    const int lane = threadIdx.x % 32;
+    const int n_clusters = gridDim.x / (PEERS * splits), n_tiles = p.token_tiles * p.row_tiles;
+    const int n_units = first_unit(p, split + 1, splits) - first_unit(p, split, splits);
+    const uint32_t empty = lane < PEERS ? address_in(smem + EMPTY_AT, split * PEERS + lane) : 0;
+    Total sum[TILES][TOKENS / 2];
+    int slot = 0;
+    uint32_t parity = 0;
+    for (int index = blockIdx.x / (PEERS * splits); index < n_tiles; index += n_clusters) {
+        int before = -1;
+#pragma unroll 1
+        for (int unit = 0; unit < n_units; ++unit) {
+            barrier_wait(smem + FULL_AT + 8 * slot, parity);
+            const uint64_t x = swizzled_rows(smem + slot * X_BYTES);
+            const uint64_t w = swizzled_rows(smem + W_AT + slot * W_BYTES + group * TILES * 64 * INPUTS);
+            wgmma_fence();
+#pragma unroll
+            for (int t = 0; t < 4; ++t)
+#pragma unroll
+                for (int i = 0; i < TILES; ++i)
+                    wgmma8<TOKENS>(sum[i], w + i * (64 * INPUTS / 16) + 2 * t, x + 2 * t, unit + t > 0);
+            wgmma_commit();
+            wgmma_wait<1>();
+            if (before >= 0 && lane < PEERS) barrier_arrive(empty + 8 * before);
+            before = slot;
+            if (++slot == SLOTS) slot = 0, parity ^= 1;
+        }
+        wgmma_wait<0>();
+#pragma unroll
+        for (int i = 0; i < TILES; ++i)
+#pragma unroll
+            for (int j = 0; j < TOKENS / 2; ++j) asm volatile("" : WGMMA8_SUM(sum[i][j])::"memory");
+        if (lane < PEERS) barrier_arrive(empty + 8 * before);
+        const Tile tile = tile_at(p, index);
+        wait_for_previous();  // whose result the scales of the tokens are
+        if (splits == 1)
+            store_tile(p, maps, smem, sum, tile, peer, group);
+        else
+            store_split(p, maps, smem, sum, tile, peer, group, split, splits);
+    }
+    store_wait_read<0>();
+}
+
+extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
+    wide_linear_8(const __grid_constant__ Maps maps, const Problem p) {
+    extern __shared__ __align__(1024) uint8_t shared[];
+    const uint32_t smem = shared_address(shared);
+    const int splits = cluster_size() / PEERS, peer = cluster_rank() % PEERS, split = cluster_rank() / PEERS;
+    const int warp = __shfl_sync(ALL_LANES, threadIdx.x / 32, 0);
+    let_next_begin();
+    if (threadIdx.x == 0) {
+        for (int slot = 0; slot < SLOTS; ++slot) {
+            barrier_init(smem + FULL_AT + 8 * slot, 2);
+            barrier_init(smem + EMPTY_AT + 8 * slot, CONSUMERS / 32 * PEERS);
+        }
+        barrier_init_done();
+    }
+    __syncthreads();
+    if (PEERS > 1) cluster_meet();
+    if (warp >= CONSUMERS / 32) {
+        give_registers<40>();
+        if (warp == CONSUMERS / 32) produce<true>(p, maps, smem, peer, split, splits);
+        if (warp == CONSUMERS / 32 + 1) produce<false>(p, maps, smem, peer, split, splits);
+        __syncwarp();
+        if (splits > 1) cluster_sync();
+    } else {
+        take_registers<232>();
+        consume(p, maps, smem, peer, split, splits, warp / 4);
+        __syncwarp();
+    }
+    if (cluster_size() > 1) cluster_meet();  // no block ends while another still writes to it or reads it
+}
