@@ -21,6 +21,7 @@ _TILE = 8
 _CHUNK_BYTES = 128
 """Bytes of an activation row that are multiplied at once."""
 _X_PAD_BYTES = 16
+_HEAD_BYTES = 16
 _INT4_STAGE = 4
 """Chunks of a stage, as in the readers."""
 _ROWS_STAGE = 2
@@ -71,15 +72,23 @@ class _Product:
     def strips(self) -> int:
         return -(-self.n_out // STRIP)
 
+    def part_chunks(self, parts: int) -> int:
+        """Return the most chunks of one of `parts` ranges."""
+        return -(-(-(-self.chunks // self.quantum)) // parts) * self.quantum
+
     def shared_bytes(self, split: Split) -> int:
+        """Return what the skeleton lays out: head, rings, partial sums, sums of x, x."""
         tokens = self.tiles * _TILE
-        chunks = -(-(-(-self.chunks // self.quantum)) // split.splits) * self.quantum
-        sources = split.warp_splits if split.warp_splits * split.splits > 1 else 0
+        parts = split.warp_splits * split.splits
+        owners = split.splits if has_clusters() else 1
+        slots = -(-self.strips_per_block(split) // owners)
+        block_chunks = self.part_chunks(split.splits)
         return (
-            split.warps * split.ring * self.stage_bytes
-            + sources * self.strips_per_block(split) * STRIP * tokens * 4
-            + (chunks * UNIT // self.span * tokens * 4 if self.span else 0)
-            + self.n_tokens * (chunks * _CHUNK_BYTES + _X_PAD_BYTES)
+            _HEAD_BYTES
+            + split.warps * split.ring * self.stage_bytes
+            + (owners * split.warp_splits * slots * STRIP * tokens * 4 if parts > 1 else 0)
+            + (split.warps * (self.part_chunks(parts) * UNIT // self.span) * tokens * 4 if self.span else 0)
+            + self.n_tokens * (block_chunks * _CHUNK_BYTES + _X_PAD_BYTES)
         )
 
 
@@ -92,7 +101,7 @@ class _Shape(ctypes.Structure):
         ("strips", ctypes.c_int),
         ("chunks", ctypes.c_int),
         ("quantum", ctypes.c_int),
-        ("splits", ctypes.c_int),
+        ("part_chunks", ctypes.c_int),
         ("strips_per_block", ctypes.c_int),
     )
 
@@ -209,12 +218,11 @@ def _run(
         product.strips,
         product.chunks,
         product.quantum,
-        split.splits,
+        product.part_chunks(split.splits * split.warp_splits),
         per_block,
     )
-    has_clusters = architecture() == "sm_90a"
     workspace = arrived = None
-    if split.splits > 1 and not has_clusters:
+    if split.splits > 1 and not has_clusters():
         n = split.columns * split.splits * per_block * STRIP * product.tiles * _TILE
         workspace, arrived = torch.empty(n, dtype=torch.int32, device=device), _counters(device)
     pointers = (y, bias_O, residual_TO, row_scale_O, token_scale_T, workspace, arrived)
@@ -225,6 +233,7 @@ def _run(
         ("TILES", product.tiles),
         ("N_WARPS", split.warps),
         ("WARP_SPLITS", split.warp_splits),
+        ("BLOCK_SPLITS", split.splits),
         ("RING", split.ring),
     )
     kernel(product.file, product.file.removesuffix(".cu"), defines).launch(
@@ -234,7 +243,7 @@ def _run(
         stream(),
         shared_bytes=product.shared_bytes(split),
         after=after,
-        cluster=split.splits if has_clusters else 1,
+        cluster=split.splits if has_clusters() else 1,
     )
     return y
 
@@ -245,13 +254,18 @@ def choose(product: _Product) -> Split:
     return Split(warps=8, warp_splits=4, splits=1, columns=columns, ring=3)
 
 
+def has_clusters() -> bool:
+    """Say whether blocks of the current device can write to each other's shared memory."""
+    return architecture() == "sm_90a"
+
+
 @cache
 def _counters(device: torch.device) -> Tensor:
     return torch.zeros(4096, dtype=torch.int32, device=device)
 
 
 VARIANTS = tuple(
-    Variant(file, (("DTYPE", dtype), define, ("TILES", tiles), ("N_WARPS", 8), ("WARP_SPLITS", 1), ("RING", 5)))
+    Variant(file, (("DTYPE", dtype), define, ("TILES", tiles), ("N_WARPS", 8), ("WARP_SPLITS", 2), ("BLOCK_SPLITS", 2), ("RING", 3)))
     for file, define in (
         *(("stream_int4.cu", ("GROUP", group)) for group in (0, *GROUPS)),
         *(("stream_rows.cu", ("FORMAT", form)) for form in (_PLAIN, _INT8, _FP8)),

@@ -21,7 +21,8 @@ struct Rows {
 #else
     using Sum = float;
 #endif
-    static constexpr int NT = TILES, WARPS = N_WARPS, WK = WARP_SPLITS, DEPTH = RING, THREADS = WARPS * 32;
+    static constexpr int NT = TILES, WARPS = N_WARPS, WK = WARP_SPLITS, DEPTH = RING;
+    static constexpr int SPLITS = BLOCK_SPLITS, THREADS = WARPS * 32;
     static constexpr int STAGE = 2;  // chunks
     static constexpr int PIECE_BYTES = STRIP * CHUNK_BYTES, STAGE_BYTES = STAGE * PIECE_BYTES;
     static constexpr int CHAINS = NT == 1 ? 2 : 1;  // sums in flight: one would wait for the tensor cores
@@ -35,7 +36,7 @@ struct Rows {
     int at;               // what to copy next
 
     static __device__ __forceinline__ int sum_bytes(int) { return 0; }
-    __device__ __forceinline__ void take(uint4&, bool, int, int, float*) const {}
+    static __device__ __forceinline__ uint4 prepared(uint4 v) { return v; }
     __device__ __forceinline__ void finish(int, Sum (&total)[NT][4]) const {
 #if FORMAT == FP8 && __CUDA_ARCH__ < 890
 #pragma unroll
@@ -91,8 +92,9 @@ struct Rows {
 #endif
     }
 
-    __device__ __forceinline__ void multiply(uint32_t slot, const uint32_t (&x)[NT], const float*, int, int chunk,
-                                             int n, Sum (&total)[NT][4]) const {
+    template <bool FIRST>
+    __device__ __forceinline__ void multiply(uint32_t slot, const uint32_t (&x)[NT], uint32_t, int, int chunk, int n,
+                                             Sum (&total)[NT][4]) const {
         const int row = lane % 16;
         Sum other[NT][4] = {};
 #pragma unroll
