@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from bisect import insort
 from dataclasses import dataclass
-from itertools import islice
 from math import inf
 
 from sailfish.base.errors import (
@@ -34,7 +33,7 @@ from sailfish.engine.sequence import Sequence, SequenceEvent, SequenceKey
 from sailfish.engine.step import RowRun, RowStart, StepPlan, StepResult
 from sailfish.engine.wire import Finish
 
-_LOOKAHEAD = 16  # waiting sequences examined per step, which bounds its cost
+_MAX_PASSED = 16  # waiting sequences that a step examines in vain, which bounds its cost
 
 
 @dataclass(slots=True, kw_only=True)
@@ -235,28 +234,33 @@ class Scheduler:
         when it computes something at once, so that it finds the prefixes which others finish before it.
         """
         half = (budget + 1) // 2
-        candidates = list(islice(self._waiting, _LOOKAHEAD)) if self._free_rows else []
+        n_candidates = min(len(self._free_rows), budget) + _MAX_PASSED
+        candidates = self._waiting[:n_candidates] if self._free_rows else []
         first = min(prefills[:1] + candidates[:1], key=_order, default=None)
         counts = dict.fromkeys(prefills, 0)
         if first in counts:
             counts[first] = min(first.n_left, half)
             budget -= counts[first]
+        owed = [s.n_left - n for s, n in counts.items()]
+        n_passed = 0
         for sequence in candidates:
-            if budget == 0 or not self._free_rows:
+            if budget == 0 or not self._free_rows or n_passed == _MAX_PASSED:
                 break
             matched = self._holdings.match(sequence)
             n_new = sequence.n_wanted - len(matched) * self.limits.page_tokens
             if sequence is first:
                 count = min(n_new, half)
             else:
-                left = [s.n_left - n for s, n in counts.items()]
-                count = min(n_new, budget - sum(n for n in left if n <= n_new))
+                count = min(n_new, budget - sum(n for n in owed if n <= n_new))
             if count <= 0:
+                n_passed += 1
                 continue
             if not self._admit(sequence, matched, step.plan, now_s):
                 break
             counts[sequence] = count
             budget -= count
+            if count < n_new:
+                owed.append(n_new - count)
         for sequence in sorted(counts, key=lambda s: s.n_left - counts[s]):
             extra = min(sequence.n_left - counts[sequence], budget)
             counts[sequence] += extra

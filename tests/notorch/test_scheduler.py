@@ -70,6 +70,17 @@ def test_decodes_go_on_while_a_prompt_is_computed(lag: int) -> None:
 
 
 @both_lags
+def test_a_step_begins_as_many_prompts_as_its_budget_and_rows_hold(lag: int) -> None:
+    """40 prompts of 2 tokens at 64 a step: 32 begin at once, the others in the next step."""
+    rig = Rig(limits(max_sequences=48, lag=lag))
+    for i in range(40):
+        rig.submit(prompt_of(2, i % 10), max_tokens=2)
+    rig.run()
+    assert [len(plan.starts) for plan in rig.plans][:2] == [32, 8]
+    check_all(rig)
+
+
+@both_lags
 @pytest.mark.parametrize("n_prompt", [3, 4, 5, 8])
 def test_prompts_around_a_block_edge_lose_nothing(lag: int, n_prompt: int) -> None:
     """Blocks of 4: one short of, exactly, and one beyond a multiple."""
