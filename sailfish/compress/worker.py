@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from sailfish.artifact.manifest import Piece, TensorEntry, WeightFile
+from sailfish.artifact.reader import StoredPiece
 from sailfish.artifact.writer import WeightsWriter
 from sailfish.base.errors import BuildError, SailfishError
 from sailfish.checkpoint.hf_config import load_model_config
@@ -26,11 +27,11 @@ from sailfish.checkpoint.safetensors_reader import Checkpoint
 from sailfish.compress import rtn
 from sailfish.compress.job import Done, Failed, Job, Progress
 from sailfish.kernels import int4
-from sailfish.plan.formats import engine_specs, parts
-from sailfish.plan.types import WeightFormat
+from sailfish.models.load import load_weights
+from sailfish.plan.formats import ArenaTensor, engine_specs, parts
+from sailfish.plan.types import Dtype, WeightFormat
 
 _FILE_BYTES = 4 << 30
-_SOURCE_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _ERROR_ROWS_ELEMENTS = 1 << 22
 
 
@@ -87,7 +88,7 @@ def _quantised(
     checkpoint: Checkpoint, spec: TensorSpec, to: WeightFormat, group: int, device: torch.device
 ) -> tuple[list[Tensor], float]:
     """Return the tensors of a weight on the host, in the order of its parts, and its relative error."""
-    weight_OI = torch.cat([_load(checkpoint, source, device) for source in spec.sources])
+    weight_OI = _load(checkpoint, spec, device)
     try:
         if to == "int4":
             code, scale, zero = rtn.quantise_int4(weight_OI, group)
@@ -108,10 +109,19 @@ def _quantised(
     return [tensor.contiguous().cpu() for tensor in tensors], error
 
 
-def _load(checkpoint: Checkpoint, source: str, device: torch.device) -> Tensor:
-    ref = checkpoint.tensors[source]
-    data = bytearray(checkpoint.bytes(source)) if device.type == "cpu" else checkpoint.bytes(source)
-    return torch.frombuffer(data, dtype=_SOURCE_DTYPES[ref.dtype]).view(ref.shape).to(device)
+def _load(checkpoint: Checkpoint, spec: TensorSpec, device: torch.device) -> Tensor:
+    """Return the weight as the checkpoint stores it, its sources' rows one after the other."""
+    refs = [checkpoint.tensors[source] for source in spec.sources]
+    pieces = [
+        StoredPiece(
+            path=checkpoint.directory / ref.file, offset=ref.offset, n_bytes=ref.n_bytes, dtype=ref.dtype
+        )
+        for ref in refs
+    ]
+    dtype: Dtype = "bfloat16" if all(ref.dtype == "BF16" for ref in refs) else "float32"
+    tensor = ArenaTensor(name=spec.name, shape=spec.shape, dtype=None)
+    memory = torch.empty(tensor.n_bytes(dtype), dtype=torch.uint8, device=device)
+    return load_weights([tensor], {spec.name: pieces}, memory, dtype)[spec.name]
 
 
 def _relative_error(weight_OI: Tensor, restored: Callable[[slice], Tensor]) -> float:

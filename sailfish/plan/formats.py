@@ -56,12 +56,6 @@ def formats_of(config: EngineConfig, model: ModelConfig) -> WeightFormats:
     layers = _format(None if config.weights in PLAIN else config.weights)
     embedding = _format(config.embedding)
     head = _format(config.head if config.head is not None or not model.tied_head else config.embedding)
-    if config.weight_group is not None and "int4" not in (layers, head):
-        raise ConfigError(
-            "weight_group is for int4 weights, and none were asked for",
-            hint="add --weights int4, or leave weight_group out",
-            param="weight_group",
-        )
     group = WeightFormats().group if config.weight_group is None else config.weight_group
     return WeightFormats(layers=layers, head=head, embedding=embedding, group=group)
 
@@ -111,11 +105,10 @@ def decisions(
             "a step reads a row for each token and no more, so 8 bits save memory, not time",
         ),
     ]
-    found.append(
-        decide("weight_group", config.weight_group, str(formats.group), "the usual one, a scale for 64 bytes")
-        if _has_int4(formats)
-        else Decision(name="weight_group", requested="auto", active="none", why="no weight is in 4 bits")
-    )
+    group, why = str(formats.group), "the usual one, a scale for 64 bytes"
+    if not _has_int4(formats):
+        group, why = "none", "no weight is in 4 bits"
+    found.append(decide("weight_group", config.weight_group, group, why))
     n_routed = sum(layer.moe is not None for layer in model.layers)
     if n_routed and not plain_layers:
         why = f"no kernel reads {formats.layers} experts; the {n_routed} layers' experts keep their dtype"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from sailfish.artifact.reader import Artifact
 from sailfish.checkpoint.hf_config import load_model_config
 from sailfish.checkpoint.model_config import ModelConfig
 from sailfish.checkpoint.names import tensor_specs
@@ -18,7 +19,8 @@ from sailfish.kernels.choose import bind
 from sailfish.kernels.contract import AttentionSpan, Ops
 from sailfish.models.arena import arena_layout
 from sailfish.models.decoder import Decoder, KvCache, StepInputs
-from sailfish.models.load import ARENA_DTYPES, load_weights
+from sailfish.models.layers.linear import LinearWeight
+from sailfish.models.load import ARENA_DTYPES, assemble, load_weights
 from sailfish.plan.formats import arena_tensors
 from sailfish.plan.ops import choose_all, op_cases
 from sailfish.plan.types import Dtype, WeightFormats
@@ -59,6 +61,15 @@ def load_twin_weights(
     return load_weights(tensors, pieces, torch.empty(n_bytes, dtype=torch.uint8, device=device), dtype)
 
 
+def load_engine_weights(engine: Artifact, device: str = "cpu") -> dict[str, LinearWeight]:
+    """Read an engine's weights into one arena of the planned size."""
+    plan, model = engine.manifest.plan, engine.manifest.model
+    tensors = arena_tensors(model, plan.formats)
+    arena = torch.empty(plan.memory_bytes("weights"), dtype=torch.uint8, device=device)
+    pieces = {tensor.name: tensor.pieces for tensor in engine.tensors()}
+    return assemble(model, plan.formats, load_weights(tensors, pieces, arena, plan.dtype))
+
+
 def chosen_ops(config: ModelConfig, target: str = "cpu", dtype: str = "float32") -> Ops:
     """Bind what would be chosen for a target."""
     cases = op_cases(
@@ -80,14 +91,16 @@ class PagedDriver:
         dtype: str = "float32",
         config: ModelConfig | None = None,
         wrap_ops: Callable[[Ops], Ops] = lambda ops: ops,
+        engine: Artifact | None = None,
     ) -> None:
+        """Take the checkpoint's weights as they are, or those of an engine that was built of it."""
         config = load_model_config(path) if config is None else config
-        self.decoder = Decoder(
-            config,
-            load_twin_weights(path, config, dtype, device),
-            wrap_ops(chosen_ops(config, target, dtype)),
-            max_positions=config.context_tokens,
-        )
+        weights: Mapping[str, LinearWeight]
+        if engine is None:
+            weights, ops = load_twin_weights(path, config, dtype, device), chosen_ops(config, target, dtype)
+        else:
+            weights, ops = load_engine_weights(engine, device), bind(engine.manifest.ops)
+        self.decoder = Decoder(config, weights, wrap_ops(ops), max_positions=config.context_tokens)
         shape = (config.n_layers, 2, N_BLOCKS, PAGE_TOKENS, config.n_kv_heads, config.head_dim)
         self._kv = KvCache.of(torch.full(shape, float("nan"), dtype=ARENA_DTYPES[dtype], device=device))
         self._device = device
