@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from sailfish.artifact.contents import kinds
 from sailfish.artifact.reader import Artifact
 from sailfish.cli import opening, tables
+from sailfish.cli.inspect import show_weights
 from sailfish.cli.options import ENGINE, AsJson, Download, Model, Offline, Settings, with_settings
 from sailfish.kernels.contract import Choice
 from sailfish.plan import render
@@ -49,10 +51,13 @@ def explain(
         "ops": ops,
         "launches": launches,
         "downgrades": start.downgrades,
+        "weights": kinds(artifact),
+        "quantised_by": manifest.quantised_by,
     }
     if as_json:
         tables.show_json(data)
         return
+    show_weights(artifact)
     tables.show("Settings", tuple(decisions[0]), [tuple(map(str, row.values())) for row in decisions])
     rows = [
         (str(op["op"]), str(op["for"]), str(op["implementation"]), str(op["why"]), "\n".join(op["declined"]))

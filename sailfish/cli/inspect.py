@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from sailfish.artifact.contents import kinds
 from sailfish.artifact.reader import Artifact, is_engine
-from sailfish.artifact.side import read_evidence
+from sailfish.artifact.side import WEIGHT_ERROR, read_evidence
 from sailfish.base.units import format_bytes
 from sailfish.checkpoint.inspect import CheckpointReport, inspect_checkpoint
 from sailfish.cli import opening, tables
@@ -22,6 +23,7 @@ def inspect(
                 "digest": artifact.digest,
                 "manifest": artifact.manifest,
                 "evidence": read_evidence(artifact),
+                "weights": kinds(artifact),
             }
             tables.show_json(data)
         else:
@@ -49,15 +51,39 @@ def _show_engine(artifact: Artifact) -> None:
             ("dtype", manifest.plan.dtype),
             ("made by", manifest.producer),
             ("weights", f"{len(manifest.tensors)} tensors, {weights}"),
+            ("quantised by", manifest.quantised_by or "nobody"),
         ],
     )
+    show_weights(artifact)
     for evidence in read_evidence(artifact):
+        if evidence.kind == WEIGHT_ERROR:
+            continue
         facts = [(name, str(value)) for name, value in evidence.values.items()]
         title = f"Evidence: {evidence.kind}, {evidence.device}, {evidence.at}"
         tables.show(title, ("what", "value"), facts, right=("value",))
     rows = [(file.path, format_bytes(file.n_bytes), file.sha256) for file in manifest.weights]
     rows += [(file.name, format_bytes(file.n_bytes), file.sha256) for file in manifest.files]
     tables.show("Files", ("file", "size", "sha256"), rows, right=("size",))
+
+
+def show_weights(artifact: Artifact) -> None:
+    """Print what each kind of weight is stored in, and how far that is from the checkpoint."""
+    tables.show(
+        "Weights",
+        ("kind", "tensors", "format", "bits per weight", "size", "relative error"),
+        [
+            (
+                kind.name,
+                str(kind.n_tensors),
+                kind.format,
+                f"{kind.bits:.4g}",
+                format_bytes(kind.n_bytes),
+                "" if kind.error is None else f"{kind.error:.2%}",
+            )
+            for kind in kinds(artifact)
+        ],
+        right=("tensors", "bits per weight", "size", "relative error"),
+    )
 
 
 def _show_checkpoint(report: CheckpointReport) -> None:

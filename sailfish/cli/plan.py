@@ -24,11 +24,13 @@ def plan(
     """Show weights, KV blocks and every other part of memory; or what would make a too large request fit."""
     directory = opening.locate(model, offline=offline, download=download)
     hardware = target_profile(target, settings.engine.device, environment())
+    config = settings.engine
     if is_engine(directory):
-        config = Artifact.open(directory).manifest.model
+        manifest = Artifact.open(directory).manifest
+        config, shape = manifest.requested.overruled_by(config), manifest.model
     else:
-        config = load_model_config(directory)
-    planned = make_plan(settings.engine, config, hardware)
+        shape = load_model_config(directory)
+    planned = make_plan(config, shape, hardware)
     if as_json:
         tables.show_json(render.as_data(planned))
         return

@@ -28,7 +28,7 @@ from sailfish.compress import rtn
 from sailfish.compress.job import Done, Failed, Job, Progress
 from sailfish.kernels import int4
 from sailfish.models.load import load_weights
-from sailfish.plan.formats import ArenaTensor, engine_specs, parts
+from sailfish.plan.formats import ArenaTensor, engine_specs, kind_of, parts
 from sailfish.plan.types import Dtype, WeightFormat
 
 _FILE_BYTES = 4 << 30
@@ -67,7 +67,7 @@ def quantise(job: Job, tell: Callable[[int, int], None]) -> Done:
             except torch.OutOfMemoryError:  # others use the GPU; the CPU gives the same numbers
                 device = torch.device("cpu")
                 tensors, error = _quantised(checkpoint, spec, to, job.formats.group, device)
-            errors.setdefault(_kind(spec.name), []).append(error)
+            errors.setdefault(kind_of(spec.name), []).append(error)
             if written is not None:
                 written.result()
             written = pool.submit(files.append, spec, to, job.formats.group, tensors)
@@ -185,10 +185,6 @@ def _durable(path: Path) -> Iterator[WeightsWriter]:
 def _device(may_use_gpu: bool) -> torch.device:
     accelerator = torch.accelerator.current_accelerator() if may_use_gpu else None
     return accelerator if accelerator is not None and accelerator.type == "cuda" else torch.device("cpu")
-
-
-def _kind(name: str) -> str:
-    return name.removesuffix(".weight").rpartition(".")[2]
 
 
 def _source_bytes(checkpoint: Checkpoint, spec: TensorSpec) -> int:

@@ -137,6 +137,14 @@ def format_of(name: str, formats: WeightFormats) -> WeightFormat:
     return formats.layers if _LAYER_WEIGHT.fullmatch(name) else "plain"
 
 
+def kind_of(name: str) -> str:
+    """Return what a weight is, whatever layer it is in: "qkv", "experts.down", "norms" and so on."""
+    parts = name.split(".")[2:] if name.startswith("layers.") else name.split(".")
+    if parts[-1] == "bias":
+        return "biases"
+    return "norms" if parts[-2].endswith("norm") else ".".join(parts[:-1])
+
+
 def arena_tensors(model: ModelConfig, formats: WeightFormats) -> list[ArenaTensor]:
     """Return every tensor of the arena in order."""
     return [

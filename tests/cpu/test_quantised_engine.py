@@ -13,13 +13,14 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-import torch.nn.functional as F
 from local_engine import LocalEngine, greedy
 from paged import PagedDriver, load_engine_weights
+from rounded import restored, rounded_truth
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from twins import load_truth, make_twin
+from twins import make_twin
 
+from sailfish.artifact.contents import kinds
 from sailfish.artifact.manifest import MANIFEST_FILE, digest
 from sailfish.artifact.reader import Artifact
 from sailfish.artifact.side import read_evidence
@@ -28,12 +29,13 @@ from sailfish.base.errors import ArtifactError, BuildError, ConfigError, PlanErr
 from sailfish.build import builder
 from sailfish.build.builder import build_engine
 from sailfish.build.quantise import Quantiser
+from sailfish.cli.inspect import show_weights
 from sailfish.compress.job import Done, Job
 from sailfish.compress.rtn import quantise_8, quantise_int4, restore_8, restore_int4
 from sailfish.compress.worker import quantise
 from sailfish.data import demo_model
 from sailfish.kernels.contract import Weight8
-from sailfish.kernels.int4 import Int4Weight, dequantise
+from sailfish.kernels.int4 import Int4Weight
 from sailfish.models.layers.linear import LinearWeight
 from sailfish.plan.formats import engine_specs
 
@@ -91,62 +93,13 @@ def _engine(name: str, home: Path) -> Artifact:
     return Artifact.open(directory)
 
 
-def _restored(weight: LinearWeight) -> Tensor:
-    match weight:
-        case Int4Weight():
-            return dequantise(weight)
-        case Weight8():
-            return restore_8(weight.values_OI, weight.scale_O)
-        case Tensor():
-            return weight
-
-
-def _as_8_bits_multiply(weight: Weight8, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-    """Return a linear in float64 whose activations are rounded as the contract says, written out plainly."""
-    is_int8 = weight.values_OI.dtype == torch.int8
-
-    def forward(x: Tensor) -> Tensor:
-        scale = x.abs().amax(-1, keepdim=True) / (127.0 if is_int8 else 448.0)
-        scale = torch.where(scale == 0, 1.0, scale)
-        values = (x / scale).round() if is_int8 else (x / scale).to(torch.float8_e4m3fn)
-        y = F.linear(values.double(), weight.values_OI.double()) * scale * weight.scale_O
-        return (y if bias is None else y + bias).to(x.dtype)
-
-    return forward
-
-
-def _truth(name: str, home: Path) -> Any:
-    """Return transformers' model of the twin with the numbers that the engine's weights stand for."""
-    model, engine = load_truth(_twin(name, home)), _engine(name, home)
-    weights = load_engine_weights(engine)
-    for spec, format in engine_specs(engine.manifest.model, engine.manifest.plan.formats):
-        if format == "plain" and spec.name != "head.weight":
-            continue
-        sources = ("lm_head.weight",) if spec.name == "head.weight" else spec.sources
-        weight, start = weights[spec.name], 0
-        for source, shape in zip(sources, spec.source_shapes, strict=True):
-            module = model.get_submodule(source.removesuffix(".weight"))
-            rows = slice(start, start + shape[0])
-            module.weight = torch.nn.Parameter(_restored(weight)[rows])
-            if isinstance(weight, Weight8) and isinstance(module, torch.nn.Linear):
-                part = Weight8(weight.values_OI[rows], weight.scale_O[rows])
-                setattr(module, "forward", _as_8_bits_multiply(part, module.bias))  # noqa: B010
-            start += shape[0]
-    if engine.manifest.model.tied_head and "head.weight" not in weights:
-        embed = weights["embed.weight"]
-        model.lm_head.weight = torch.nn.Parameter(_restored(embed))
-        if isinstance(embed, Weight8):
-            model.lm_head.forward = _as_8_bits_multiply(embed, None)
-    return model
-
-
 @pytest.mark.parametrize("name", ENGINES)
 def test_an_engine_gives_the_logits_of_transformers_with_the_same_rounded_weights(
     name: str, home: Path
 ) -> None:
     prompt = torch.randint(0, 256, (150,), generator=torch.Generator().manual_seed(3)).tolist()
     with torch.inference_mode():
-        expected = _truth(name, home)(torch.tensor([prompt])).logits[0]
+        expected = rounded_truth(_twin(name, home), _engine(name, home))(torch.tensor([prompt])).logits[0]
     driver = PagedDriver(_twin(name, home), seed=1, engine=_engine(name, home))
     found = driver.prefill({0: prompt}, largest_chunk=40)[0]
     wrong_Q = (found - expected).norm(dim=1) / expected.norm(dim=1)
@@ -169,14 +122,14 @@ def test_every_weight_is_the_nearest_that_its_format_has(name: str, home: Path) 
         stored = torch.cat([checkpoint[source].flatten() for source in spec.sources]).view(spec.shape)
         weight = weights[spec.name]
         if format == "plain":
-            assert torch.equal(_restored(weight), stored)
+            assert torch.equal(restored(weight), stored)
             continue
         n_quantised += 1
         if format == "int4":
             expected = restore_int4(*quantise_int4(stored, formats.group), formats.group)
         else:
             expected = restore_8(*quantise_8(stored, format))
-        assert torch.equal(_restored(weight), expected)
+        assert torch.equal(restored(weight), expected)
     assert n_quantised > 0
     arena = sum(-(-tensor.n_bytes // 256) * 256 for tensor in _arena(weights))
     assert arena == engine.manifest.plan.memory_bytes("weights")
@@ -344,3 +297,18 @@ def test_the_packaged_model_still_writes_sentences_in_four_bits(tmp_path: Path) 
     plain = LocalEngine.build(demo_model(), tmp_path / "plain", EngineConfig())
     sizes = [next(m.planned_bytes for m in e.booted.memory if m.name == "weights") for e in (engine, plain)]
     assert sizes[0] < 0.22 * sizes[1]
+
+
+def test_the_contents_of_an_engine_are_told_kind_by_kind(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine = _engine("int4 of a tied model, whose head is int8", home)
+    found = {kind.name: kind for kind in kinds(engine)}
+    assert set(found) == {"embed", "norms", "qkv", "o", "gate_up", "down", "biases", "head"}
+    assert (found["qkv"].format, found["qkv"].n_tensors, found["qkv"].n_weights) == ("int4", 3, 3 * 160 * 96)
+    assert found["qkv"].bits == pytest.approx(8 * (192 * 128 / 2 + 192 * 2) / (160 * 96), rel=1e-6)
+    assert (found["head"].format, found["embed"].format, found["embed"].bits) == ("int8", "float32", 32)
+    assert found["embed"].error is None and found["qkv"].error == pytest.approx(0.097, abs=0.03)
+    show_weights(engine)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["head", "1", "int8", "8.333"] in [row[:4] for row in rows]
