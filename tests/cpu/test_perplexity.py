@@ -6,11 +6,13 @@ import json
 import lzma
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 from local_engine import LocalEngine, greedy
 
 from sailfish.base.config import EngineConfig
+from sailfish.build.builder import build_engine
 from sailfish.checkpoint.tokenizer import Tokenizer
 from sailfish.data import demo_model
 
@@ -31,7 +33,9 @@ def book_ids() -> list[int]:
 
 
 def _perplexity(engine_dir: Path, config: EngineConfig, ids: list[int], n_windows: int) -> float:
-    engine = LocalEngine.build(demo_model(), engine_dir, config)
+    if not engine_dir.exists():
+        build_engine(demo_model(), engine_dir, config=config, target="cpu")
+    engine = LocalEngine(engine_dir, config)
     for key in range(n_windows):
         window = ids[key * WINDOW_TOKENS : (key + 1) * WINDOW_TOKENS]
         engine.submit(key, window, greedy(8192, prompt_logprobs=0), 1)
@@ -57,3 +61,22 @@ def test_a_cache_in_8_bits_costs_less_than_half_a_percent_of_perplexity(
     )
     assert rounded == pytest.approx([exact, exact], rel=0.005)
     assert exact not in rounded, "the cache was not in 8 bits"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("formats", "most"),
+    [
+        ({"weights": "int4"}, 1.06),
+        ({"weights": "int4", "weight_group": 32}, 1.055),
+        ({"weights": "int8", "head": "int8", "embedding": "int8"}, 1.006),
+        ({"weights": "fp8", "head": "fp8"}, 1.012),
+    ],
+    ids=str,
+)
+def test_quantised_weights_cost_no_more_perplexity_than_the_documentation_says(
+    formats: dict[str, Any], most: float, book_ids: list[int], tmp_path: Path
+) -> None:
+    exact = _perplexity(tmp_path / "exact", EngineConfig(dtype="float32"), book_ids, 4)
+    rounded = _perplexity(tmp_path / "rounded", EngineConfig(dtype="float32", **formats), book_ids, 4)
+    assert 1.0005 * exact < rounded < most * exact
