@@ -63,8 +63,10 @@ def paced_server(engine_dir: Path, n_processes: int, n_sequences: int, step_ms: 
     """Serve an engine whose steps take `step_ms` whatever they hold; its tokens mean nothing."""
     with tempfile.TemporaryDirectory(prefix="sailfish-") as folder:
         socket_path = Path(folder) / "engine.sock"
-        flags = ("--engine", str(engine_dir), "--socket", str(socket_path))
-        flags += ("--sequences", str(n_sequences), "--step-ms", str(step_ms))
+        flags = [
+            *("--engine", str(engine_dir), "--socket", str(socket_path)),
+            *("--sequences", str(n_sequences), "--step-ms", str(step_ms)),
+        ]
         with (
             _process("sailfish.bench.paced", *flags),
             _process("sailfish.bench.rig", str(socket_path), str(n_processes)) as said,

@@ -7,6 +7,7 @@ import typer
 from sailfish.cli.bench_budget import budget
 from sailfish.cli.bench_engine import engine
 from sailfish.cli.bench_kernels import kernels
+from sailfish.cli.bench_server import server
 
 bench = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Measure; append a row for each figure to a file."
@@ -14,6 +15,7 @@ bench = typer.Typer(
 for name, command, summary in (
     ("engine", engine, "Speed, memory and start of an engine, beside other engines' figures."),
     ("kernels", kernels, "Single kernels on this GPU, beside other engines' figures."),
+    ("server", server, "Many concurrent streams through HTTP."),
     ("budget", budget, "What each op of a step should take, from bytes and operations alone."),
 ):
     bench.command(name, short_help=summary)(command)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 
 from sailfish.base.errors import SailfishError
@@ -13,7 +14,10 @@ from sailfish.engine.api import Chunk, Completion, SamplingParams
 
 
 class AnswerStream:
-    """Iterate over it for the chunks of all `n` answers interleaved; each ends with a finish_reason."""
+    """Iterate over it for the chunks of all `n` answers interleaved; each ends with a finish_reason.
+
+    A reader that is behind gets the news it missed as one chunk. It must be the only reader.
+    """
 
     def __init__(
         self,
@@ -28,7 +32,9 @@ class AnswerStream:
         self.prompt_ids = prompt_ids
         self._send = send
         self._forget = forget
-        self._events: asyncio.Queue[tuple[int, wire.Event | SailfishError]] = asyncio.Queue()
+        self._events: deque[tuple[int, wire.Event | SailfishError]] = deque()
+        self._news: asyncio.Future[None] | None = None
+        """What the reader waits for when there are no events."""
         self._answers = {key: Answer(i, len(prompt_ids), params, tokenizer) for i, key in enumerate(keys)}
 
     def __aiter__(self) -> AsyncIterator[Chunk]:
@@ -37,13 +43,18 @@ class AnswerStream:
     async def __anext__(self) -> Chunk:
         """Return the next chunk; raises what ended the request before its answers were complete."""
         while self._answers:
-            key, event = await self._events.get()
+            while not self._events:
+                self._news = asyncio.get_running_loop().create_future()
+                await self._news
+            key, event = self._events.popleft()
             answer = self._answers.get(key)
             if answer is None:
                 continue
             if isinstance(event, SailfishError):
                 self.end()
                 raise event
+            if self._events:
+                event = self._joined(key, event)
             try:
                 chunk = answer.take(event)
             except SailfishError:
@@ -69,7 +80,20 @@ class AnswerStream:
 
     def put(self, key: int, event: wire.Event | SailfishError) -> None:
         """Hand over news of one answer."""
-        self._events.put_nowait((key, event))
+        self._events.append((key, event))
+        if self._news is not None and not self._news.done():
+            self._news.set_result(None)
+
+    def _joined(self, key: int, event: wire.Event) -> wire.Event:
+        """Return the event and those of the same answer right behind it as one."""
+        events = [event]
+        while self._events:
+            next_key, following = self._events[0]
+            if next_key != key or isinstance(following, SailfishError):
+                break
+            events.append(following)
+            self._events.popleft()
+        return event if len(events) == 1 else wire.joined(events)
 
     def _close(self, key: int) -> None:
         self._answers.pop(key, None)

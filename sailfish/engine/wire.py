@@ -87,6 +87,19 @@ class Event(msgspec.Struct, frozen=True, tag="event"):
     finish: Finish | None = None
 
 
+def joined(events: list[Event]) -> Event:
+    """Return consecutive news of one sequence as one event; only the last may have `finish`."""
+    has_logprobs = any(event.logprobs is not None for event in events)
+    return Event(
+        key=events[0].key,
+        token_ids=[token_id for event in events for token_id in event.token_ids],
+        logprobs=[entry for event in events for entry in event.logprobs or []] if has_logprobs else None,
+        prompt_logprobs=next((e.prompt_logprobs for e in events if e.prompt_logprobs is not None), None),
+        n_cached=max(event.n_cached for event in events),
+        finish=events[-1].finish,
+    )
+
+
 class Events(msgspec.Struct, frozen=True, tag="events"):
     """Engine: all news of one step for this client."""
 

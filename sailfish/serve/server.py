@@ -27,6 +27,10 @@ from sailfish.serve.site import Door, Site
 READY = "READY"
 """How a process says on standard output that it serves; a server's address follows."""
 _REPORT_S = 1.0
+_UNACCEPTED = 1024
+"""Connections that the system keeps until a process takes them."""
+_ACCEPTED_AT_ONCE = 32
+"""Connections that a process takes before it goes on with its others, so that several share a rush."""
 _FAREWELL_S = 5
 """After the drain's end, what interrupted replies may take to say so."""
 
@@ -71,7 +75,7 @@ def bind(config: ServeConfig) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-        listener.listen(1024)
+        listener.listen(_UNACCEPTED)
     except OSError as error:
         listener.close()
         why = "another program listens there" if error.errno == errno.EADDRINUSE else error.strerror
@@ -121,6 +125,7 @@ class ApiServer(uvicorn.Server):
             vllm_metrics=config.vllm_metrics,
         )
         super().__init__(uvicorn_config(create_app(self.site), self.site))
+        self.config.backlog = _ACCEPTED_AT_ONCE  # which asyncio takes for both
         self._drain_s = config.drain_s
         self._drain_ends_at_s: float | None = None
         self._on_drain = on_drain
@@ -144,6 +149,8 @@ class ApiServer(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start to listen, and say so."""
         await super().startup(sockets)
+        for listener in sockets or ():
+            listener.listen(_UNACCEPTED)
         if self._on_ready is not None:
             self._on_ready()
 
