@@ -224,6 +224,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     defaults: dict[str, float]
     """Sampling defaults of generation_config.json, by SamplingParams field name."""
     memory: list[MemoryReading]
+    weights: str = "plain"
+    """Formats of the weights in words, as in "int4 (groups of 128), int8 head"; "plain": all are in dtype."""
     downgrades: list[str] = []
     """What the device forces below what the checkpoint offers, in words."""
     launches: dict[int, dict[str, int]] = {}

@@ -30,6 +30,7 @@ from sailfish.engine.limits import SchedulerLimits
 from sailfish.engine.loop import EngineLoop
 from sailfish.engine.scheduler import Scheduler
 from sailfish.hardware.memory import cuda_memory, resident_bytes
+from sailfish.plan.formats import words
 
 log = logging.getLogger("sailfish.engine.worker")
 
@@ -118,6 +119,7 @@ def _info(booted: Booted, name: str | None, started_s: float) -> EngineInfo:
         family=manifest.model.family,
         device=plan.device,
         dtype=plan.dtype,
+        weights=words(plan.formats),
         vocab_size=manifest.model.vocab_size,
         context_tokens=plan.context_tokens,
         page_tokens=plan.page_tokens,

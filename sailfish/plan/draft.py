@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from sailfish.base.config import EngineConfig
 from sailfish.base.errors import PlanError
@@ -21,26 +22,12 @@ from sailfish.plan.memory import (
 from sailfish.plan.ops import LINEAR_OPS, kept_index_bytes, workspaces
 from sailfish.plan.overlay import DeviceOverlay
 from sailfish.plan.settings import MIN_CONTEXT_TOKENS, Answers, Settings, settle
-from sailfish.plan.types import CacheSpec, Decision, Dtype, MemoryLine, Plan
+from sailfish.plan.types import CacheSpec, Decision, Dtype, MemoryLine, Plan, WeightFormats
 
 _BUDGET_PERCENT = {"cpu": 80, "cuda": 90}
 _CPU_KV_PERCENT = 25
 """Share of free memory that KV blocks take on the CPU unless asked for more: the machine is shared."""
 _MARGIN_BYTES = {"cpu": 64 * MIB, "cuda": 128 * MIB}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sizes:
-    """Weight bytes per dtype, computed once for all drafts of a model."""
-
-    weights: dict[Dtype, int]
-
-    @classmethod
-    def of(cls, config: EngineConfig, model: ModelConfig) -> Sizes:
-        """Count the model's tensors, in the formats that are asked for."""
-        tensors = arena_tensors(model, formats_of(config, model))
-        dtypes: tuple[Dtype, ...] = ("float32", "bfloat16")
-        return cls(weights={dtype: weights_bytes(tensors, dtype) for dtype in dtypes})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,13 +51,13 @@ def draft(
     model: ModelConfig,
     hardware: HardwareProfile,
     overlay: DeviceOverlay | None,
-    sizes: Sizes,
 ) -> Draft:
     """Draft the plan; a context left to "auto" is shortened until it fits, though not without end."""
     answers = Answers()
-    settings = settle(config, model, hardware, sizes.weights, answers)
+    weights = _weights_bytes(model, formats_of(config, model))
+    settings = settle(config, model, hardware, weights, answers)
     budget = _budget(config, hardware)
-    whole = _lay_out(config, model, hardware, overlay, sizes, settings, answers, budget)
+    whole = _lay_out(config, model, hardware, overlay, weights, settings, answers, budget)
     if config.context_tokens is not None or _context_fits(whole, config, hardware):
         return whole
     page_tokens = settings.page_tokens
@@ -79,7 +66,7 @@ def draft(
         middle = (low + high + 1) // 2
         shorter = replace(settings, context_tokens=middle * page_tokens)
         if _context_fits(
-            _lay_out(config, model, hardware, overlay, sizes, shorter, answers, budget), config, hardware
+            _lay_out(config, model, hardware, overlay, weights, shorter, answers, budget), config, hardware
         ):
             low = middle
         else:
@@ -92,7 +79,7 @@ def draft(
         shorter.context_tokens,
         f"the longest whose KV blocks fit; the checkpoint allows {format_count(model.context_tokens)}",
     )
-    return _lay_out(config, model, hardware, overlay, sizes, shorter, answers, budget)
+    return _lay_out(config, model, hardware, overlay, weights, shorter, answers, budget)
 
 
 def _context_fits(attempt: Draft, config: EngineConfig, hardware: HardwareProfile) -> bool:
@@ -129,7 +116,7 @@ def _lay_out(
     model: ModelConfig,
     hardware: HardwareProfile,
     overlay: DeviceOverlay | None,
-    sizes: Sizes,
+    weights: dict[Dtype, int],
     settings: Settings,
     answers: Answers,
     budget: tuple[int, str],
@@ -137,7 +124,7 @@ def _lay_out(
     cache = cache_specs(model, settings.kv_dtype)
     block_bytes = settings.page_tokens * sum(spec.bytes_per_token for spec in cache)
     graphs = plan_graphs(config, model, hardware, settings)
-    fixed = _fixed_lines(model, hardware, overlay, sizes, settings, graphs.line)
+    fixed = _fixed_lines(model, hardware, overlay, weights, settings, graphs.line)
     left_bytes = budget[0] - sum(line.bytes for line in fixed)
     n_blocks, kv_why = _kv_blocks(config, hardware, settings, block_bytes, left_bytes)
     kv_line = MemoryLine(
@@ -179,7 +166,7 @@ def _fixed_lines(
     model: ModelConfig,
     hardware: HardwareProfile,
     overlay: DeviceOverlay | None,
-    sizes: Sizes,
+    weights: dict[Dtype, int],
     settings: Settings,
     graphs: MemoryLine,
 ) -> list[MemoryLine]:
@@ -202,7 +189,7 @@ def _fixed_lines(
     )
     runtime = hardware.runtime_bytes if overlay is None else overlay.runtime_bytes
     return [
-        MemoryLine(name="weights", bytes=sizes.weights[settings.dtype], why=_weights_words(settings)),
+        MemoryLine(name="weights", bytes=weights[settings.dtype], why=_weights_words(settings)),
         MemoryLine(
             name="activations",
             bytes=peak_bytes,
@@ -224,6 +211,14 @@ def _fixed_lines(
             name="margin", bytes=_MARGIN_BYTES[hardware.device], why="allocator rounding and fragmentation"
         ),
     ]
+
+
+@lru_cache(maxsize=16)
+def _weights_bytes(model: ModelConfig, formats: WeightFormats) -> dict[Dtype, int]:
+    """Return the arena's size for each plain dtype; many drafts of a model ask for it."""
+    tensors = arena_tensors(model, formats)
+    dtypes: tuple[Dtype, ...] = ("float32", "bfloat16")
+    return {dtype: weights_bytes(tensors, dtype) for dtype in dtypes}
 
 
 def _weights_words(settings: Settings) -> str:

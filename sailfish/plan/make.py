@@ -7,7 +7,7 @@ from sailfish.base.errors import PlanError
 from sailfish.base.units import format_bytes, format_count
 from sailfish.checkpoint.model_config import ModelConfig
 from sailfish.hardware.profile import HardwareProfile
-from sailfish.plan.draft import Draft, Sizes, draft
+from sailfish.plan.draft import Draft, draft
 from sailfish.plan.overlay import DeviceOverlay
 from sailfish.plan.suggest import suggest_for
 from sailfish.plan.types import Plan
@@ -24,10 +24,9 @@ def make_plan(
     Raises ConfigError for a setting out of range and PlanError when it does not fit; the latter's
     hint names changes that do fit.
     """
-    sizes = Sizes.of(config, model)
-    attempt = draft(config, model, hardware, overlay, sizes)
+    attempt = draft(config, model, hardware, overlay)
     if attempt.short_bytes > 0:
-        raise _too_large(attempt, config, model, hardware, overlay, sizes)
+        raise _too_large(attempt, config, model, hardware, overlay)
     return attempt.plan
 
 
@@ -37,7 +36,6 @@ def _too_large(
     model: ModelConfig,
     hardware: HardwareProfile,
     overlay: DeviceOverlay | None,
-    sizes: Sizes,
 ) -> PlanError:
     plan = attempt.plan
     asked = f"{model.family} in {plan.dtype} with {format_count(plan.context_tokens)} tokens of context"
@@ -51,7 +49,7 @@ def _too_large(
             f"{asked} needs {format_bytes(plan.total_bytes)} on {hardware.name}; "
             f"{format_bytes(attempt.budget_bytes)} may be used ({attempt.budget_why})"
         )
-    options = suggest_for(config, model, hardware, overlay, sizes)
+    options = suggest_for(config, model, hardware, overlay)
     if options:
         hint = "any one of these fits: " + "; ".join(option.text for option in options)
     else:

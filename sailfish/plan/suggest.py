@@ -10,7 +10,7 @@ from sailfish.base.config import EngineConfig
 from sailfish.base.units import format_bytes
 from sailfish.checkpoint.model_config import ModelConfig
 from sailfish.hardware.profile import MIB, HardwareProfile
-from sailfish.plan.draft import Draft, Sizes, draft
+from sailfish.plan.draft import Draft, draft
 from sailfish.plan.overlay import DeviceOverlay
 
 _FLAGS = {
@@ -20,6 +20,7 @@ _FLAGS = {
     "max_sequences": "--concurrency",
     "memory_bytes": "--memory",
     "step_tokens": "--step-tokens",
+    "weights": "--weights",
 }
 
 
@@ -50,10 +51,9 @@ def suggest(
 
     The list is empty when it fits as it is, and when nothing makes it fit.
     """
-    sizes = Sizes.of(config, model)
-    if draft(config, model, hardware, overlay, sizes).short_bytes <= 0:
+    if draft(config, model, hardware, overlay).short_bytes <= 0:
         return []
-    return suggest_for(config, model, hardware, overlay, sizes)
+    return suggest_for(config, model, hardware, overlay)
 
 
 def suggest_for(
@@ -61,12 +61,11 @@ def suggest_for(
     model: ModelConfig,
     hardware: HardwareProfile,
     overlay: DeviceOverlay | None,
-    sizes: Sizes,
 ) -> list[Suggestion]:
     """Do the work of `suggest` for a configuration known not to fit."""
 
     def ask(candidate: EngineConfig) -> Draft:
-        return draft(candidate, model, hardware, overlay, sizes)
+        return draft(candidate, model, hardware, overlay)
 
     found = _single_changes(config, ask)
     if found:
@@ -82,6 +81,8 @@ def _single_changes(config: EngineConfig, ask: Callable[[EngineConfig], Draft]) 
     found: list[Suggestion | None] = []
     if plan.dtype == "float32":
         found.append(_fitting(config, {"dtype": "bfloat16"}, ask))
+    if plan.formats.layers == "plain":
+        found += [_fitting(config, {"weights": format}, ask) for format in ("int8", "int4")]
     if config.kv_bytes is not None:
         found.append(_fitting(config, {"kv_bytes": None}, ask))
     found.append(_largest(config, "context_tokens", plan.context_tokens, plan.page_tokens, ask))

@@ -12,11 +12,11 @@ from engine_fixtures import write_checkpoint
 from plan_models import BOOKS_4M, EXPERTS, LLAMA_8B
 
 from sailfish.base.config import EngineConfig
-from sailfish.base.errors import ConfigError
+from sailfish.base.errors import ConfigError, PlanError
 from sailfish.build.cache import _entry_name
 from sailfish.checkpoint.model_config import ModelConfig
 from sailfish.hardware.profile import profile
-from sailfish.plan import make_plan
+from sailfish.plan import make_plan, suggest
 from sailfish.plan.formats import arena_tensors, config_of, formats_of, words
 from sailfish.plan.types import WeightFormats
 
@@ -158,3 +158,13 @@ def test_engines_of_other_formats_lie_elsewhere_in_the_cache(tmp_path: Path) -> 
     }
     assert len(entries) == 6
     shutil.rmtree(checkpoint)
+
+
+def test_a_model_that_does_not_fit_is_told_the_formats_that_do() -> None:
+    small = replace(profile("rtx 3090"), free_bytes=14 * 1024**3)
+    config = EngineConfig(context_tokens=4096, max_sequences=4, step_tokens=512)
+    with pytest.raises(PlanError) as caught:
+        make_plan(config, LLAMA_8B, small)
+    assert "--weights int8 (" in str(caught.value.hint) and "--weights int4 (" in str(caught.value.hint)
+    for option in suggest(config, LLAMA_8B, small):
+        assert make_plan(option.config, LLAMA_8B, small).total_bytes == option.total_bytes
