@@ -66,9 +66,7 @@ def read_overlay(artifact: Artifact, device_key: str, software: str) -> DeviceOv
 def write_overlay(artifact: Artifact, overlay: DeviceOverlay) -> Path:
     """Store what this device told, in one rename; raises ArtifactError where the directory is read-only."""
     path = _overlay_path(artifact, overlay.device_key)
-    data = (
-        msgspec.json.encode(_OverlayFile(manifest=artifact.digest, overlay=overlay), order="sorted") + b"\n"
-    )
+    data = msgspec.json.encode(_OverlayFile(manifest=artifact.digest, overlay=overlay)) + b"\n"
     try:
         handle, temporary = tempfile.mkstemp(dir=artifact.directory, prefix=".overlay-")
         try:

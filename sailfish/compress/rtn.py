@@ -76,7 +76,9 @@ def quantise_8(weight_OI: Tensor, to: Format8) -> tuple[Tensor, Tensor]:
     scale_O = weight_OI.new_empty(len(weight_OI), dtype=torch.float32)
     for rows in _chunks(weight_OI):
         w_OI = weight_OI[rows].float()
-        scale = _not_zero(w_OI.abs().amax(1) / LARGEST_8[to])
+        largest_O = w_OI.abs().amax(1)
+        # By a tensor: by a number, CUDA multiplies with the reciprocal, which rounds otherwise than the CPU.
+        scale = _not_zero(largest_O / torch.full_like(largest_O, LARGEST_8[to]))
         scaled = w_OI / scale[:, None]
         values_OI[rows] = (scaled.round() if to == "int8" else scaled).to(_DTYPE_8[to])
         scale_O[rows] = scale

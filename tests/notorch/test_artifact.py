@@ -402,7 +402,12 @@ def test_a_lock_file_that_another_build_renamed_away_is_not_mistaken_for_the_loc
 
 def test_an_overlay_is_read_back_for_its_own_engine_only(engine: Path, tmp_path: Path) -> None:
     artifact = Artifact.open(engine)
-    overlay = DeviceOverlay(device_key="sm_90-nvidia-h200", software="torch 2", runtime_bytes=123456789)
+    overlay = DeviceOverlay(
+        device_key="sm_90-nvidia-h200",
+        software="torch 2",
+        runtime_bytes=123456789,
+        launches={1: {"norm": 65, "gemm": 129}, 16: {"norm": 65}},
+    )
     assert read_overlay(artifact, overlay.device_key, "torch 2") is None
     path = write_overlay(artifact, overlay)
     assert path.name == "overlay-sm_90-nvidia-h200.json"
