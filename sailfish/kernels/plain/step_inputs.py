@@ -1,9 +1,15 @@
-"""Starts rows, builds a step's inputs and appends its draws in plain torch, from the kernels' own words."""
+"""Starts rows, builds a step's inputs and appends its draws on the CPU, from the kernels' own words.
+
+In NumPy, on the tensors' own memory: for so few numbers an operation of torch takes three times as long.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sailfish.kernels.rows import Rows, StepTensors
@@ -22,65 +28,64 @@ _FIRST_SEED = START_FIELDS.index("seed_low")
 
 def start_rows(words: Tensor, starts_at: int, n_starts: int, rows: Rows) -> None:
     """Write the rows that begin. words: int32. Mutates rows."""
-    host = words.cpu().numpy()
-    device = rows.token_RC.device
+    host = words.numpy()
+    lists = (rows.token_RC, rows.block_RW, rows.barred_RS, rows.bias_id_RB)
+    token_RC, block_RW, barred_RS, bias_id_RB = (column.numpy() for column in lists)
+    columns = [getattr(rows, f"{name}_R").numpy() for name in _COLUMNS]
+    bias_RB, penalties_R3, seed_R = rows.bias_RB.numpy(), rows.penalties_R3.numpy(), rows.seed_R.numpy()
     for i in range(n_starts):
         record = host[starts_at + i * START_WORDS : starts_at + (i + 1) * START_WORDS]
-        start = dict(zip(START_FIELDS, record[:_FIRST_FLOAT].tolist(), strict=False))
-        numbers = torch.from_numpy(record[_FIRST_FLOAT:].view(np.float32).copy())
+        numbers = record[_FIRST_FLOAT:].view(np.float32)
+        start = dict(zip(START_FIELDS, (*record[:_FIRST_FLOAT].tolist(), *numbers.tolist()), strict=True))
         row = start["row"]
-        for column, values in (
-            (rows.token_RC, _part(host, start, "tokens")),
-            (rows.block_RW, _part(host, start, "blocks")),
-            (rows.barred_RS, _part(host, start, "barred")),
-            (rows.bias_id_RB, _part(host, start, "bias")),
-            (rows.bias_RB, _part(host, start, "bias", skip=start["n_bias"]).view(np.float32)),
-        ):
-            column[row, : len(values)] = torch.from_numpy(values.copy()).to(device)
-        rows.n_prompt_R[row] = start["n_prompt"]
-        rows.n_barred_R[row] = start["n_barred"]
-        rows.n_bias_R[row] = start["n_bias"]
-        rows.top_k_R[row] = start["top_k"]
-        rows.min_length_R[row] = start["min_length"]
-        rows.seed_R[row] = int(record[_FIRST_SEED : _FIRST_SEED + 2].copy().view(np.int64)[0])
-        rows.temperature_R[row], rows.top_p_R[row], rows.min_p_R[row] = numbers[:3]
-        rows.penalties_R3[row] = numbers[3:].to(device)
+        _put(token_RC[row], host, start["tokens_at"], start["n_tokens"])
+        _put(block_RW[row], host, start["blocks_at"], start["n_blocks"])
+        _put(barred_RS[row], host, start["barred_at"], start["n_barred"])
+        _put(bias_id_RB[row], host, start["bias_at"], start["n_bias"])
+        _put(bias_RB[row], host.view(np.float32), start["bias_at"] + start["n_bias"], start["n_bias"])
+        for name, column in zip(_COLUMNS, columns, strict=True):
+            column[row] = start[name]
+        seed_R[row] = record[_FIRST_SEED : _FIRST_SEED + 2].copy().view(np.int64)[0]
+        penalties_R3[row] = numbers[-3:]
+
+
+_COLUMNS = ("n_prompt", "n_barred", "n_bias", "top_k", "min_length", "temperature", "top_p", "min_p")
 
 
 def build_inputs(words: Tensor, layout: StepLayout, rows: Rows, page_tokens: int) -> StepTensors:
     """Append the blocks and return the step's inputs. words: int32. Mutates rows.block_RW."""
-    appended = words[layout.appended_at : layout.appended_at + APPENDED_WORDS * int(words[0])]
-    row_A, index_A, block_A = appended.view(-1, APPENDED_WORDS).T
-    rows.block_RW[row_A, index_A] = block_A
-    run_words = words[RUNS_AT : layout.samples_at].view(-1, RUN_WORDS)
-    row_B, start_B = run_words[:-1, 0], run_words[:-1, 1]
-    query_start_B1 = run_words[:, 2]
-    count_B = query_start_B1.diff()
-    kv_len_B = start_B + count_B
+    host, block_RW = words.numpy(), rows.block_RW.numpy()
+    if host[0]:
+        appended = host[layout.appended_at : layout.appended_at + APPENDED_WORDS * host[0]]
+        row_A, index_A, block_A = appended.reshape(-1, APPENDED_WORDS).T
+        block_RW[row_A, index_A] = block_A
+    row_B, start_B, query_start_B1 = _columns(host, layout)
+    start_B = start_B[:-1]
+    kv_len_B = start_B + np.diff(query_start_B1)
     if layout.is_decode:
-        row_T, position_T = row_B, start_B.long()
+        row_T, position_T = row_B[:-1], start_B.astype(np.int64)
     else:
-        run_T = torch.repeat_interleave(count_B, output_size=layout.n_tokens)
+        run_T = np.repeat(np.arange(layout.n_runs), np.diff(query_start_B1))
         row_T = row_B[run_T]
-        first_T = (start_B - query_start_B1[:-1])[run_T]
-        position_T = torch.arange(layout.n_tokens, device=words.device) + first_T
-    real_T = position_T >= 0
-    position_T = position_T.clamp(min=0)
-    slot_T = rows.block_RW[row_T, position_T // page_tokens].long() * page_tokens + position_T % page_tokens
-    at_S, row_S, length_S = None, row_B, kv_len_B
+        position_T = np.arange(layout.n_tokens) + (start_B - query_start_B1[:-1])[run_T]
+    at_T = np.maximum(position_T, 0)
+    slot_T = block_RW[row_T, at_T // page_tokens].astype(np.int64) * page_tokens + at_T % page_tokens
+    slot_T[position_T < 0] = -1
+    row_S, length_S, at_S = row_B[:-1], kv_len_B, None
     if not layout.is_decode:
-        run_S = words[layout.samples_at : layout.appended_at]
-        at_S, row_S, length_S = query_start_B1[1:][run_S].long() - 1, row_B[run_S], kv_len_B[run_S]
+        run_S = host[layout.samples_at : layout.appended_at]
+        at_S = torch.from_numpy(query_start_B1[1:][run_S].astype(np.int64) - 1)
+        row_S, length_S = row_B[run_S], kv_len_B[run_S]
     return StepTensors(
-        token_T=rows.token_RC[row_T, position_T].long(),
-        position_T=position_T,
-        slot_T=torch.where(real_T, slot_T, -1),
-        row_B=row_B.contiguous(),
-        kv_len_B=kv_len_B,
-        query_start_B1=query_start_B1.contiguous(),
+        token_T=torch.from_numpy(rows.token_RC.numpy()[row_T, at_T].astype(np.int64)),
+        position_T=torch.from_numpy(at_T),
+        slot_T=torch.from_numpy(slot_T),
+        row_B=torch.from_numpy(row_B[:-1]),
+        kv_len_B=torch.from_numpy(kv_len_B),
+        query_start_B1=torch.from_numpy(query_start_B1),
         at_S=at_S,
-        row_S=row_S,
-        length_S=length_S,
+        row_S=torch.from_numpy(row_S),
+        length_S=torch.from_numpy(length_S),
     )
 
 
@@ -91,11 +96,16 @@ def append_draws(
 
     Mutates rows.token_RC and the first S rows of drawn_S2.
     """
-    rows.token_RC[tensors.row_S, tensors.length_S] = token_S.to(torch.int32)
-    drawn_S2[: len(token_S), 0] = token_S
-    drawn_S2[: len(token_S), 1] = finite_S
+    drawn = drawn_S2.numpy()[: len(token_S)]
+    drawn[:, 0] = token_S.numpy()
+    drawn[:, 1] = finite_S.numpy()
+    rows.token_RC.numpy()[tensors.row_S.numpy(), tensors.length_S.numpy()] = drawn[:, 0]
 
 
-def _part(host: np.ndarray, start: dict[str, int], name: str, skip: int = 0) -> np.ndarray:
-    begin = start[f"{name}_at"] + skip
-    return host[begin : begin + start[f"n_{name}"]]
+def _columns(host: NDArray[np.int32], layout: StepLayout) -> NDArray[np.int32]:
+    """Return rows, starts and queries of the runs, each with the last record's; their own memory."""
+    return host[RUNS_AT : layout.samples_at].reshape(-1, RUN_WORDS).T.copy()
+
+
+def _put(column: NDArray[Any], values: NDArray[Any], at: int, n: int) -> None:
+    column[:n] = values[at : at + n]
