@@ -183,8 +183,11 @@ def _durable(path: Path) -> Iterator[WeightsWriter]:
 
 
 def _device(may_use_gpu: bool) -> torch.device:
-    accelerator = torch.accelerator.current_accelerator() if may_use_gpu else None
-    return accelerator if accelerator is not None and accelerator.type == "cuda" else torch.device("cpu")
+    if may_use_gpu and torch.accelerator.is_available():
+        accelerator = torch.accelerator.current_accelerator()
+        if accelerator is not None and accelerator.type == "cuda":
+            return accelerator
+    return torch.device("cpu")
 
 
 def _source_bytes(checkpoint: Checkpoint, spec: TensorSpec) -> int:
