@@ -13,6 +13,13 @@ from sailfish.kernels.cuda.elementwise_limits import (
     rejects_quantise,
     rejects_rope_write,
 )
+from sailfish.kernels.cuda.linear8_limits import (
+    dequantised_bytes,
+    int_mm_bytes,
+    rejects_int_mm,
+    rejects_scaled_mm,
+    rejects_wide,
+)
 from sailfish.kernels.plain.limits import (
     math_bytes,
     moe_bytes,
@@ -22,6 +29,7 @@ from sailfish.kernels.plain.limits import (
     widening_bytes,
 )
 
+_LINEAR8 = "sailfish.kernels.cuda.linear8:"
 _ELEMENTWISE = "sailfish.kernels.reference.elementwise:"
 _QUANTISED = "sailfish.kernels.reference.quantised:"
 _ATTENTION = "sailfish.kernels.plain.attention:"
@@ -165,10 +173,71 @@ PREFERRED: MappingProxyType[str, tuple[Impl, ...]] = MappingProxyType(
         ),
         "act_mul": (_elementwise("act_mul", "one launch, 8 bits on the way out", rejects_act_mul),),
         "embed": (_elementwise("embed", "gathers and scales in one launch", _accepts),),
+        "embed_int8": (
+            Impl(
+                op="embed_int8",
+                name="cuda_embed_int8",
+                entry="sailfish.kernels.cuda.embedding:embed_int8",
+                why="gathers, widens and scales in one launch",
+                rejects=_only_cuda,
+                workspace_bytes=none_bytes,
+                can_capture=True,
+            ),
+        ),
         "softcap": (_elementwise("softcap", "one pass", _accepts),),
         "linear_int4": (_widening("linear_int4", "linear_int4"),),
         "linear_int8": (_widening("linear_int8", "linear_8"),),
         "linear_fp8": (_widening("linear_fp8", "linear_8"),),
+        "linear_int8": (
+            Impl(
+                op="linear_int8",
+                name="cuda_wide_int8",
+                entry=_LINEAR8 + "wide_linear",
+                why="Hopper's tensor cores on int8, scaled on the way out",
+                rejects=rejects_wide,
+                workspace_bytes=none_bytes,
+                can_capture=True,
+            ),
+            Impl(
+                op="linear_int8",
+                name="cuda_int_mm",
+                entry=_LINEAR8 + "int_mm_linear",
+                why="torch's integer product and one kernel that scales",
+                rejects=lambda case: _only_cuda(case) or rejects_int_mm(case),
+                workspace_bytes=int_mm_bytes,
+                can_capture=True,
+            ),
+        ),
+        "linear_fp8": (
+            Impl(
+                op="linear_fp8",
+                name="cuda_wide_fp8",
+                entry=_LINEAR8 + "wide_linear",
+                why="Hopper's tensor cores on float8, scaled on the way out",
+                rejects=rejects_wide,
+                workspace_bytes=none_bytes,
+                can_capture=True,
+            ),
+            Impl(
+                op="linear_fp8",
+                name="cuda_scaled_mm",
+                entry=_LINEAR8 + "scaled_mm_linear",
+                why="torch's product of float8 with scales of rows",
+                rejects=lambda case: _only_cuda(case) or rejects_scaled_mm(case),
+                workspace_bytes=none_bytes,
+                can_capture=True,
+            ),
+            Impl(
+                op="linear_fp8",
+                name="cuda_dequantised",
+                entry=_LINEAR8 + "dequantised_linear",
+                is_fallback=True,
+                why="the weight widened for each product, for cards without units for float8",
+                rejects=_only_cuda,
+                workspace_bytes=dequantised_bytes,
+                can_capture=True,
+            ),
+        ),
         "attention": (
             Impl(
                 op="attention",

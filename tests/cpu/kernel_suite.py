@@ -171,8 +171,8 @@ _LINEAR_8 = {
 }
 
 
-def _embed_int8(draw: Draw, n: int, scale: float, dtype: torch.dtype) -> tuple[Any, ...]:
-    table = quantise(draw.normal(40, 16), "int8")
+def _embed_int8(draw: Draw, n: int, scale: float, dtype: torch.dtype, width: int = 16) -> tuple[Any, ...]:
+    table = quantise(draw.normal(40, width), "int8")
     return draw.integers(40, n), Weight8(table.values_TI, table.scale_T), scale, dtype
 
 
@@ -295,6 +295,8 @@ SCENARIOS: dict[str, dict[str, Make]] = {
     "embed_int8": {
         "float32": lambda draw: _embed_int8(draw, 9, 1.0, torch.float32),
         "bfloat16, scaled": lambda draw: _embed_int8(draw, 9, 9.7979589, torch.bfloat16),
+        "ragged": lambda draw: _embed_int8(draw, 9, 1.0, torch.bfloat16, width=21),
+        "wide": lambda draw: _embed_int8(draw, 3, 1.0, torch.float32, width=4100),
         "no token": lambda draw: _embed_int8(draw, 0, 2.0, torch.float32),
     },
     "softcap": {

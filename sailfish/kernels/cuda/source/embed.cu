@@ -1,4 +1,4 @@
-// Rows of the embedding by token, and the soft-cap of logits: the two ends of a model. TYPE: bf16 or float.
+// Rows of the embedding by token, plain or in int8, and the soft-cap of logits: the two ends of a model. TYPE: bf16 or float.
 #include "rows.cuh"
 
 // Eight elements a thread. Grid: tokens, parts of a row.
@@ -18,6 +18,38 @@ embed(const int64_t* token, const TYPE* weight, TYPE* out, int width, float scal
     }
 #pragma unroll
     for (int k = 0; k < 8; k += 2) x.set(k, x[k] * scale, x[k + 1] * scale);
+    if (is_whole) {
+        x.store(to);
+    } else {
+        x.store_some(to, n);
+    }
+}
+
+// The same of a table in int8, one scale a row. Rounded once: value * (scale of the row * scale).
+extern "C" __global__ void __launch_bounds__(256)
+embed_int8(const int64_t* token, const int8_t* values, const float* row_scale, TYPE* out, int width, float scale,
+           int is_whole) {
+    const int i = (blockIdx.y * blockDim.x + threadIdx.x) * 8, n = width - i;
+    let_next_begin();
+    wait_for_previous();
+    if (n <= 0) return;
+    const int64_t row = token[blockIdx.x];
+    const int8_t* from = values + row * width + i;
+    TYPE* to = out + int64_t(blockIdx.x) * width + i;
+    const float factor = row_scale[row] * scale;
+    uint32_t word[2] = {0, 0};
+    if (is_whole) {
+        const uint2 eight = *reinterpret_cast<const uint2*>(from);
+        word[0] = eight.x, word[1] = eight.y;
+    } else {
+#pragma unroll
+        for (int k = 0; k < 8; ++k)
+            if (k < n) word[k / 4] |= uint32_t(uint8_t(from[k])) << 8 * (k % 4);
+    }
+    const auto number = [&](int k) { return float(int(word[k / 4] << 24 - 8 * (k % 4)) >> 24) * factor; };
+    Eight<TYPE> x;
+#pragma unroll
+    for (int k = 0; k < 8; k += 2) x.set(k, number(k), number(k + 1));
     if (is_whole) {
         x.store(to);
     } else {
