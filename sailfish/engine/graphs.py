@@ -6,6 +6,8 @@ import gc
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 
+from torch import Tensor
+
 from sailfish.kernels.cuda.graph import Graph, new_pool
 
 
@@ -27,7 +29,7 @@ class DecodeGraphs:
         at = bisect_left(self._buckets, n_runs)
         return self._buckets[at] if self._graphs and at < len(self._buckets) else None
 
-    def capture(self, decode: Callable[[int], None]) -> None:
+    def capture(self, decode: Callable[[int], Tensor]) -> None:
         """Capture `decode(n_runs)` for every bucket; the largest first, whose temporaries hold the rest's."""
         pool = new_pool()
         captured: dict[int, Graph] = {}
@@ -42,9 +44,9 @@ class DecodeGraphs:
                 gc.enable()
         self._graphs = captured
 
-    def replay(self, n_runs: int) -> None:
-        """Launch the step of a bucket."""
-        self._graphs[n_runs].replay()
+    def replay(self, n_runs: int) -> Tensor:
+        """Launch the step of a bucket; return what its capture returned, good until the next replay."""
+        return self._graphs[n_runs].replay()
 
     def launches(self) -> dict[int, dict[str, int]]:
         """Return how often each step launches each kernel, by bucket; the last of equal neighbours stands."""

@@ -13,7 +13,7 @@ from sailfish.engine.packing import Batch
 from sailfish.engine.sampler import sample, top_logprobs
 from sailfish.engine.step import RowRun, StepPlan, StepResult
 from sailfish.engine.table import DeviceTable
-from sailfish.engine.transfer import Pending, download
+from sailfish.engine.transfer import Pending, download, upload
 from sailfish.kernels.cuda.sampling import pick
 from sailfish.kernels.rows import StepTensors
 from sailfish.kernels.step_words import StepLayout
@@ -28,7 +28,7 @@ class Step:
         self,
         plan: StepPlan,
         draws: Pending,
-        logprobs: list[_Logprobs | None],
+        logprobs: _DrawnLogprobs | None,
         prompt_logprobs: list[list[_Logprobs]],
     ) -> None:
         self._plan = plan
@@ -43,7 +43,7 @@ class Step:
             step_id=self._plan.step_id,
             token_ids=token_S.tolist(),
             finite=finite_S.astype(bool).tolist(),
-            logprobs=[None if p is None else p.rows()[0] for p in self._logprobs],
+            logprobs=[None] * len(token_S) if self._logprobs is None else self._logprobs.rows(len(token_S)),
             prompt_logprobs=[
                 [row for part in parts for row in part.rows()] if parts else []
                 for parts in self._prompt_logprobs
@@ -73,13 +73,13 @@ class Runner:
         table, batch = self._table, Batch.of(plan.runs)
         table.note(plan.starts)
         with torch.cuda.stream(self._stream):
-            n_runs = self._captured(batch)
+            n_runs = self._graphs.fitting(len(plan.runs)) if batch.is_decode else None
             layout = table.send(plan, batch, pad_to=n_runs or 0)
             if n_runs is None:
                 return self._run(plan, batch, layout)
-            self._graphs.replay(n_runs)
-            n_samples = len(plan.runs)
-            return Step(plan, table.take_draws(n_samples), [None] * n_samples, [[]] * n_samples)
+            wanted = self._wanted(self._graphs.replay(n_runs), batch)
+            # A decode predicts no token of its prompt.
+            return self._launched(plan, len(plan.runs), wanted, [[]] * len(plan.runs))
 
     @torch.inference_mode()
     def capture(self) -> None:
@@ -93,20 +93,19 @@ class Runner:
         """Return how often a captured decode of up to so many runs launches each kernel."""
         return self._graphs.launches()
 
-    def _captured(self, batch: Batch) -> int | None:
-        """Return the captured step that does the batch, if there is one."""
-        n_runs = self._graphs.fitting(len(batch.row_B))
-        is_same = n_runs is not None and batch.is_decode and not self._table.has_scores(batch)
-        return n_runs if is_same else None
+    def _decode(self, n_runs: int) -> Tensor:
+        """Run a decode as it is captured, of `n_runs` rows, whatever their lengths will be; return logits_SV.
 
-    def _decode(self, n_runs: int) -> None:
-        """Run a decode as it is captured: of `n_runs` rows, whatever their lengths will be."""
+        The logits are as the model made them: what a draw changes is a copy.
+        """
         table = self._table
         layout = StepLayout.decode(n_runs)
         bounds = (table.context_tokens,) * n_runs
         inputs, made = table.inputs(layout, tuple(range(n_runs + 1)), bounds, n_runs)
-        hidden_SD = self._decoder.forward(inputs, self._kv)
-        table.append(made, *self._draw(self._logits(hidden_SD), made, []))
+        logits_SV = self._logits(self._decoder.forward(inputs, self._kv))
+        changed_SV = logits_SV.clone() if logits_SV.dtype == torch.float32 else logits_SV
+        table.append(made, *self._draw(changed_SV, made, []))
+        return logits_SV
 
     def _run(self, plan: StepPlan, batch: Batch, layout: StepLayout) -> Step:
         """Run a step of any kind, launch by launch."""
@@ -120,21 +119,36 @@ class Runner:
         ]
         sampled = [run for run in runs if run.samples]
         if not sampled:
-            return Step(plan, table.take_draws(0), [], prompt_logprobs)
-        rows = [table.sampling_of(run) for run in sampled]
+            return self._launched(plan, 0, None, prompt_logprobs)
         logits_SV = self._logits(hidden_TD if made.at_S is None else hidden_TD[made.at_S])
-        raw = {
-            i: logits_SV[i : i + 1].to(torch.float32, copy=True)  # a draw may change its logits
-            for i, row in enumerate(rows)
-            if row.logprobs is not None
-        }
-        token_S, finite_S = self._draw(logits_SV, made, sampled)
-        table.append(made, token_S, finite_S)
-        logprobs = [
-            _Logprobs(raw[i], token_S[i : i + 1], row.logprobs) if row.logprobs is not None else None
-            for i, row in enumerate(rows)
-        ]
-        return Step(plan, table.take_draws(len(sampled)), logprobs, prompt_logprobs)
+        wanted = self._wanted(logits_SV, batch)
+        table.append(made, *self._draw(logits_SV, made, sampled))
+        return self._launched(plan, len(sampled), wanted, prompt_logprobs)
+
+    def _launched(
+        self,
+        plan: StepPlan,
+        n_samples: int,
+        wanted: tuple[list[int], Tensor] | None,
+        prompt_logprobs: list[list[_Logprobs]],
+    ) -> Step:
+        """Send the draws to the host, with the log-probabilities of those that want them."""
+        table = self._table
+        draws = table.take_draws(n_samples)
+        if wanted is None:
+            return Step(plan, draws, None, prompt_logprobs)
+        at, logits_bV = wanted
+        sampled = [run for run in plan.runs if run.samples]
+        n_top = [table.sampling_of(sampled[i]).logprobs or 0 for i in at]
+        token_b = table.drawn(upload(at, table.device))
+        return Step(plan, draws, _DrawnLogprobs(at, n_top, logits_bV, token_b), prompt_logprobs)
+
+    def _wanted(self, logits_SV: Tensor, batch: Batch) -> tuple[list[int], Tensor] | None:
+        """Return which samples want log-probabilities, and a copy of their logits in float32."""
+        at = self._table.wanting_logprobs(batch)
+        if not at:
+            return None
+        return at, logits_SV[upload(at, logits_SV.device)].to(torch.float32)
 
     def _logits(self, hidden_SD: Tensor) -> Tensor:
         """Return logits_SV in a dtype that `_draw` takes."""
@@ -172,6 +186,27 @@ class Runner:
             )
             for i in range(0, n_scored, SCORED_ROWS)
         ]
+
+
+class _DrawnLogprobs:
+    """Log-probabilities of some of a step's draws on their way to the host."""
+
+    def __init__(self, at: list[int], n_top: list[int], logits_bV: Tensor, token_b: Tensor) -> None:
+        """Take the samples they are of, how many alternatives each wants, and their logits and tokens."""
+        self._at = at
+        self._n_top = n_top
+        self._parts = [
+            _Logprobs(logits_bV[i : i + SCORED_ROWS], token_b[i : i + SCORED_ROWS], max(n_top))
+            for i in range(0, len(at), SCORED_ROWS)
+        ]
+
+    def rows(self, n_samples: int) -> list[TokenLogprob | None]:
+        """Return one entry a sample; the step must be done."""
+        found: list[TokenLogprob | None] = [None] * n_samples
+        scored = [row for part in self._parts for row in part.rows()]
+        for at, n_top, row in zip(self._at, self._n_top, scored, strict=True):
+            found[at] = TokenLogprob(row.token_id, row.logprob, row.top[:n_top])
+        return found
 
 
 class _Logprobs:

@@ -38,7 +38,7 @@ class DeviceTable:
         self.row_sampling: list[RowSampling | None] = [None] * n_rows
         """Host copies of what the rows were started with."""
         self.n_prompt: list[int] = [0] * n_rows
-        self._has_scores_R = np.zeros(n_rows, np.bool_)
+        self._wants_logprobs_R = np.zeros(n_rows, np.bool_)
         n_words = max_words(
             max_sequences=n_rows, context_tokens=context_tokens, blocks_per_sequence=blocks_per_sequence
         )
@@ -55,14 +55,14 @@ class DeviceTable:
     def note(self, starts: Sequence[RowStart]) -> None:
         """Keep on the host what decides how rows that begin are run."""
         for start in starts:
-            sampling = start.sampling
-            self.row_sampling[start.row] = sampling
+            self.row_sampling[start.row] = start.sampling
             self.n_prompt[start.row] = start.n_prompt
-            self._has_scores_R[start.row] = (sampling.logprobs, sampling.prompt_logprobs) != (None, None)
+            self._wants_logprobs_R[start.row] = start.sampling.logprobs is not None
 
-    def has_scores(self, batch: Batch) -> bool:
-        """Whether any of the batch's rows wants log-probabilities."""
-        return bool(self._has_scores_R[batch.row_B].any())
+    def wanting_logprobs(self, batch: Batch) -> list[int]:
+        """Return which of the step's samples want the log-probabilities of their draw."""
+        at: list[int] = self._wants_logprobs_R[batch.row_B[batch.samples_B]].nonzero()[0].tolist()
+        return at
 
     def sampling_of(self, run: RowRun) -> RowSampling:
         """Return the sampling parameters of a run's row."""
@@ -111,6 +111,10 @@ class DeviceTable:
     def append(self, made: StepTensors, token_S: Tensor, finite_S: Tensor) -> None:
         """Write each row's drawn token behind its tokens, and where `take_draws` finds it."""
         self._step.append_draws(made, token_S, finite_S, self.rows, self._drawn_S2)
+
+    def drawn(self, at_b: Tensor) -> Tensor:
+        """Return the tokens (int64) of some of the step's draws."""
+        return self._drawn_S2[at_b, 0].long()
 
     def take_draws(self, n_samples: int) -> Pending:
         """Send the step's first draws to the host: [S, 2] of token and whether its logits were finite."""

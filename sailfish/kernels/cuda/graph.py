@@ -9,6 +9,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sailfish.kernels.cuda.driver import _check, _driver
 
@@ -24,22 +25,27 @@ def new_pool() -> Any:
 class Graph:
     """What one call of a function launched, to be launched again."""
 
-    def __init__(self, function: Callable[[], None], pool: Any) -> None:
+    def __init__(self, function: Callable[[], Tensor], pool: Any) -> None:
         """Capture a call on the current stream; `function` must have run on that stream before.
 
-        Temporaries come from `pool`, which graphs that never run at the same time share.
+        Temporaries, and what the function returns, come from `pool`, which graphs that never run at the
+        same time share.
         """
         self._graph = torch.cuda.CUDAGraph(keep_graph=True)
         self._graph.capture_begin(pool=pool, capture_error_mode="thread_local")
         try:
-            function()
+            self._result = _borrowed(function())
         finally:
             self._graph.capture_end()
         self._graph.instantiate()
 
-    def replay(self) -> None:
-        """Launch everything on the current stream."""
+    def replay(self) -> Tensor:
+        """Launch everything on the current stream.
+
+        Returns what the function returned, which lasts until another graph of the pool is replayed.
+        """
         self._graph.replay()
+        return self._result
 
     def kernels(self) -> Counter[str]:
         """Return how often each kernel is launched in one replay."""
@@ -49,6 +55,25 @@ class Graph:
         nodes = (ctypes.c_void_p * n_nodes.value)()
         _check(_driver().cuGraphGetNodes(handle, nodes, ctypes.byref(n_nodes)))
         return Counter(_node_name(ctypes.c_void_p(node)) for node in nodes)
+
+
+class _Place:
+    """A place in device memory, as other libraries describe theirs."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        assert tensor.is_contiguous()
+        self.__cuda_array_interface__ = {
+            "shape": (tensor.nbytes,),
+            "typestr": "|u1",
+            "data": (tensor.data_ptr(), False),
+            "version": 3,
+        }
+
+
+def _borrowed(tensor: Tensor) -> Tensor:
+    """Return a tensor over the same memory that does not keep the pool from giving it away."""
+    place = torch.as_tensor(_Place(tensor), device=tensor.device)
+    return place.view(tensor.dtype).view(tensor.shape)
 
 
 class _KernelNode(ctypes.Structure):
