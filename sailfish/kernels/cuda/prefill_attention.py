@@ -20,7 +20,11 @@ _FILE = "prefill_attention.cu"
 _WIDE_FILE = "prefill_attention_wide.cu"
 VARIANTS = (
     *(Variant(_FILE, (("HEAD", head_dim), ("KV_BITS", bits))) for head_dim in HEAD_DIMS for bits in (16, 8)),
-    *(Variant(_WIDE_FILE, (("HEAD", head_dim),), ("sm_90a",)) for head_dim in WIDE_HEAD_DIMS),
+    *(
+        Variant(_WIDE_FILE, (("HEAD", head_dim), ("PEERS", peers)), ("sm_90a",))
+        for head_dim in WIDE_HEAD_DIMS
+        for peers in (1, 2)
+    ),
 )
 _MAX_ENTRIES = 768
 _NO_WINDOW = 1 << 30
@@ -120,35 +124,32 @@ def _launch(problem: _Problem, work: _Work, head_dim: int, bits: int) -> None:
 
 
 def _launch_wide(problem: _Problem, work: _Work, maps: Any, head_dim: int) -> None:
-    program.kernel(_WIDE_FILE, "prefill_attention_wide", (("HEAD", head_dim),)).launch(
-        (min(work.n_entries * problem.n_heads, program.n_processors()),),
+    peers = 2 if problem.pack_shift else 1  # tiles of different heads of one kv head have the same keys
+    program.kernel(_WIDE_FILE, "prefill_attention_wide", (("HEAD", head_dim), ("PEERS", peers))).launch(
+        (min(work.n_entries * problem.n_heads, program.n_processors() // peers * peers),),
         384,
         (problem, work, maps),
         program.stream(),
-        shared_bytes=7 * 128 * head_dim * 2 + 256,  # Q, K and V in three stages each; a tile and barriers
+        shared_bytes=7 * 128 * head_dim * 2 + 2048,  # Q, K and V in three stages each; tiles and barriers
         after=True,
+        cluster=peers,
     )
 
 
 def _maps(q_THE: Tensor, kv: KvLayer, pack: int) -> Any:
     """Return the maps of Q, in boxes of a tile's rows, and of K and V, in boxes of one head of a block."""
     n_blocks, page_tokens, n_kv_heads, head_dim = kv.k_NPKE.shape
+    q_strides = (q_THE.stride(0) * 2, head_dim * 2)
     shape = (n_blocks, n_kv_heads, page_tokens, head_dim)
     strides = (kv.k_NPKE.stride(0) * 2, head_dim * 2, n_kv_heads * head_dim * 2)
-    return tensormap.argument(
-        tensormap.tensor(
-            q_THE.data_ptr(),
-            "bfloat16",
-            tuple(q_THE.shape),
-            (q_THE.stride(0) * 2, head_dim * 2),
-            (128 // pack, pack, 64),
-            True,
-        ),
-        *(
-            tensormap.tensor(x.data_ptr(), "bfloat16", shape, strides, (1, 1, page_tokens, 64), True)
-            for x in (kv.k_NPKE, kv.v_NPKE)
-        ),
+    box = (1, 1, min(page_tokens, 64), 64)
+    q = tensormap.tensor(
+        q_THE.data_ptr(), "bfloat16", tuple(q_THE.shape), q_strides, (128 // pack, pack, 64), True
     )
+    k, v = (
+        tensormap.tensor(x.data_ptr(), "bfloat16", shape, strides, box, True) for x in (kv.k_NPKE, kv.v_NPKE)
+    )
+    return tensormap.argument(q, k, v)
 
 
 def _power_of_two_in(n: int) -> int:

@@ -185,7 +185,7 @@ prefill_attention(const __grid_constant__ Problem problem, const __grid_constant
     wait_for_previous();
     let_next_begin();
     const Tile tile = tile_of<ROWS, KEYS>(problem, work, blockIdx.x);
-    if (tile.n_queries <= 0) return;
+    if (tile.n_blocks < 0) return;
     const int lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 * 16;
     bf16* q_rows = Q_STAYS ? ring + STAGE : ring + 2 * STAGE;  // the second stage is free until the first block
 

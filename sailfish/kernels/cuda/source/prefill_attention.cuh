@@ -35,33 +35,40 @@ struct Work {
 
 struct Tile {
     int32_t first_query;  // of the step
-    int32_t n_queries;    // 0: nothing is here
+    int32_t n_queries;    // 0 or less: nothing is stored
     int32_t position;     // of the first query in its sequence
     int32_t first_head, kv_head;
     int32_t kv_len;
     int32_t key_begin;  // a multiple of KEYS
-    int32_t n_blocks;   // of KEYS keys; 0: a row that only pads a captured step
+    int32_t n_blocks;   // of KEYS keys; 0: queries of a row that only pads a captured step; -1: no queries
     const int32_t* pages;
 };
 
-template <int ROWS, int KEYS>
-__device__ __forceinline__ Tile tile_of(const Problem& problem, const Work& work, int32_t item) {
-    const uint32_t entry = work.entries[item / problem.n_heads];
-    const int32_t part = item % problem.n_heads, pack_mask = (1 << problem.pack_shift) - 1;
-    const int32_t sequence = entry >> 16, queries = ROWS >> problem.pack_shift;
+// The tile of an item. Its blocks of keys are those that the N_PEERS tiles from the last multiple of N_PEERS
+// see together: in a cluster each of them walks over the same ones.
+template <int ROWS, int KEYS, int N_PEERS = 1>
+__device__ __forceinline__ Tile tile_of(const Problem& problem, const Work& work, uint32_t item) {
+    uint32_t n_heads = problem.n_heads, pack_shift = problem.pack_shift;
+    asm volatile("" : "+r"(n_heads), "+r"(pack_shift));  // else what follows from them is held in registers
+    const uint32_t entry = work.entries[item / n_heads];
+    const int32_t part = item % n_heads, pack_mask = (1 << pack_shift) - 1;
+    const int32_t sequence = entry >> 16, queries = ROWS >> pack_shift;
     const int32_t start = problem.query_start_B1[sequence];
     const int32_t n_queries = problem.query_start_B1[sequence + 1] - start;
-    const int32_t offset = (entry & 0xffff) * ROWS + (part & pack_mask) * queries;
+    const int32_t begin = (entry & 0xffff) * ROWS + (part & pack_mask & -N_PEERS) * queries;
+    const int32_t end = min(begin + N_PEERS * queries, n_queries);
+    const int32_t offset = begin + part % N_PEERS * queries;
     Tile tile;
     tile.kv_len = problem.kv_len_B[sequence];
     tile.first_query = start + offset;
     tile.n_queries = min(queries, n_queries - offset);
     tile.position = tile.kv_len - n_queries + offset;
     tile.first_head = part & ~pack_mask;
-    tile.kv_head = tile.first_head / (problem.n_heads / problem.n_kv_heads);
-    tile.key_begin = max(0, tile.position - problem.window + 1) / KEYS * KEYS;
-    const int32_t key_end = tile.position + tile.n_queries;
-    tile.n_blocks = tile.kv_len == 0 ? 0 : (key_end - tile.key_begin + KEYS - 1) / KEYS;
+    tile.kv_head = tile.first_head / (n_heads / problem.n_kv_heads);
+    const int32_t before = tile.kv_len - n_queries;
+    tile.key_begin = max(0, before + begin - problem.window + 1) / KEYS * KEYS;
+    tile.n_blocks = tile.kv_len == 0 ? 0 : (before + end - tile.key_begin + KEYS - 1) / KEYS;
+    if (end <= begin) tile.n_blocks = -1;
     tile.pages = problem.block_table_RW + problem.row_B[sequence] * problem.table_stride;
     return tile;
 }
