@@ -228,6 +228,17 @@ def test_verify_finds_one_flipped_bit_of_data(checkpoint: Path, tmp_path: Path) 
     assert told[-1][0] == told[-1][1] == sum(check.n_bytes for check in checks)
 
 
+def test_a_file_that_shrinks_while_it_is_read_is_told(checkpoint: Path, tmp_path: Path) -> None:
+    bundle = build(checkpoint, tmp_path / "bundle", bundle=True)
+    *_, last = bundle.tensors()
+    os.truncate(last.pieces[-1].path, last.pieces[-1].offset + 3)
+    with pytest.raises(ArtifactError, match="it ends at byte"):
+        last.pieces[-1].read()
+    last.pieces[-1].path.unlink()
+    with pytest.raises(ArtifactError, match="cannot be read"):
+        last.pieces[-1].read()
+
+
 HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "a path upwards": (lambda m: m["files"][0].update(name="../x"), "no name for a file"),
     "an absolute path": (lambda m: m["files"][0].update(name="/etc/passwd"), "no name for a file"),
