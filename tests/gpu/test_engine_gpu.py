@@ -100,7 +100,7 @@ def test_a_replayed_step_draws_what_its_launches_draw_whatever_comes_and_goes(
                 engine.tell(wire.Abort(draw.randrange(key + 1), False))
         engine.run()
         assert engine.scheduler.stats.preemptions > 0
-        assert replays.total() > 100 and len(replays) >= 3
+        assert replays.total() > 30 and len(replays) >= 3
         heard.append({key: (one.token_ids, one.finishes) for key, one in engine.heard.items()})
     assert heard[0] == heard[1]
 
