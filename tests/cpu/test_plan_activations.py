@@ -13,7 +13,6 @@ from torch.utils._pytree import tree_leaves
 
 from sailfish.base.config import EngineConfig
 from sailfish.checkpoint.model_config import LayerConfig, ModelConfig, MoeConfig, RopeConfig
-from sailfish.checkpoint.names import tensor_specs
 from sailfish.engine.runner import Runner
 from sailfish.engine.table import DeviceTable
 from sailfish.engine.warm import warm_up
@@ -23,6 +22,7 @@ from sailfish.kernels.plain.limits import CPU_ATTENTION_BYTES
 from sailfish.models import arena
 from sailfish.models.decoder import Decoder, KvCache
 from sailfish.models.layers.rope import rope_table
+from sailfish.models.load import DTYPES, assemble
 from sailfish.plan import make_plan
 from sailfish.plan.formats import arena_tensors
 from sailfish.plan.ops import choose_ops
@@ -96,17 +96,38 @@ def test_the_planned_peak_bounds_a_step_that_draws_for_many_sequences() -> None:
     assert held <= planned <= 1.25 * held
 
 
+@pytest.mark.parametrize("format", ["int4", "int8", "fp8"])
+@pytest.mark.parametrize("name", ["dense", "wide mlp", "large vocabulary"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_planned_peak_bounds_the_steps_of_quantised_weights(name: str, format: str, dtype: str) -> None:
+    config = EngineConfig(
+        dtype=dtype, weights=format, head=format, max_sequences=8, step_tokens=1024, page_tokens=16
+    )
+    planned, held = _planned_and_held(_MODELS[name], config)
+    assert held <= planned <= 1.8 * held + _ATTENTION_GROUP_BYTES
+
+
 def _planned_and_held(model: ModelConfig, config: EngineConfig) -> tuple[int, int]:
     """Return the plan's activations, and the most that the warm-up steps hold at one moment."""
     plan = make_plan(config, model, profile("cpu"))
     dtype = _DTYPES[plan.dtype]
-    weights = {spec.name: torch.randn(spec.shape, dtype=dtype) * 0.05 for spec in tensor_specs(model)}
+    tensors = {
+        tensor.name: _random(tensor.shape, dtype if tensor.dtype is None else DTYPES[tensor.dtype])
+        for tensor in arena_tensors(model, plan.formats)
+    }
+    weights = assemble(model, plan.formats, tensors)
     decoder = Decoder(model, weights, bind(choose_ops(model, plan)), max_positions=plan.context_tokens)
     shape = (model.n_layers, 2, plan.n_blocks, plan.page_tokens, model.n_kv_heads, model.head_dim)
     engine = Runner(decoder, KvCache.of(torch.zeros(shape, dtype=dtype)), _table(plan))
     with _LivePeak() as live:
         warm_up(engine, plan, model.vocab_size)
     return plan.memory_bytes("activations"), live.peak_bytes
+
+
+def _random(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    if dtype == torch.int32:
+        return torch.randint(-(1 << 31), (1 << 31) - 1, shape, dtype=dtype)
+    return (torch.randn(shape) * 0.05).to(dtype)
 
 
 def _table(plan: Plan) -> DeviceTable:
