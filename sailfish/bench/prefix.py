@@ -13,6 +13,7 @@ SHARES = (0, 50, 90)
 """Percent of the prompt that is common and cached."""
 PROMPT_TOKENS, OUTPUT_TOKENS, REQUESTS = 2248, 16, 256
 _LONE_RUNS = 5
+_WARM_REQUESTS = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +54,7 @@ async def measure_share(engine: AsyncEngine, share: int, *, repeats: int) -> Sha
             return common + random_prompt(draw, engine, n_prompt - n_common)
 
         await ask(engine, prompt(), 1)  # leaves the common part in the cache
+        await ask_together(engine, [prompt() for _ in range(_WARM_REQUESTS)], 2)
         total_s, _ = await ask_together(engine, [prompt() for _ in range(n_requests)], OUTPUT_TOKENS)
         rates.append(n_requests / total_s)
         for _ in range(_LONE_RUNS):

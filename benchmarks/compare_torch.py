@@ -1,0 +1,167 @@
+"""Measures the Llama-3.1-8B shape in plain PyTorch: transformers' generate, and a compiled, captured decode.
+
+    python benchmarks/compare_torch.py [--out FILE] [--only eager|compiled] [--mode MODE]
+
+Rows go beside those of `sailfish bench engine`, which measures the hand-made path on the same shape.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sailfish.bench.calibrate import calibrate
+from sailfish.bench.results import Recorder, Result, store
+from sailfish.bench.shapes import SHAPES
+from sailfish.hardware.replay import replayed_us
+
+SHAPE = "llama-3.1-8b"
+OUT = Path(__file__).parent / "results" / "compare.jsonl"
+BATCHES = (1, 16, 64, 256)
+N_IN, N_OUT = 128, 32
+SEEN, CONTEXT = 256, 512
+
+
+def eager(recorder: Recorder) -> list[Result]:
+    """Return decode rates of transformers' generate, greedy, with its default cache."""
+    import transformers
+
+    config = transformers.LlamaConfig(**{k: v for k, v in SHAPES[SHAPE].items() if k != "torch_dtype"})
+    with torch.device("cuda"):
+        torch.set_default_dtype(torch.bfloat16)
+        model = transformers.AutoModelForCausalLM.from_config(config).eval()
+        torch.set_default_dtype(torch.float32)
+    rows = []
+    for batch in BATCHES:
+        prompt = torch.randint(8, config.vocab_size, (batch, N_IN), device="cuda")
+
+        def seconds(n_out: int, prompt: Tensor = prompt) -> float:
+            torch.cuda.synchronize()
+            start_s = time.perf_counter()
+            with torch.inference_mode():
+                model.generate(
+                    prompt, max_new_tokens=n_out, min_new_tokens=n_out, do_sample=False, pad_token_id=0
+                )
+            torch.cuda.synchronize()
+            return time.perf_counter() - start_s
+
+        seconds(2)
+        rates = [batch * (N_OUT - 1) / (seconds(N_OUT) - seconds(1)) for _ in range(3)]
+        rows.append(recorder.result(f"transformers {SHAPE} bfloat16: decode B={batch}", rates, "tokens/s"))
+    return rows
+
+
+class Layer(nn.Module):
+    """One decoder layer over a cache of fixed size, for `torch.compile`."""
+
+    def __init__(self, batch: int) -> None:
+        super().__init__()
+        shape = SHAPES[SHAPE]
+        self.d, self.m = shape["hidden_size"], shape["intermediate_size"]
+        self.h, self.k = shape["num_attention_heads"], shape["num_key_value_heads"]
+        self.e = self.d // self.h
+        self.qkv = nn.Linear(self.d, (self.h + 2 * self.k) * self.e, bias=False)
+        self.o = nn.Linear(self.d, self.d, bias=False)
+        self.gate_up = nn.Linear(self.d, 2 * self.m, bias=False)
+        self.down = nn.Linear(self.m, self.d, bias=False)
+        self.norms = nn.Parameter(torch.ones(2, self.d))
+        self.register_buffer("cache", torch.randn(2, batch, self.k, CONTEXT, self.e))
+
+    def forward(self, x_BD: Tensor, cos_E: Tensor, sin_E: Tensor, at_1: Tensor, mask: Tensor) -> Tensor:
+        """Return the layer's output for one token of each sequence."""
+        n = len(x_BD)
+        y = F.rms_norm(x_BD, (self.d,), self.norms[0], 1e-5)
+        q, k, v = self.qkv(y).split((self.h * self.e, self.k * self.e, self.k * self.e), -1)
+        q, k = (_rotated(part.view(n, -1, self.e), cos_E, sin_E) for part in (q, k))
+        self.cache[0].index_copy_(2, at_1, k.unsqueeze(2))
+        self.cache[1].index_copy_(2, at_1, v.view(n, self.k, 1, self.e))
+        attended = F.scaled_dot_product_attention(
+            q.unsqueeze(2), self.cache[0], self.cache[1], attn_mask=mask, enable_gqa=True
+        )
+        x_BD = x_BD + self.o(attended.reshape(n, -1))
+        gate, up = self.gate_up(F.rms_norm(x_BD, (self.d,), self.norms[1], 1e-5)).chunk(2, -1)
+        return x_BD + self.down(F.silu(gate) * up)
+
+
+def _rotated(x: Tensor, cos_E: Tensor, sin_E: Tensor) -> Tensor:
+    a, b = x.chunk(2, -1)
+    return x * cos_E + torch.cat((-b, a), -1) * sin_E
+
+
+class Step:
+    """A decode step of the whole model, its layers compiled once."""
+
+    def __init__(self, batch: int, mode: str) -> None:
+        n_layers, vocabulary = SHAPES[SHAPE]["num_hidden_layers"], SHAPES[SHAPE]["vocab_size"]
+        torch.set_default_dtype(torch.bfloat16)
+        self.layers = [Layer(batch) for _ in range(n_layers)]
+        self.d, e = self.layers[0].d, self.layers[0].e
+        self.table, self.head = torch.randn(vocabulary, self.d), torch.randn(vocabulary, self.d)
+        self.cos_E, self.sin_E = torch.rand(e), torch.rand(e)
+        torch.set_default_dtype(torch.float32)
+        self.token_B = torch.randint(0, vocabulary, (batch,))
+        self.at_1 = torch.tensor([SEEN - 1])
+        self.mask = (torch.arange(CONTEXT) < SEEN).expand(batch, 1, 1, CONTEXT)
+        self.run_layer = torch.compile(Layer.forward, fullgraph=True, mode=mode)
+
+    def __call__(self) -> None:
+        """Draw the next token of each sequence."""
+        x_BD = F.embedding(self.token_B, self.table)
+        for layer in self.layers:
+            x_BD = self.run_layer(layer, x_BD, self.cos_E, self.sin_E, self.at_1, self.mask)
+        logits = F.linear(F.rms_norm(x_BD, (self.d,)), self.head)
+        self.token_B.copy_(logits.argmax(-1))
+
+
+def compiled(recorder: Recorder, mode: str) -> list[Result]:
+    """Return decode rates of a step whose layers are compiled, and captured as one CUDA graph."""
+    rows = []
+    for batch in BATCHES:
+        torch.compiler.reset()
+        with torch.device("cuda"), torch.inference_mode():
+            step = Step(batch, mode)
+            start_s = time.perf_counter()
+            step()
+            torch.cuda.synchronize()
+            compile_s = time.perf_counter() - start_s
+            us = replayed_us([step], runs=3)
+        rates = [batch * 1e6 / each for each in us]
+        name = f"torch.compile ({mode}) {SHAPE} bfloat16"
+        rows.append(recorder.result(f"{name}: decode B={batch}", rates, "tokens/s"))
+        rows.append(recorder.result(f"{name}: compilation B={batch}", [compile_s], "s"))
+        del step
+        torch.cuda.empty_cache()
+    return rows
+
+
+def main() -> None:
+    """Measure what was not skipped and append the rows."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--only", choices=("eager", "compiled"))
+    parser.add_argument("--mode", default="default", help="mode of torch.compile")
+    args = parser.parse_args()
+    recorder = Recorder(
+        suite="compare",
+        device=torch.cuda.get_device_name(),
+        command=f"python {' '.join(sys.argv)}",
+        calibration=calibrate("cuda"),
+    )
+    work = [] if args.only == "compiled" else [lambda: eager(recorder)]
+    work += [] if args.only == "eager" else [lambda: compiled(recorder, args.mode)]
+    for measure in work:
+        rows = measure()
+        store(rows, args.out)
+        for row in rows:
+            sys.stdout.write(f"{row.row:70} {row.value:10.5g} {row.unit} ±{row.spread:.2g}\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
