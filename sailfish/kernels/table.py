@@ -20,6 +20,14 @@ from sailfish.kernels.cuda.linear8_limits import (
     rejects_scaled_mm,
     rejects_wide,
 )
+from sailfish.kernels.cuda.linear_limits import (
+    rejects_stream_8,
+    rejects_stream_bf16,
+    rejects_stream_int4,
+    rejects_wide_int4,
+    stream_bytes,
+    wide_int4_bytes,
+)
 from sailfish.kernels.plain.limits import (
     math_bytes,
     moe_bytes,
@@ -159,6 +167,19 @@ def _widening(op: str, entry: str) -> Impl:
     )
 
 
+def _streamed(op: str, entry: str, rejects: Callable[[Case], str | None]) -> Impl:
+    """Return the product of few rows with weights that stream through the whole card once."""
+    return Impl(
+        op=op,
+        name=f"cuda_stream_{op.removeprefix('linear_') if '_' in op else 'bf16'}",
+        entry=f"sailfish.kernels.cuda.stream:{entry}",
+        why="few rows: the weights stream through every multiprocessor once, near the memory's rate",
+        rejects=lambda case: _only_cuda(case) or rejects(case),
+        workspace_bytes=stream_bytes,
+        can_capture=True,
+    )
+
+
 PREFERRED: MappingProxyType[str, tuple[Impl, ...]] = MappingProxyType(
     {
         "rms_norm": (_elementwise("rms_norm", "one pass, one launch, 8 bits on the way out", rejects_norm),),
@@ -185,10 +206,33 @@ PREFERRED: MappingProxyType[str, tuple[Impl, ...]] = MappingProxyType(
             ),
         ),
         "softcap": (_elementwise("softcap", "one pass", _accepts),),
-        "linear_int4": (_widening("linear_int4", "linear_int4"),),
-        "linear_int8": (_widening("linear_int8", "linear_8"),),
-        "linear_fp8": (_widening("linear_fp8", "linear_8"),),
+        "linear": (
+            _streamed("linear", "linear_bf16", rejects_stream_bf16),
+            Impl(
+                op="linear",
+                name="torch",
+                entry=_ELEMENTWISE + "linear",
+                why="torch's product: cuBLAS, or oneDNN on a CPU",
+                rejects=_accepts,
+                workspace_bytes=none_bytes,
+                can_capture=True,
+            ),
+        ),
+        "linear_int4": (
+            _streamed("linear_int4", "linear_int4", rejects_stream_int4),
+            Impl(
+                op="linear_int4",
+                name="cuda_wide_int4",
+                entry="sailfish.kernels.cuda.wide:linear_int4",
+                why="weights widened in registers on their way into the tensor cores",
+                rejects=lambda case: _only_cuda(case) or rejects_wide_int4(case),
+                workspace_bytes=wide_int4_bytes,
+                can_capture=True,
+            ),
+            _widening("linear_int4", "linear_int4"),
+        ),
         "linear_int8": (
+            _streamed("linear_int8", "linear_8", rejects_stream_8),
             Impl(
                 op="linear_int8",
                 name="cuda_wide_int8",
@@ -207,8 +251,10 @@ PREFERRED: MappingProxyType[str, tuple[Impl, ...]] = MappingProxyType(
                 workspace_bytes=int_mm_bytes,
                 can_capture=True,
             ),
+            _widening("linear_int8", "linear_8"),
         ),
         "linear_fp8": (
+            _streamed("linear_fp8", "linear_8", rejects_stream_8),
             Impl(
                 op="linear_fp8",
                 name="cuda_wide_fp8",
@@ -237,6 +283,7 @@ PREFERRED: MappingProxyType[str, tuple[Impl, ...]] = MappingProxyType(
                 workspace_bytes=dequantised_bytes,
                 can_capture=True,
             ),
+            _widening("linear_fp8", "linear_8"),
         ),
         "attention": (
             Impl(

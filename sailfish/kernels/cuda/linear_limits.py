@@ -1,0 +1,62 @@
+"""Why the linears on CUDA that stream or widen their weights decline a case, and what they take. No torch."""
+
+from __future__ import annotations
+
+from sailfish.kernels.contract import Case, StepBounds
+
+STREAMED_BF16_ROWS = 8
+STREAMED_BF16_WEIGHTS = 40_000_000
+"""Above so many weights cuBLAS streams bfloat16 as fast; below, its launches cost 3 us more on an H200."""
+STREAMED_BF16_OUTPUTS = 1024
+STREAMED_INT4_ROWS = 16
+"""From there on wgmma is ahead: at 32 rows 71 against 95 us for the four layers of an 8B shape on an H200."""
+STREAMED_8_ROWS = 8
+_MOST_SPLITS = 8
+_MMA_PART_BYTES = 16 << 20
+"""Partial sums of the product for cards before Hopper: one tile a multiprocessor."""
+
+
+def rejects_stream_bf16(case: Case) -> str | None:
+    """Say why bfloat16 weights are not streamed, or return None."""
+    if case.n_out * case.n_in > STREAMED_BF16_WEIGHTS:
+        return "cuBLAS streams a weight of this size as fast"
+    if case.n_out < STREAMED_BF16_OUTPUTS:
+        return f"{case.n_out} outputs are too few to fill the card"
+    return _rejects(case, STREAMED_BF16_ROWS)
+
+
+def rejects_stream_int4(case: Case) -> str | None:
+    """Say why 4-bit weights are not streamed, or return None."""
+    return _rejects(case, STREAMED_INT4_ROWS)
+
+
+def rejects_stream_8(case: Case) -> str | None:
+    """Say why 8-bit weights are not streamed, or return None."""
+    if case.n_in % 16:
+        return f"reads 16 inputs at a time, the weight has {case.n_in}"
+    return _rejects(case, STREAMED_8_ROWS)
+
+
+def rejects_wide_int4(case: Case) -> str | None:
+    """Say why 4-bit weights are not multiplied in tiles, or return None."""
+    return None if case.dtype == "bfloat16" else f"made for bfloat16, the model is in {case.dtype}"
+
+
+def stream_bytes(case: Case, bounds: StepBounds) -> int:
+    """Return the partial sums of blocks that cannot write to each other's shared memory."""
+    rows = min(case.max_rows or bounds.step_tokens, bounds.step_tokens)
+    return 0 if case.target == "sm_90" else _MOST_SPLITS * rows * case.n_out * 4
+
+
+def wide_int4_bytes(case: Case, bounds: StepBounds) -> int:
+    """Return the copies of rows that do not begin at 16 bytes, and partial sums before Hopper."""
+    padded = sum(-(-width // 8) * 8 * 2 for width in (case.n_in, case.n_out) if width % 8)
+    return bounds.step_tokens * padded + (0 if case.target == "sm_90" else _MMA_PART_BYTES)
+
+
+def _rejects(case: Case, max_rows: int) -> str | None:
+    if case.dtype != "bfloat16":
+        return f"made for bfloat16, the model is in {case.dtype}"
+    if case.max_rows is None or case.max_rows > max_rows:
+        return f"made for up to {max_rows} rows"
+    return None
