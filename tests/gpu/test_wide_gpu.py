@@ -13,7 +13,7 @@ from sailfish.kernels.cuda import program, wide
 from sailfish.kernels.cuda.wide import SHAPES, Shape
 from sailfish.kernels.int4 import Int4Weight
 
-TOLERANCE = {torch.bfloat16: 3e-3, torch.float16: 4e-4}
+TOLERANCE = {torch.bfloat16: 5e-3, torch.float16: 6e-4}
 """Relative error of the result's norm: what rounding weights and results to 16 bits makes."""
 KINDS = [
     (group, has_zero, dtype)
@@ -83,10 +83,10 @@ def test_an_older_gpu_gives_the_product_too(group: int, has_zero: bool, dtype: t
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_every_tile_shape_and_split_gives_the_product(shape: Shape) -> None:
     """Poisoned results show what a shape leaves unwritten."""
-    for n_tokens, n_out, n_in in (*SIZES, (700, 6000, 256)):
+    for n_tokens, n_out, n_in in (*SIZES, (700, 6000, 256), (520, 9000, 128)):
         weight = _weight(n_out, n_in, 64, True, torch.bfloat16)
         x_TI = torch.randn(n_tokens, n_in, dtype=torch.bfloat16, device="cuda")
-        for splits in range(1, 8 // shape.peers + 1):
+        for splits in range(1, 9):
             y_TO = torch.full((n_tokens, n_out), float("nan"), dtype=torch.bfloat16, device="cuda")
             wide.launch(x_TI, weight, None, y_TO, shape, splits)
             assert _error(y_TO, x_TI, weight, None) < TOLERANCE[torch.bfloat16], (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 from functools import lru_cache
-from typing import Any
 
 from sailfish.base.errors import EngineError
 from sailfish.kernels.cuda.driver import _check, _driver
@@ -63,6 +62,6 @@ def tensor(
     return bytes(space[start : start + BYTES])
 
 
-def argument(*maps: bytes) -> Any:
+def argument(*maps: bytes) -> ctypes.Array[ctypes.c_ubyte]:
     """Return maps as one kernel argument, a struct of them."""
     return (ctypes.c_ubyte * (BYTES * len(maps))).from_buffer_copy(b"".join(maps))

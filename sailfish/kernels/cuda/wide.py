@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from itertools import product
 
 import torch
@@ -13,11 +14,12 @@ from torch import Tensor
 
 from sailfish.kernels.cuda import program, tensormap
 from sailfish.kernels.cuda.program import Defines, Variant
-from sailfish.kernels.int4 import STRIP, UNIT, Int4Weight
+from sailfish.kernels.int4 import ROWS, STRIP, UNIT, Int4Weight
 
 _FILE, _MMA_FILE = "wide.cu", "wide_mma.cu"
 _ENTRY = "wide_linear_int4"
-_SHARED_BYTES = 227 << 10
+_SHARED_BYTES = {1: 227 << 10, 2: 113 << 10}
+"""Shared memory of a block, by blocks on a multiprocessor."""
 _MMA_TOKENS = (32, 64, 128)
 _MMA_ROWS = 128
 _MMA_SLOTS = 4
@@ -33,16 +35,14 @@ class Shape:
     tokens: int
     """Tokens of a tile."""
     groups: int
-    """Warpgroups of a block that multiply."""
-    tiles: int
-    """64-row tiles of each."""
-    peers: int = 1
-    """Blocks of a cluster that share their tokens."""
+    """Warpgroups of a block that multiply, 64 rows each."""
+    per_sm: int = 1
+    """Blocks that fit on a multiprocessor."""
 
     @property
     def rows(self) -> int:
-        """Return the outputs of a block's tile."""
-        return 64 * self.groups * self.tiles
+        """Return the outputs of a tile."""
+        return ROWS * self.groups
 
     @property
     def threads(self) -> int:
@@ -52,13 +52,13 @@ class Shape:
     @property
     def chunk(self) -> int:
         """Return the tokens that are stored at once."""
-        return 32 if self.tokens < 64 or self.groups > 2 else 64
+        return 32 if self.tokens < 64 or self.groups > 2 or self.per_sm > 1 else 64
 
     @property
     def slots(self) -> int:
         """Return the slots of 64 inputs that fit in shared memory."""
         slot = self.tokens * UNIT * 2 + self.rows // STRIP * (512 + 2 * 64) + 16
-        return min(12, (_SHARED_BYTES - self.groups * self.chunk * 256 - 1024) // slot)
+        return min(12, (_SHARED_BYTES[self.per_sm] - self.groups * self.chunk * 256 - 1024) // slot)
 
     def defines(self, scales: int, zeros: bool, dtype: torch.dtype) -> Defines:
         """Return what the source is compiled with for weights of one kind.
@@ -68,29 +68,36 @@ class Shape:
         return (
             ("TOKENS", self.tokens),
             ("GROUPS", self.groups),
-            ("TILES", self.tiles),
             ("SLOTS", self.slots),
-            ("PEERS", self.peers),
+            ("PER_SM", self.per_sm),
             ("SCALES", scales),
             ("ZEROS", int(zeros)),
             *_kind(dtype),
         )
 
 
-SHAPES = (
-    Shape(32, 2, 2),
-    Shape(64, 2, 1),
-    Shape(64, 2, 2),
-    Shape(64, 4, 1),
-    Shape(64, 2, 2, 2),
-    Shape(128, 2, 1),
-    Shape(128, 2, 2),
-    Shape(128, 3, 1),
-    Shape(128, 4, 1),
-    Shape(128, 2, 2, 2),
-    Shape(256, 2, 1),
-    Shape(256, 2, 1, 2),
-)
+STEP_US = {
+    Shape(32, 2, per_sm=2): 0.160,
+    Shape(64, 2): 0.222,
+    Shape(64, 2, per_sm=2): 0.215,
+    Shape(64, 4): 0.403,
+    Shape(128, 2): 0.300,
+    Shape(128, 3): 0.415,
+    Shape(128, 4): 0.553,
+    Shape(256, 2): 0.555,
+}
+"""The tile shapes there are, and what a block takes for 64 inputs where few others run, in us on an H200."""
+SHAPES = tuple(STEP_US)
+_START_US = 3.0
+"""What a launch takes beside its steps."""
+_SPLIT_US, _PART_US = 0.4, 0.4
+"""What it takes to add up a split tile, and for each of its parts."""
+_BUSY_FRAC = 0.2
+"""How much longer a step takes where all multiprocessors run."""
+_NARROW_FRAC = 0.35
+"""What of a step's time does not depend on how many groups have rows."""
+_CLUSTERS = {1: (132, 66, 39, 30, 22, 17, 15, 15), 2: (264, 132, 79, 62, 47, 39, 32, 30)}
+"""Clusters of 1, 2, ... 8 blocks that run at once on an H200's 132 multiprocessors, by blocks on each."""
 
 
 class _Problem(ctypes.Structure):
@@ -100,6 +107,8 @@ class _Problem(ctypes.Structure):
         ("n_pairs", ctypes.c_int),
         ("token_tiles", ctypes.c_int),
         ("row_tiles", ctypes.c_int),
+        ("narrow_tiles", ctypes.c_int),
+        ("narrow_groups", ctypes.c_int),
         ("units_per_group", ctypes.c_int),
     )
 
@@ -135,16 +144,42 @@ def linear_int4(x_TI: Tensor, weight: Int4Weight, bias_O: Tensor | None = None) 
     if x_TI.shape[0] == 0:
         pass
     elif program.architecture() == "sm_90a":
-        shape, splits = choose(x_TI.shape[0], weight.n_out, weight.n_in)
+        shape, splits = choose(x_TI.shape[0], weight.n_out, weight.n_in, program.n_processors())
         launch(x_TI, weight, bias_O, y_TO, shape, splits)
     else:
         launch_mma(x_TI, weight, bias_O, y_TO)
     return y_TO if y_TO.shape[1] == weight.n_out else y_TO[:, : weight.n_out].contiguous()
 
 
-def choose(n_tokens: int, n_out: int, n_in: int) -> tuple[Shape, int]:
-    """Return the tile shape for a product, and how many blocks share a tile's inputs."""
-    return SHAPES[2], 1
+@lru_cache(maxsize=4096)
+def choose(n_tokens: int, n_out: int, n_in: int, n_processors: int) -> tuple[Shape, int]:
+    """Return the tile shape for a product and how many blocks share a tile's inputs, by prediction."""
+    fitting = [shape for shape in SHAPES if shape.tokens < 2 * max(n_tokens, 32)]
+    splits = range(1, min(len(_CLUSTERS[1]), -(-n_in // (2 * UNIT))) + 1)
+    return min(
+        product(fitting, splits), key=lambda way: predict_us(n_tokens, n_out, n_in, n_processors, *way)
+    )
+
+
+def predict_us(n_tokens: int, n_out: int, n_in: int, n_processors: int, shape: Shape, splits: int) -> float:
+    """Return what the Hopper kernel takes, in us: right to a tenth or so on an H200."""
+    token_tiles = -(-n_tokens // shape.tokens)
+    n_at_once = max(1, _CLUSTERS[shape.per_sm][splits - 1] * n_processors // 132)
+    row_tiles, narrow_tiles, groups = cut_rows(shape, n_out, token_tiles, n_at_once if splits == 1 else 0)
+    n_tiles = token_tiles * (row_tiles + narrow_tiles)
+    n_waves = -(-n_tiles // n_at_once)
+    if splits > 1 and n_waves > 1:
+        return math.inf  # whole tiles balance as well, and need not be added up
+    # Two blocks of a multiprocessor take turns: a wave that needs both takes twice as long. Clusters fill
+    # some multiprocessors before they touch others.
+    n_last = n_tiles - (n_waves - 1) * n_at_once
+    n_turns = shape.per_sm if splits > 1 else -(-n_last // n_processors)
+    n_rounds: float = (n_waves - 1) * shape.per_sm + n_turns
+    if narrow_tiles:
+        n_rounds -= (1 - _NARROW_FRAC) * (1 - groups / shape.groups)
+    step_us = STEP_US[shape] * (1 + _BUSY_FRAC * min(1.0, n_tiles * splits / n_processors))
+    start_us = _START_US + (0.0 if splits == 1 else _SPLIT_US + _PART_US * splits)
+    return start_us + n_rounds * -(-n_in // (UNIT * splits)) * step_us
 
 
 def launch(
@@ -155,29 +190,46 @@ def launch(
     The rows of x and y begin at multiples of 16 bytes.
     """
     token_tiles = -(-x_TI.shape[0] // shape.tokens)
-    row_tiles = -(-weight.n_out // (shape.rows * shape.peers))
     units = weight.packed.shape[1]
     pairs = -(-units // 2)
     splits = min(splits, pairs)
-    cluster = shape.peers * splits
-    n_tiles = token_tiles * row_tiles
-    n_clusters = n_tiles if splits > 1 else min(n_tiles, program.n_processors() // cluster)
+    n_at_once = program.n_processors() * shape.per_sm
+    row_tiles, narrow_tiles, groups = cut_rows(
+        shape, weight.n_out, token_tiles, n_at_once if splits == 1 else 0
+    )
+    n_tiles = token_tiles * (row_tiles + narrow_tiles)
     # A row's one group lasts as long as the pairs of units, which may be one unit longer than the row.
     units_per_group = 2 * pairs if weight.scale.shape[1] == 1 else max(weight.group // UNIT, 1)
     scales = 2 if weight.group == UNIT // 2 else 1
-    entry = program.kernel(_FILE, _ENTRY, shape.defines(scales, weight.zero is not None, x_TI.dtype))
-    entry.launch(
-        (n_clusters * cluster,),
-        shape.threads,
-        (
-            _maps(x_TI, weight, y_TO, shape, scales, shape.chunk if splits == 1 else 8),
-            _Problem(_pointer(bias_O), weight.n_out, pairs, token_tiles, row_tiles, units_per_group),
-        ),
-        program.stream(),
-        shared_bytes=_SHARED_BYTES,
-        after=True,
-        cluster=cluster,
+    problem = _Problem(
+        _pointer(bias_O), weight.n_out, pairs, token_tiles, row_tiles, narrow_tiles, groups, units_per_group
     )
+    maps = _maps(x_TI, weight, y_TO, shape, scales, shape.chunk if splits == 1 else 8)
+    program.kernel(_FILE, _ENTRY, shape.defines(scales, weight.zero is not None, x_TI.dtype)).launch(
+        (n_tiles * splits if splits > 1 else min(n_tiles, n_at_once),),
+        shape.threads,
+        (maps, problem),
+        program.stream(),
+        shared_bytes=_SHARED_BYTES[shape.per_sm],
+        after=True,
+        cluster=splits,
+    )
+
+
+def cut_rows(shape: Shape, n_out: int, token_tiles: int, n_at_once: int) -> tuple[int, int, int]:
+    """Return a product's whole row tiles, and how many narrow ones follow with rows for how many groups.
+
+    Tiles run n_at_once at a time. Where the last of them would leave blocks idle, its rows are cut into
+    tiles for fewer groups, which end the sooner. Tiles that are split (n_at_once 0) are never cut.
+    """
+    whole = -(-n_out // shape.rows)
+    n_waves = -(-token_tiles * whole // n_at_once) if n_at_once else 0
+    before = (n_waves - 1) * n_at_once // token_tiles
+    for groups in range(1, shape.groups if n_at_once else 1):
+        narrow = -(-(n_out - before * shape.rows) // (ROWS * groups))
+        if token_tiles * (before + narrow) <= n_waves * n_at_once:
+            return before, narrow, groups
+    return whole, 0, shape.groups
 
 
 def launch_mma(x_TI: Tensor, weight: Int4Weight, bias_O: Tensor | None, y_TO: Tensor) -> None:
@@ -231,7 +283,7 @@ def _maps(
         for planes in (weight.scale, weight.scale if weight.zero is None else weight.zero)
     )
     return tensormap.argument(
-        _map(x_TI, x_TI.shape[1], (shape.tokens // shape.peers, UNIT), swizzled=True),
+        _map(x_TI, x_TI.shape[1], (shape.tokens, UNIT), swizzled=True),
         _map(weight.packed, weight.packed.shape[1] * 128, (strips, 128)),
         scale,
         zero,

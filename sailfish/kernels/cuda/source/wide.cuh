@@ -40,6 +40,10 @@ __device__ __forceinline__ float4 load_in_cluster(uint32_t address) {
                  : "memory");
     return x;
 }
+__device__ __forceinline__ void store_4(uint32_t shared, const float* x) {
+    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(shared), "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3])
+                 : "memory");
+}
 
 // ---- barriers in shared memory ---------------------------------------------------------------------
 
@@ -52,9 +56,8 @@ __device__ __forceinline__ void barrier_init_done() {
 __device__ __forceinline__ void barrier_expect(uint32_t barrier, uint32_t bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
-// `barrier` may be of another block of the cluster (address_in). Not `.release.cluster`, which fences the whole GPU.
 __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
-    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
     asm volatile(
@@ -83,28 +86,15 @@ __device__ __forceinline__ bool is_elected() {
 
 // ---- the bulk copy engine --------------------------------------------------------------------------
 
-constexpr uint64_t READ_ONCE = 0x12F0000000000000ull;   // the L2 policy "evict first"
-constexpr uint64_t READ_AGAIN = 0x14F0000000000000ull;  // "evict last"
-
 __device__ __forceinline__ void prefetch(const TensorMap& map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 // The box of `map` at (x, y) to shared memory; its bytes count towards `barrier`.
-__device__ __forceinline__ void copy_box(uint32_t shared, const TensorMap& map, int x, int y, uint32_t barrier,
-                                         uint64_t policy) {
+__device__ __forceinline__ void copy_box(uint32_t shared, const TensorMap& map, int x, int y, uint32_t barrier) {
     asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
-        " [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared),
-        "l"(&map), "r"(x), "r"(y), "r"(barrier), "l"(policy)
-        : "memory");
-}
-// The same, to the same place in every block of the cluster whose bit is set; each one's own barrier counts.
-__device__ __forceinline__ void copy_box_to(uint16_t blocks, uint32_t shared, const TensorMap& map, int x, int y,
-                                            uint32_t barrier, uint64_t policy) {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
-        ".L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5, %6;" ::"r"(shared),
-        "l"(&map), "r"(x), "r"(y), "r"(barrier), "h"(blocks), "l"(policy)
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+        " [%0], [%1, {%2, %3}], [%4];" ::"r"(shared),
+        "l"(&map), "r"(x), "r"(y), "r"(barrier)
         : "memory");
 }
 // Shared memory to the box of `map` at (x, y), clipped at the tensor's edges.
