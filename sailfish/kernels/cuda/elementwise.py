@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sailfish.kernels.contract import ActivationFormat, KvLayer, Quantised
 from sailfish.kernels.cuda import program
-from sailfish.kernels.cuda.elementwise_limits import BLOCK_THREADS, most_parts
+from sailfish.kernels.cuda.elementwise_limits import BLOCK_THREADS, RAGGED_PARTS, most_parts
 from sailfish.kernels.cuda.program import Defines, Variant
 
 TYPES = {torch.bfloat16: "bf16", torch.float32: "float"}
@@ -19,6 +19,7 @@ EIGHT_BITS: dict[ActivationFormat, torch.dtype] = {"int8": torch.int8, "fp8": to
 _CACHES = {torch.bfloat16: 0, torch.float32: 0, torch.int8: 1, torch.float8_e4m3fn: 2}
 _ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 _FLAT_THREADS = 256
+_CLUSTER = 8
 
 
 def _defines(family: str, type_: str) -> Defines:
@@ -98,9 +99,10 @@ def rope_write(
     if not len(qkv_TX):
         return q_THE
     n_lanes = 1 << (head_dim // 8 - 1).bit_length()
-    n_parts = -(-(n_heads + 2 * n_kv_heads) * n_lanes // _FLAT_THREADS)
+    each = 1 if len(qkv_TX) <= program.n_processors() else 3  # heads of a thread, which share their angles
+    n_parts = -(-(n_heads + 2 * n_kv_heads) * n_lanes // (_FLAT_THREADS * each))
     defines = (("TYPE", TYPES[qkv_TX.dtype]), ("CACHE", _CACHES[kv.k_NPKE.dtype]))
-    program.kernel("rope_write.cu", "rope_write", defines).launch(
+    program.kernel("rope_write.cu", f"rope_write_{each}", defines).launch(
         (len(qkv_TX), n_parts),
         _FLAT_THREADS,
         (
@@ -138,6 +140,9 @@ def act_mul(gate_up_T2M: Tensor, activation: str, out: ActivationFormat = "plain
     act = _ACTIVATIONS[activation]
     if scale_T is not None:
         arguments = (gate_up_T2M, values, scale_T, shape[-1], act, FORMATS[out])
+        if _is_for_clusters(shape[-1], scale_T.numel(), gate_up_T2M):
+            _launch_clusters(gate_up_T2M.dtype, shape[-1], scale_T.numel(), arguments)
+            return Quantised(values, scale_T, gate_up_T2M.dtype)
         _launch_rows("activation.cu", "act_mul", gate_up_T2M.dtype, values, (gate_up_T2M,), arguments)
         return Quantised(values, scale_T, gate_up_T2M.dtype)
     if values.numel():
@@ -215,6 +220,24 @@ def _result(shape: tuple[int, ...], like: Tensor, out: ActivationFormat) -> tupl
     return like.new_empty(shape, dtype=EIGHT_BITS[out]), like.new_empty(shape[:-1], dtype=torch.float32)
 
 
+def _is_for_clusters(width: int, n_rows: int, gate_up_T2M: Tensor) -> bool:
+    """Say whether rows are few enough, and cut into whole parts, for a cluster of blocks each."""
+    return (
+        program.architecture() == "sm_90a"
+        and 0 < n_rows <= program.n_processors() // 4
+        and _is_whole(width // _CLUSTER, gate_up_T2M)
+        and width % _CLUSTER == 0
+        and width <= _CLUSTER * 8 * BLOCK_THREADS
+    )
+
+
+def _launch_clusters(dtype: torch.dtype, width: int, n_rows: int, arguments: tuple[object, ...]) -> None:
+    kernel = program.kernel("activation.cu", "act_mul_cluster", _defines("act_mul", TYPES[dtype]))
+    threads = -(-width // (_CLUSTER * 8 * 32)) * 32
+    grid = (n_rows * _CLUSTER,)
+    kernel.launch(grid, threads, arguments, program.stream(), after=True, cluster=_CLUSTER)
+
+
 def _launch_rows(
     file: str,
     family: str,
@@ -229,10 +252,11 @@ def _launch_rows(
     width, most = out.shape[-1], most_parts(family, dtype == torch.float32)
     n_eights = -(-width // 8)
     assert n_eights <= most * BLOCK_THREADS, f"{family} of {width} elements"
-    parts = next(n for n in (1, 2, 4) if n_eights <= n * BLOCK_THREADS)
-    suffix = str(parts)
-    if not _is_whole(width, *read):
-        parts, suffix = most, "ragged"
+    is_whole = _is_whole(width, *read)
+    parts = next(n for n in (1, 2, 4) if n_eights <= n * BLOCK_THREADS) if is_whole else RAGGED_PARTS[family]
+    if is_whole and out.numel() > width * program.n_processors():
+        parts = min(2 * parts, most)  # with many rows, fewer threads with more loads each
+    suffix = str(parts) if is_whole else "ragged"
     threads = -(-n_eights // (32 * parts)) * 32
     kernel = program.kernel(file, f"{family}_{suffix}", _defines(family, TYPES[dtype]))
     kernel.launch((out.numel() // width,), threads, arguments, program.stream(), after=True)

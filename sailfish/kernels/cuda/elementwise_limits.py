@@ -6,12 +6,13 @@ from sailfish.kernels.contract import Case
 
 BLOCK_THREADS = 1024
 WIDEST_HEAD = 256
-_MOST_PARTS = {"norm": 2, "quantise": 4, "act_mul": 4}
+RAGGED_PARTS = {"norm": 2, "quantise": 4, "act_mul": 2}
+"""Of rows whose width is no multiple of 8, or that are not aligned to 16 bytes."""
 
 
 def most_parts(family: str, is_float32: bool) -> int:
     """Return how many times eight elements a thread of a row's block can hold without spilling."""
-    return 2 if family == "act_mul" and is_float32 else _MOST_PARTS[family]
+    return 4 if family == "act_mul" and not is_float32 else RAGGED_PARTS[family]
 
 
 def rejects_norm(case: Case) -> str | None:
@@ -41,5 +42,6 @@ def rejects_rope_write(case: Case) -> str | None:
 
 
 def _too_wide(family: str, case: Case, width: int) -> str | None:
-    most = most_parts(family, case.dtype == "float32") * BLOCK_THREADS * 8
+    parts = RAGGED_PARTS[family] if width % 8 else most_parts(family, case.dtype == "float32")
+    most = parts * BLOCK_THREADS * 8
     return None if width <= most else f"made for rows of up to {most} elements, the model's have {width}"

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sailfish.kernels.contract import Quantised, Weight8
 from sailfish.kernels.cuda import program, tensormap
+from sailfish.kernels.cuda.linear8_limits import FEWEST_INT_MM_ROWS, INT_MM_ROWS
 from sailfish.kernels.cuda.program import Defines, Variant
 
 _FILE, _ENTRY = "wide8.cu", "wide_linear_8"
@@ -20,8 +21,6 @@ _GROUPS = 2
 _THREADS = 128 * (_GROUPS + 1)
 _CHUNK = 64
 _TYPES = {torch.bfloat16: "bf16", torch.float32: "float"}
-_FEWEST_ROWS = 32
-"""torch._int_mm refuses 16 rows and less."""
 _SCALE_THREADS = 256
 
 
@@ -33,8 +32,6 @@ class Shape:
     """Tokens of a tile."""
     tiles: int
     """64-row tiles of each of the two warpgroups that multiply."""
-    peers: int = 1
-    """Blocks of a cluster that share their tokens."""
 
     @property
     def rows(self) -> int:
@@ -47,6 +44,11 @@ class Shape:
         slot_bytes = (self.tokens + self.rows) * _INPUTS + 16
         return min(8, (_SHARED_BYTES - _GROUPS * 2 * _CHUNK * 128) // slot_bytes)
 
+    @property
+    def can_split(self) -> bool:
+        """Say whether blocks can share a tile's inputs."""
+        return self.tiles * self.tokens <= 128
+
     def defines(self, dtype: torch.dtype) -> Defines:
         """Return what the source is compiled with for 8-bit numbers of one kind."""
         return (
@@ -54,7 +56,6 @@ class Shape:
             ("TOKENS", self.tokens),
             ("TILES", self.tiles),
             ("SLOTS", self.slots),
-            ("PEERS", self.peers),
         )
 
 
@@ -63,9 +64,7 @@ SHAPES = (
     Shape(64, 2),
     Shape(128, 1),
     Shape(128, 2),
-    Shape(128, 2, 2),
     Shape(256, 1),
-    Shape(256, 1, 2),
 )
 VARIANTS = (
     *(
@@ -91,8 +90,14 @@ class _Problem(ctypes.Structure):
 
 
 def wide_linear(x: Quantised, weight: Weight8, bias_O: Tensor | None = None) -> Tensor:
-    """Meet `contract.Linear8` on Hopper for bfloat16 results, inputs a multiple of 16, outputs of 8."""
-    y_TO = torch.empty(len(x), len(weight.values_OI), dtype=x.dtype, device=x.values_TI.device)
+    """Meet `contract.Linear8` on Hopper for bfloat16 results, inputs a multiple of 16, outputs of 8.
+
+    A newer card, which runs other machine code, takes torch's product.
+    """
+    if program.architecture() != "sm_90a":
+        is_int8 = weight.values_OI.dtype == torch.int8
+        return (int_mm_linear if is_int8 else scaled_mm_linear)(x, weight, bias_O)
+    y_TO = _empty(x, weight)
     if len(x):
         shape, splits = choose(len(x), *weight.values_OI.shape)
         launch(x, weight, bias_O, y_TO, shape, splits)
@@ -101,15 +106,17 @@ def wide_linear(x: Quantised, weight: Weight8, bias_O: Tensor | None = None) -> 
 
 def int_mm_linear(x: Quantised, weight: Weight8, bias_O: Tensor | None = None) -> Tensor:
     """Meet `contract.Linear8` for int8 by torch's integer product and one kernel that scales its sums."""
-    n_tokens, n_out = len(x), len(weight.values_OI)
-    y_TO = torch.empty(n_tokens, n_out, dtype=x.dtype, device=x.values_TI.device)
-    if n_tokens:
-        x_TI = F.pad(x.values_TI, (0, 0, 0, max(0, _FEWEST_ROWS - n_tokens)))
-        sum_TO = torch._int_mm(x_TI, weight.values_OI.T)
-        program.kernel("scale.cu", "scale", (("TYPE", _TYPES[x.dtype]),)).launch(
-            (n_tokens, -(-n_out // (8 * _SCALE_THREADS))),
+    y_TO = _empty(x, weight)
+    n_out = y_TO.shape[1]
+    kernel = program.kernel("scale.cu", "scale", (("TYPE", _TYPES[x.dtype]),))
+    for begin in range(0, len(x), INT_MM_ROWS):
+        x_TI, scale_T = x.values_TI[begin : begin + INT_MM_ROWS], x.scale_T[begin : begin + INT_MM_ROWS]
+        padding = (0, 0, 0, max(0, FEWEST_INT_MM_ROWS - len(x_TI)))
+        sum_TO = torch._int_mm(F.pad(x_TI, padding), weight.values_OI.T)
+        kernel.launch(
+            (len(x_TI), -(-n_out // (8 * _SCALE_THREADS))),
             _SCALE_THREADS,
-            (sum_TO, x.scale_T, weight.scale_O, bias_O, y_TO, n_out),
+            (sum_TO, scale_T, weight.scale_O, bias_O, y_TO[begin:], n_out),
             program.stream(),
             after=True,
         )
@@ -119,7 +126,7 @@ def int_mm_linear(x: Quantised, weight: Weight8, bias_O: Tensor | None = None) -
 def scaled_mm_linear(x: Quantised, weight: Weight8, bias_O: Tensor | None = None) -> Tensor:
     """Meet `contract.Linear8` for float8 by torch's product with scales of rows, in bfloat16."""
     if not len(x):
-        return torch.empty(0, len(weight.values_OI), dtype=x.dtype, device=x.values_TI.device)
+        return _empty(x, weight)
     return torch._scaled_mm(
         x.values_TI,
         weight.values_OI.T,
@@ -133,7 +140,7 @@ def scaled_mm_linear(x: Quantised, weight: Weight8, bias_O: Tensor | None = None
 
 def dequantised_linear(x: Quantised, weight: Weight8, bias_O: Tensor | None = None) -> Tensor:
     """Meet `contract.Linear8` without 8-bit units: bfloat16 holds every float8 exactly; scales come after."""
-    y_TO = F.linear(x.values_TI.bfloat16(), weight.values_OI.bfloat16()).float()
+    y_TO = F.linear(x.values_TI.to(x.dtype), weight.values_OI.to(x.dtype)).float()
     y_TO = y_TO * x.scale_T[:, None] * weight.scale_O
     return (y_TO if bias_O is None else y_TO + bias_O.float()).to(x.dtype)
 
@@ -146,31 +153,36 @@ def choose(n_tokens: int, n_out: int, n_in: int) -> tuple[Shape, int]:
 def launch(
     x: Quantised, weight: Weight8, bias_O: Tensor | None, y_TO: Tensor, shape: Shape, splits: int
 ) -> None:
-    """Run the Hopper kernel with one tile shape, each tile's inputs split among `splits` blocks."""
+    """Run the Hopper kernel with one tile shape, each tile's inputs split among 1, 2 or 4 blocks.
+
+    Only shapes that `can_split` are, and not into more blocks than there are units of 128 inputs.
+    """
     (n_tokens, n_in), n_out = x.values_TI.shape, len(weight.values_OI)
     token_tiles = -(-n_tokens // shape.tokens)
-    row_tiles = -(-n_out // (shape.rows * shape.peers))
+    row_tiles = -(-n_out // shape.rows)
     n_units = -(-n_in // _INPUTS)
-    splits = min(splits, n_units)
-    cluster = shape.peers * splits
     n_tiles = token_tiles * row_tiles
-    n_clusters = n_tiles if splits > 1 else min(n_tiles, program.n_processors() // cluster)
+    n_clusters = n_tiles if splits > 1 else min(n_tiles, program.n_processors())
     maps = tensormap.argument(
-        _map(x.values_TI, "uint8", (shape.tokens // shape.peers, _INPUTS)),
+        _map(x.values_TI, "uint8", (shape.tokens, _INPUTS)),
         _map(weight.values_OI, "uint8", (shape.rows, _INPUTS)),
         _map(y_TO, "bfloat16", (_CHUNK if splits == 1 else 8, 64)),
     )
     bias = None if bias_O is None else bias_O.data_ptr()
     scales = (x.scale_T.data_ptr(), weight.scale_O.data_ptr(), bias)
     program.kernel(_FILE, _ENTRY, shape.defines(x.values_TI.dtype)).launch(
-        (n_clusters * cluster,),
+        (n_clusters * splits,),
         _THREADS,
         (maps, _Problem(*scales, n_tokens, n_out, n_units, token_tiles, row_tiles)),
         program.stream(),
         shared_bytes=_SHARED_BYTES,
         after=True,
-        cluster=cluster,
+        cluster=splits,
     )
+
+
+def _empty(x: Quantised, weight: Weight8) -> Tensor:
+    return torch.empty(len(x), len(weight.values_OI), dtype=x.dtype, device=x.values_TI.device)
 
 
 def _map(x: Tensor, dtype: str, box: tuple[int, int]) -> bytes:

@@ -16,8 +16,8 @@ VARIANTS = tuple(Variant("sampling.cu", (("TYPE", type_),)) for type_ in ("bf16"
 _TYPES = {torch.bfloat16: "bf16", torch.float32: "float"}
 _THREADS = 512
 _TILE = _THREADS * 8
-_BLOCKS_PER_PROCESSOR = 4
-_PARTIAL_BYTES = 16
+_BLOCKS_PER_PROCESSOR = 2
+_PARTIAL_BYTES = 24
 
 
 class _Rows(ctypes.Structure):

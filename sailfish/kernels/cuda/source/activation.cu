@@ -1,5 +1,6 @@
 // The gated activation of an MLP, stored in the model's type or in 8 bits. TYPE: bf16 or float.
 #include "rows.cuh"
+#include "hopper.cuh"
 
 enum Activation { SILU, GELU_TANH };
 
@@ -44,7 +45,49 @@ KERNEL_OF_ROWS(act_mul, 2, 1024, DECLARED, GIVEN)
 #if PARTS >= 4
 KERNEL_OF_ROWS(act_mul, 4, 1024, DECLARED, GIVEN)
 #endif
-RAGGED_KERNEL_OF_ROWS(act_mul, PARTS, DECLARED, GIVEN)
+RAGGED_KERNEL_OF_ROWS(act_mul, 2, DECLARED, GIVEN)
+
+#if __CUDA_ARCH__ >= 900
+// The same by a cluster of blocks, each with a part of the row: with few rows one block would wait for its loads.
+// A block tells the others its largest value by copies that count towards a barrier of theirs.
+extern "C" __global__ void __launch_bounds__(1024)
+act_mul_cluster(const TYPE* gate_up, void* out, float* scale, int width, int activation, int format) {
+    constexpr int MOST_BLOCKS = 8;
+    __shared__ float scratch[32], largest_of[MOST_BLOCKS];
+    __shared__ __align__(8) uint64_t all_told;
+    const int n_blocks = blocks_of_cluster(), rank = block_of_cluster(), part = width / n_blocks;
+    const uint32_t barrier = shared_address(&all_told);
+    let_next_begin();
+    if (threadIdx.x == 0) {
+        init_barrier(barrier, 1);
+        show_barriers();
+        arrive_expecting(barrier, n_blocks * sizeof(float));
+    }
+    meet_in_cluster();
+    wait_for_previous();
+    const int64_t row = blockIdx.x / n_blocks;
+    const TYPE* from = gate_up + row * 2 * width + rank * part;
+    const int i = threadIdx.x * 8;
+    Eight<TYPE> gate, up;
+    gate.clear();
+    up.clear();
+    if (i < part) gate.load(from + i), up.load(from + width + i);
+    const Eight<TYPE> y = gated(gate, up, activation);
+    float largest = 0.f;
+#pragma unroll
+    for (int k = 0; k < 8; ++k) largest = Largest()(largest, fabsf(y[k]));
+    largest = over_block(largest, Largest(), scratch);
+    if (threadIdx.x < n_blocks)
+        send(address_in_block(shared_address(largest_of + rank), threadIdx.x), __float_as_uint(largest),
+             address_in_block(barrier, threadIdx.x));
+    wait_for(barrier, 0);
+    for (int block = 0; block < n_blocks; ++block) largest = Largest()(largest, largest_of[block]);
+    const float step = scale_of(largest, format);
+    if (rank == 0 && threadIdx.x == 0) scale[row] = step;
+    uint8_t* to = static_cast<uint8_t*>(out) + row * width + rank * part;
+    if (i < part) *reinterpret_cast<uint2*>(to + i) = to_8bit(y, Divider(step), format);
+}
+#endif
 
 // Eight elements a thread of any row, for results in the model's type. Grid: rows, parts of a row.
 extern "C" __global__ void __launch_bounds__(256)

@@ -20,8 +20,37 @@ __device__ __forceinline__ void norm_head(Eight<T>& x, const Eight<T>& gain, int
         x.set(i, x[i] * factor * (gain[i] + shift), x[i + 1] * factor * (gain[i + 1] + shift));
 }
 
-// Rotate the leading 2 * n_pairs elements. `begin` is the lane's first element; the cos of all pairs lie
-// before their sin. Halves of whole lanes exchange through shuffles, others through the head's memory.
+// The angles of a lane's eight elements where halves of whole lanes turn together.
+struct Angles {
+    Eight<float> cos, sin;
+    bool turns, is_first;
+    int partner;  // lane
+
+    __device__ __forceinline__ Angles(const float* cos_sin, int begin, int n_pairs, bool is_read)
+        : turns(begin < 2 * n_pairs), is_first(begin < n_pairs) {
+        cos.clear();
+        sin.clear();
+        const float* from = cos_sin + (is_first ? begin : begin - n_pairs);
+        if (turns && is_read) cos.load(from), sin.load(from + n_pairs);
+        const int lane = threadIdx.x % 32;
+        partner = !turns ? lane : is_first ? lane + n_pairs / 8 : lane - n_pairs / 8;
+    }
+    template <class T>
+    __device__ __forceinline__ void rotate(Eight<T>& x) const {
+        float turned[8];
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            const float other = __shfl_sync(ALL_LANES, x[i], partner);
+            turned[i] = x[i] * cos[i] + (is_first ? -other : other) * sin[i];
+        }
+        if (!turns) return;
+#pragma unroll
+        for (int i = 0; i < 8; i += 2) x.set(i, turned[i], turned[i + 1]);
+    }
+};
+
+// Rotate the leading 2 * n_pairs elements of any layout. `begin` is the lane's first element; the cos of all
+// pairs lie before their sin; `shared` is the head's memory.
 template <class T>
 __device__ __forceinline__ void rotate(Eight<T>& x, int begin, int n_pairs, bool is_interleaved,
                                        const float* cos_sin, float* shared) {
@@ -34,32 +63,17 @@ __device__ __forceinline__ void rotate(Eight<T>& x, int begin, int n_pairs, bool
         }
         return;
     }
-    const bool is_first = begin < n_pairs;
-    float partner[8], turned[8];
-    if (n_pairs % 8 == 0) {
-        const bool turns = begin < 2 * n_pairs;
-        Eight<float> c, s;
-        c.clear();
-        s.clear();
-        if (turns) c.load(cos + (is_first ? begin : begin - n_pairs));
-        if (turns) s.load(sin + (is_first ? begin : begin - n_pairs));
-        const int lane = threadIdx.x % 32, source = is_first ? lane + n_pairs / 8 : lane - n_pairs / 8;
+    float turned[8];
+    __syncwarp();
 #pragma unroll
-        for (int i = 0; i < 8; ++i) partner[i] = __shfl_sync(ALL_LANES, x[i], turns ? source : lane);
+    for (int i = 0; i < 8; ++i) shared[begin + i] = x[i];
+    __syncwarp();
 #pragma unroll
-        for (int i = 0; i < 8; ++i) turned[i] = x[i] * c[i] + (is_first ? -partner[i] : partner[i]) * s[i];
-        if (!turns) return;
-    } else {
-#pragma unroll
-        for (int i = 0; i < 8; ++i) shared[begin + i] = x[i];
-        __syncwarp();
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-            const int e = begin + i, f = e < n_pairs ? e : e - n_pairs;
-            turned[i] = x[i];
-            if (e < n_pairs) turned[i] = x[i] * cos[f] - shared[e + n_pairs] * sin[f];
-            if (e >= n_pairs && e < 2 * n_pairs) turned[i] = x[i] * cos[f] + shared[f] * sin[f];
-        }
+    for (int i = 0; i < 8; ++i) {
+        const int e = begin + i, f = e < n_pairs ? e : e - n_pairs;
+        turned[i] = x[i];
+        if (e < n_pairs) turned[i] = x[i] * cos[f] - shared[e + n_pairs] * sin[f];
+        if (e >= n_pairs && e < 2 * n_pairs) turned[i] = x[i] * cos[f] + shared[f] * sin[f];
     }
 #pragma unroll
     for (int i = 0; i < 8; i += 2) x.set(i, turned[i], turned[i + 1]);
@@ -83,35 +97,64 @@ __device__ __forceinline__ void write(const Eight<T>& x, Cache cache, int64_t he
 #endif
 }
 
-// n_lanes lanes a head, eight elements a lane; lanes past the head's width idle. Grid: tokens, parts of the heads.
-extern "C" __global__ void __launch_bounds__(256, 4)
-rope_write(const TYPE* qkv, TYPE* q, const TYPE* q_norm, const TYPE* k_norm, const float* table,
-           const int64_t* position, const int64_t* slot, void* k_values, float* k_scale, void* v_values,
-           float* v_scale, int n_heads, int n_kv_heads, int head_dim, int n_lanes, int n_pairs,
-           int is_interleaved, float eps, float shift) {
-    __shared__ float shared[256 * 8];
-    const int head = (blockIdx.y * blockDim.x + threadIdx.x) / n_lanes;
+constexpr int THREADS = 256;
+
+// n_lanes lanes a head, eight elements a lane; lanes past the head's width idle. A thread has EACH heads, which
+// share the token's angles. Grid: tokens, parts of the heads.
+template <int EACH>
+__device__ __forceinline__ void rope_write(const TYPE* qkv, TYPE* q, const TYPE* q_norm, const TYPE* k_norm,
+                                           const float* table, const int64_t* position, const int64_t* slot,
+                                           void* k_values, float* k_scale, void* v_values, float* v_scale,
+                                           int n_heads, int n_kv_heads, int head_dim, int n_lanes, int n_pairs,
+                                           int is_interleaved, float eps, float shift) {
+    __shared__ float shared[THREADS * 8];
+    const int heads_at_once = THREADS / n_lanes, n_all = n_heads + 2 * n_kv_heads;
+    const int first = blockIdx.y * EACH * heads_at_once + threadIdx.x / n_lanes;
     const int begin = threadIdx.x % n_lanes * 8;
     const int64_t token = blockIdx.x;
-    const bool is_there = head < n_heads + 2 * n_kv_heads && begin < head_dim;
-    const bool is_q = head < n_heads, is_v = head >= n_heads + n_kv_heads;
-    Eight<TYPE> x, gain;
-    x.clear();
-    gain.clear();
-    const TYPE* norm = is_q ? q_norm : k_norm;
-    if (q_norm != nullptr && is_there && !is_v) gain.load(norm + begin);
+    Eight<TYPE> x[EACH], q_gain, k_gain;
+    if (q_norm != nullptr && begin < head_dim) q_gain.load(q_norm + begin), k_gain.load(k_norm + begin);
     let_next_begin();
     wait_for_previous();
-    if (is_there) x.load(qkv + (token * (n_heads + 2 * n_kv_heads) + head) * head_dim + begin);
+#pragma unroll
+    for (int j = 0; j < EACH; ++j) {
+        const int head = first + j * heads_at_once;
+        x[j].clear();
+        if (head < n_all && begin < head_dim) x[j].load(qkv + (token * n_all + head) * head_dim + begin);
+    }
     const float* cos_sin = table + position[token] * 2 * n_pairs;
     const int64_t place = slot[token];
-    // Whole warps stay together: shuffles want every lane, also those that hold a value or nothing.
-    Eight<TYPE> turned = x;
-    if (q_norm != nullptr) norm_head(turned, gain, head_dim, n_lanes, eps, shift);
-    rotate(turned, begin, n_pairs, is_interleaved, cos_sin, shared + threadIdx.x / n_lanes * n_lanes * 8);
-    if (!is_v) x = turned;
-    if (is_q && is_there) x.store(q + (token * n_heads + head) * head_dim + begin);
-    const Cache cache = is_v ? Cache{v_values, v_scale} : Cache{k_values, k_scale};
-    const int kv_head = head - n_heads - (is_v ? n_kv_heads : 0);
-    write(x, cache, place * n_kv_heads + kv_head, begin, head_dim, n_lanes, is_there && !is_q && place >= 0);
+    const bool is_plain = !is_interleaved && n_pairs % 8 == 0;
+    const Angles angles(cos_sin, begin, n_pairs, is_plain);
+#pragma unroll
+    for (int j = 0; j < EACH; ++j) {
+        const int head = first + j * heads_at_once;
+        const bool is_there = head < n_all && begin < head_dim;
+        const bool is_q = head < n_heads, is_v = head >= n_heads + n_kv_heads;
+        // Whole warps stay together: shuffles want every lane, also those that hold a value or nothing.
+        Eight<TYPE> turned = x[j];
+        if (q_norm != nullptr) norm_head(turned, is_q ? q_gain : k_gain, head_dim, n_lanes, eps, shift);
+        if (is_plain)
+            angles.rotate(turned);
+        else
+            rotate(turned, begin, n_pairs, is_interleaved, cos_sin, shared + threadIdx.x / n_lanes * n_lanes * 8);
+        if (!is_v) x[j] = turned;
+        if (is_q && is_there) x[j].store(q + (token * n_heads + head) * head_dim + begin);
+        const Cache cache = is_v ? Cache{v_values, v_scale} : Cache{k_values, k_scale};
+        const int kv_head = head - n_heads - (is_v ? n_kv_heads : 0);
+        write(x[j], cache, place * n_kv_heads + kv_head, begin, head_dim, n_lanes, is_there && !is_q && place >= 0);
+    }
+}
+
+#define DECLARED                                                                                              \
+    (const TYPE* qkv, TYPE* q, const TYPE* q_norm, const TYPE* k_norm, const float* table,                    \
+     const int64_t* position, const int64_t* slot, void* k_values, float* k_scale, void* v_values,            \
+     float* v_scale, int n_heads, int n_kv_heads, int head_dim, int n_lanes, int n_pairs, int is_interleaved, \
+     float eps, float shift)
+#define GIVEN                                                                                               \
+    (qkv, q, q_norm, k_norm, table, position, slot, k_values, k_scale, v_values, v_scale, n_heads, n_kv_heads, \
+     head_dim, n_lanes, n_pairs, is_interleaved, eps, shift)
+extern "C" __global__ void __launch_bounds__(THREADS, 4) rope_write_1 DECLARED { rope_write<1> GIVEN; }
+extern "C" __global__ void __launch_bounds__(THREADS, sizeof(TYPE) == 2 ? 3 : 2) rope_write_3 DECLARED {
+    rope_write<3> GIVEN;
 }

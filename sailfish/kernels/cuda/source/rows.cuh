@@ -86,8 +86,8 @@ __device__ __forceinline__ float over_block(float x, Op op, float (&scratch)[32]
 
 enum Format { PLAIN, INT8, FP8 };
 
-// Divides by a scale as IEEE does, in four instructions: a product, then one correction by its remainder
-// (Markstein 1990). The power of two keeps reciprocals and remainders of tiny scales in range.
+// Divides by a scale as IEEE does: a product, then corrections by its remainder (Markstein 1990), the second
+// because the product may be two steps off. The power of two keeps reciprocals of tiny scales in range.
 struct Divider {
     float lift, divisor, inverse;
 
@@ -95,7 +95,8 @@ struct Divider {
         : lift(scale < 0x1p-64f ? 0x1p64f : 1.f), divisor(scale * lift), inverse(1.f / divisor) {}
     __device__ __forceinline__ float operator()(float x) const {
         x *= lift;
-        const float quotient = x * inverse;
+        float quotient = x * inverse;
+        quotient = fmaf(fmaf(-quotient, divisor, x), inverse, quotient);
         return fmaf(fmaf(-quotient, divisor, x), inverse, quotient);
     }
 };

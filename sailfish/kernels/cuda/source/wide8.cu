@@ -2,17 +2,14 @@
 //
 // Made transposed, Y^T = W X^T: rows of the weight are wgmma's 64, tokens its N. A block has two producer
 // warps, which keep a ring of slots full through the bulk copy engine (a slot: 128 inputs of the block's tokens
-// and of its rows), and two consumer warpgroups of 64 * TILES rows each. Blocks walk over tiles of the result.
-//
-// Two kinds of cluster: PEERS blocks with neighbouring rows share their tokens (each fetches a part for
-// all), and `splits` blocks with the same tile share its inputs and add up through each other's shared memory.
+// and of its rows), and two consumer warpgroups of 64 * TILES rows each. Blocks walk over tiles of the result, or
+// the blocks of a cluster share the inputs of one tile and add up through each other's shared memory.
 #include "wide8.cuh"
 
 #ifndef TOKENS
 #define TOKENS 128  // tokens of a tile
 #define TILES 1     // tiles of 64 rows of each consumer
 #define SLOTS 6     // slots of the ring
-#define PEERS 1     // blocks of a cluster that share tokens
 #endif
 
 constexpr int GROUPS = 2, CONSUMERS = 128 * GROUPS, ROWS = 64 * GROUPS * TILES, OCTETS = TOKENS / 8;
@@ -20,17 +17,18 @@ constexpr int INPUTS = 128;  // of a slot: rows of 128 bytes
 constexpr int X_BYTES = TOKENS * INPUTS, W_BYTES = ROWS * INPUTS;
 constexpr int W_AT = SLOTS * X_BYTES, STAGED_AT = W_AT + SLOTS * W_BYTES;
 constexpr int CHUNK = 64, STAGED_BYTES = 2 * CHUNK * 128;  // tokens that are stored at once; two buffers of them
-constexpr int FULL_AT = STAGED_AT + GROUPS * STAGED_BYTES, EMPTY_AT = FULL_AT + 8 * SLOTS;
+constexpr int FULL_AT = STAGED_AT + GROUPS * STAGED_BYTES, EMPTY_AT = FULL_AT + 8 * SLOTS, SENT_AT = EMPTY_AT + 8 * SLOTS;
 constexpr int BAND = 16;  // token tiles that are walked together: their tokens stay in L2
+constexpr bool CAN_SPLIT = TILES * TOKENS <= 128;  // and keep a share's totals in registers
 static_assert(ROWS * TOKENS * 4 <= STAGED_AT, "a split tile's sums lie where the ring was");
 
 struct Problem {
     const float *x_scale_T, *w_scale_O;
     const bf16* bias_O;
-    int n_tokens, n_out, n_units, token_tiles, row_tiles;  // units of 128 inputs; row tiles of a whole cluster
+    int n_tokens, n_out, n_units, token_tiles, row_tiles;  // units of 128 inputs
 };
 struct Maps {
-    TensorMap x, w, y;
+    BoxMap x, w, y;
 };
 struct Tile {
     int token, row;
@@ -39,7 +37,7 @@ struct Tile {
 __device__ __forceinline__ Tile tile_at(const Problem& p, int index) {
     const int band = index / (BAND * p.row_tiles), within = index - band * BAND * p.row_tiles;
     const int width = min(BAND, p.token_tiles - band * BAND);
-    return {(band * BAND + within % width) * TOKENS, within / width * PEERS};
+    return {(band * BAND + within % width) * TOKENS, within / width * ROWS};
 }
 __device__ __forceinline__ int first_unit(const Problem& p, int split, int splits) {
     return int(int64_t(p.n_units) * split / splits);
@@ -49,32 +47,24 @@ __device__ __forceinline__ int first_unit(const Problem& p, int split, int split
 
 // A warp keeps the tokens', or the rows', part of the slots full. Weights are no result of the kernel ahead.
 template <bool IS_X>
-__device__ __forceinline__ void produce(const Problem& p, const Maps& maps, uint32_t smem, int peer, int split,
-                                        int splits) {
-    const int n_clusters = gridDim.x / (PEERS * splits), n_tiles = p.token_tiles * p.row_tiles;
+__device__ __forceinline__ void produce(const Problem& p, const Maps& maps, uint32_t smem, int split, int splits) {
+    const int n_clusters = gridDim.x / splits, n_tiles = p.token_tiles * p.row_tiles;
     const int first = first_unit(p, split, splits), last = first_unit(p, split + 1, splits);
-    const uint64_t policy = p.token_tiles > 1 ? READ_AGAIN : READ_ONCE;
     int slot = 0;
     uint32_t parity = 1;
     if (IS_X) wait_for_previous();
-    for (int index = blockIdx.x / (PEERS * splits); index < n_tiles; index += n_clusters) {
+    for (int index = blockIdx.x / splits; index < n_tiles; index += n_clusters) {
         const Tile tile = tile_at(p, index);
 #pragma unroll 1
         for (int unit = first; unit < last; ++unit) {
             const uint32_t full = smem + FULL_AT + 8 * slot;
-            barrier_wait(smem + EMPTY_AT + 8 * slot, parity);
-            if (is_elected()) {
-                if (!IS_X) {
-                    barrier_expect(full, W_BYTES);
-                    copy_box(smem + W_AT + slot * W_BYTES, maps.w, unit * INPUTS, (tile.row + peer) * ROWS, full, policy);
-                } else if (PEERS == 1) {
-                    barrier_expect(full, X_BYTES);
-                    copy_box(smem + slot * X_BYTES, maps.x, unit * INPUTS, tile.token, full, READ_AGAIN);
-                } else {
-                    barrier_expect(full, X_BYTES);
-                    copy_box_to(((1 << PEERS) - 1) << split * PEERS, smem + slot * X_BYTES + peer * (X_BYTES / PEERS),
-                                maps.x, unit * INPUTS, tile.token + peer * (TOKENS / PEERS), full, READ_AGAIN);
-                }
+            wait_for(smem + EMPTY_AT + 8 * slot, parity);
+            if (is_leader()) {
+                arrive_expecting(full, IS_X ? X_BYTES : W_BYTES);
+                if (IS_X)
+                    fetch_box(smem + slot * X_BYTES, maps.x, unit * INPUTS, tile.token, full);
+                else
+                    fetch_box(smem + W_AT + slot * W_BYTES, maps.w, unit * INPUTS, tile.row, full);
             }
             __syncwarp();
             if (++slot == SLOTS) slot = 0, parity ^= 1;
@@ -92,6 +82,13 @@ __device__ __forceinline__ void store_pieces(uint32_t at, uint32_t a, uint32_t b
 }
 __device__ __forceinline__ void store_pieces(uint32_t at, uint32_t a, uint32_t b) {
     asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(at), "r"(a), "r"(b)
+                 : "memory");
+}
+
+__device__ __forceinline__ void load_four(uint32_t (&x)[4], uint32_t shared) {
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                 : "r"(shared)
                  : "memory");
 }
 
@@ -123,153 +120,155 @@ struct Outputs {
 
 // A consumer's whole sums to Y, CHUNK tokens at a time through two buffers.
 __device__ __forceinline__ void store_tile(const Problem& p, const Maps& maps, uint32_t smem,
-                                           const Total (&sum)[TILES][TOKENS / 2], Tile tile, int peer, int group) {
+                                           const Total (&sum)[TILES][TOKENS / 2], Tile tile, int group) {
     const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
     const uint32_t staged = smem + STAGED_AT + group * STAGED_BYTES;
     const uint32_t piece = (lane / 16 * 8 + lane % 8) * 128 + ((warp * 2 + lane / 8 % 2) ^ (lane % 8)) * 16;
 #pragma unroll
     for (int i = 0; i < TILES; ++i) {
-        const int row = (tile.row + peer) * ROWS + (group * TILES + i) * 64;
+        const int row = tile.row + (group * TILES + i) * 64;
         const Outputs outputs(p, row, tile.token);
 #pragma unroll
         for (int chunk = 0; chunk < TOKENS / CHUNK; ++chunk) {
             const uint32_t buffer = staged + (i * (TOKENS / CHUNK) + chunk) % 2 * (STAGED_BYTES / 2);
-            if (thread == 0) store_wait_read<1>();
-            group_sync(1 + group, 128);
+            if (thread == 0) wait_for_boxes<1>();
+            meet_in_group(1 + group, 128);
 #pragma unroll
             for (int octet = 0; octet < CHUNK / 8; octet += 2) {
                 const int at = chunk * CHUNK / 8 + octet;
                 const uint2 low = outputs.of(&sum[i][at * 4], at), high = outputs.of(&sum[i][at * 4 + 4], at + 1);
                 store_pieces(buffer + octet * 1024 + piece, low.x, low.y, high.x, high.y);
             }
-            fence_async();
-            group_sync(1 + group, 128);
-            if (thread == 0) {
-                store_box(maps.y, row, tile.token + chunk * CHUNK, buffer);
-                store_commit();
-            }
+            show_to_copies();
+            meet_in_group(1 + group, 128);
+            if (thread == 0) put_box(maps.y, row, tile.token + chunk * CHUNK, buffer);
         }
     }
 }
 
-// Each block of a split tile adds up all blocks' sums of its share of the tokens, and stores those.
+// Each block of a split tile adds up all blocks' sums of its share of the tokens, and stores those. The others
+// send theirs to where its ring was, counted by a barrier.
+template <int SPLITS>
 __device__ __forceinline__ void store_split(const Problem& p, const Maps& maps, uint32_t smem,
-                                            const Total (&sum)[TILES][TOKENS / 2], Tile tile, int peer, int group,
-                                            int split, int splits) {
+                                            const Total (&sum)[TILES][TOKENS / 2], Tile tile, int group, int split) {
+    constexpr int SHARE = OCTETS / SPLITS;
     const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
-    group_sync(1 + GROUPS, CONSUMERS);  // neither consumer reads the ring any more
+    const uint32_t part_bytes = TILES * SHARE * CONSUMERS * 16, mine = smem + threadIdx.x * 16;
+    if (threadIdx.x == 0) arrive_expecting(smem + SENT_AT, (SPLITS - 1) * part_bytes);
+    meet_in_cluster();  // no block reads its ring any more
+    Total total[TILES][SHARE][4];
 #pragma unroll
-    for (int i = 0; i < TILES; ++i)
+    for (int q = 0; q < SPLITS; ++q) {
+        const uint32_t to = address_in_block(mine + (split - (split > q)) * part_bytes, q);
+        const uint32_t barrier = address_in_block(smem + SENT_AT, q);
 #pragma unroll
-        for (int octet = 0; octet < OCTETS; ++octet) {
-            const Total* s = &sum[i][octet * 4];
-            asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(
-                             smem + ((i * OCTETS + octet) * CONSUMERS + threadIdx.x) * 16),
-                         WGMMA8_IN(s[0]), WGMMA8_IN(s[1]), WGMMA8_IN(s[2]), WGMMA8_IN(s[3])
-                         : "memory");
-        }
-    cluster_sync();
-    const int begin = OCTETS * split / splits, n = OCTETS * (split + 1) / splits - begin;
+        for (int i = 0; i < TILES; ++i)
+#pragma unroll
+            for (int octet = 0; octet < SHARE; ++octet) {
+                const Total* s = &sum[i][(q * SHARE + octet) * 4];
+                const uint32_t four[4] = {bits_of(s[0]), bits_of(s[1]), bits_of(s[2]), bits_of(s[3])};
+                if (q != split) send(to + (i * SHARE + octet) * CONSUMERS * 16, four, barrier);
+#pragma unroll
+                for (int k = 0; k < 4; ++k)
+                    if (q == split) total[i][octet][k] = s[k];
+            }
+    }
+    wait_for(smem + SENT_AT, 0);
     const uint32_t staged = smem + STAGED_AT + group * STAGED_BYTES;
     const uint32_t piece = lane % 8 * 128 + ((warp * 2 + lane / 8 % 2) ^ (lane % 8)) * 16;
 #pragma unroll
     for (int i = 0; i < TILES; ++i) {
-        const int row = (tile.row + peer) * ROWS + (group * TILES + i) * 64;
+        const int row = tile.row + (group * TILES + i) * 64;
         const Outputs outputs(p, row, tile.token);
-#pragma unroll 2
-        for (int octet = 0; octet < n; ++octet) {
-            const uint32_t at = smem + ((i * OCTETS + begin + octet) * CONSUMERS + threadIdx.x) * 16;
-            Total total[4] = {0, 0, 0, 0};
-#pragma unroll 4
-            for (int q = 0; q < splits; ++q) {
-                Total part[4];
-                load_four_in_cluster(part, address_in(at, q * PEERS + peer));
 #pragma unroll
-                for (int k = 0; k < 4; ++k) total[k] += part[k];
+        for (int octet = 0; octet < SHARE; ++octet) {
+#pragma unroll
+            for (int q = 0; q < SPLITS - 1; ++q) {
+                uint32_t part[4];
+                load_four(part, mine + q * part_bytes + (i * SHARE + octet) * CONSUMERS * 16);
+#pragma unroll
+                for (int k = 0; k < 4; ++k) total[i][octet][k] += total_of(part[k]);
             }
-            const uint2 y = outputs.of(total, begin + octet);
-            store_pieces(staged + (i * n + octet) * 1024 + piece, y.x, y.y);
+            const uint2 y = outputs.of(total[i][octet], split * SHARE + octet);
+            store_pieces(staged + (i * SHARE + octet) * 1024 + piece, y.x, y.y);
         }
     }
-    fence_async();
-    group_sync(1 + group, 128);
-    if (thread < TILES * n) {
-        const int row = (tile.row + peer) * ROWS + (group * TILES + thread / n) * 64;
-        store_box(maps.y, row, tile.token + (begin + thread % n) * 8, staged + thread * 1024);
-        store_commit();
+    show_to_copies();
+    meet_in_group(1 + group, 128);
+    if (thread < TILES * SHARE) {
+        const int row = tile.row + (group * TILES + thread / SHARE) * 64;
+        put_box(maps.y, row, tile.token + (split * SHARE + thread % SHARE) * 8, staged + thread * 1024);
     }
 }
 
-__device__ __forceinline__ void consume(const Problem& p, const Maps& maps, uint32_t smem, int peer, int split,
-                                        int splits, int group) {
+__device__ __forceinline__ void consume(const Problem& p, const Maps& maps, uint32_t smem, int split, int splits,
+                                        int group) {
     const int lane = threadIdx.x % 32;
-    const int n_clusters = gridDim.x / (PEERS * splits), n_tiles = p.token_tiles * p.row_tiles;
+    const int n_clusters = gridDim.x / splits, n_tiles = p.token_tiles * p.row_tiles;
     const int n_units = first_unit(p, split + 1, splits) - first_unit(p, split, splits);
-    const uint32_t empty = lane < PEERS ? address_in(smem + EMPTY_AT, split * PEERS + lane) : 0;
+    const uint32_t empty = smem + EMPTY_AT;
     Total sum[TILES][TOKENS / 2];
     int slot = 0;
     uint32_t parity = 0;
-    for (int index = blockIdx.x / (PEERS * splits); index < n_tiles; index += n_clusters) {
+    for (int index = blockIdx.x / splits; index < n_tiles; index += n_clusters) {
         int before = -1;
 #pragma unroll 1
         for (int unit = 0; unit < n_units; ++unit) {
-            barrier_wait(smem + FULL_AT + 8 * slot, parity);
-            const uint64_t x = swizzled_rows(smem + slot * X_BYTES);
-            const uint64_t w = swizzled_rows(smem + W_AT + slot * W_BYTES + group * TILES * 64 * INPUTS);
-            wgmma_fence();
+            wait_for(smem + FULL_AT + 8 * slot, parity);
+            const uint64_t x = rows_of_128_bytes(smem + slot * X_BYTES);
+            const uint64_t w = rows_of_128_bytes(smem + W_AT + slot * W_BYTES + group * TILES * 64 * INPUTS);
+            fence_wgmma();
 #pragma unroll
             for (int t = 0; t < 4; ++t)
 #pragma unroll
                 for (int i = 0; i < TILES; ++i)
-                    wgmma8<TOKENS>(sum[i], w + i * (64 * INPUTS / 16) + 2 * t, x + 2 * t, unit + t > 0);
-            wgmma_commit();
-            wgmma_wait<1>();
-            if (before >= 0 && lane < PEERS) barrier_arrive(empty + 8 * before);
+                    wgmma<TOKENS>(sum[i], w + i * (64 * INPUTS / 16) + 2 * t, x + 2 * t, unit + t > 0);
+            commit_wgmma();
+            wait_for_wgmma<1>();
+            if (before >= 0 && lane == 0) arrive(empty + 8 * before);
             before = slot;
             if (++slot == SLOTS) slot = 0, parity ^= 1;
         }
-        wgmma_wait<0>();
+        wait_for_wgmma<0>();
 #pragma unroll
         for (int i = 0; i < TILES; ++i)
 #pragma unroll
-            for (int j = 0; j < TOKENS / 2; ++j) asm volatile("" : WGMMA8_SUM(sum[i][j])::"memory");
-        if (lane < PEERS) barrier_arrive(empty + 8 * before);
+            for (int j = 0; j < TOKENS / 2; ++j) asm volatile("" : SUM_AT(sum[i][j])::"memory");
+        if (lane == 0) arrive(empty + 8 * before);
         const Tile tile = tile_at(p, index);
         wait_for_previous();  // whose result the scales of the tokens are
-        if (splits == 1)
-            store_tile(p, maps, smem, sum, tile, peer, group);
-        else
-            store_split(p, maps, smem, sum, tile, peer, group, split, splits);
+        if (splits == 1) store_tile(p, maps, smem, sum, tile, group);
+        if (CAN_SPLIT && splits == 2) store_split<2>(p, maps, smem, sum, tile, group, split);
+        if (CAN_SPLIT && splits == 4) store_split<4>(p, maps, smem, sum, tile, group, split);
     }
-    store_wait_read<0>();
+    wait_for_boxes<0>();
 }
 
 extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
     wide_linear_8(const __grid_constant__ Maps maps, const Problem p) {
     extern __shared__ __align__(1024) uint8_t shared[];
     const uint32_t smem = shared_address(shared);
-    const int splits = cluster_size() / PEERS, peer = cluster_rank() % PEERS, split = cluster_rank() / PEERS;
+    const int splits = blocks_of_cluster(), split = block_of_cluster();
     const int warp = __shfl_sync(ALL_LANES, threadIdx.x / 32, 0);
     let_next_begin();
     if (threadIdx.x == 0) {
         for (int slot = 0; slot < SLOTS; ++slot) {
-            barrier_init(smem + FULL_AT + 8 * slot, 2);
-            barrier_init(smem + EMPTY_AT + 8 * slot, CONSUMERS / 32 * PEERS);
+            init_barrier(smem + FULL_AT + 8 * slot, 2);
+            init_barrier(smem + EMPTY_AT + 8 * slot, CONSUMERS / 32);
         }
-        barrier_init_done();
+        init_barrier(smem + SENT_AT, 1);
+        show_barriers();
     }
     __syncthreads();
-    if (PEERS > 1) cluster_meet();
     if (warp >= CONSUMERS / 32) {
-        give_registers<40>();
-        if (warp == CONSUMERS / 32) produce<true>(p, maps, smem, peer, split, splits);
-        if (warp == CONSUMERS / 32 + 1) produce<false>(p, maps, smem, peer, split, splits);
+        lower_registers<40>();
+        if (warp == CONSUMERS / 32) produce<true>(p, maps, smem, split, splits);
+        if (warp == CONSUMERS / 32 + 1) produce<false>(p, maps, smem, split, splits);
         __syncwarp();
-        if (splits > 1) cluster_sync();
+        if (splits > 1) meet_in_cluster();
     } else {
-        take_registers<232>();
-        consume(p, maps, smem, peer, split, splits, warp / 4);
+        raise_registers<232>();
+        consume(p, maps, smem, split, splits, warp / 4);
         __syncwarp();
     }
-    if (cluster_size() > 1) cluster_meet();  // no block ends while another still writes to it or reads it
 }

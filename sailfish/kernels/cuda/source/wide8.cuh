@@ -1,57 +1,71 @@
 // wgmma on 8-bit numbers, both operands in shared memory. INT8: 1 for int8 with int32 sums, 0 for float8 e4m3.
 #pragma once
-#include "wide.cuh"
+#include "hopper.cuh"
 
 #if INT8
 using Total = int;
-#define WGMMA8_SUM "+r"
-#define WGMMA8_IN "r"
-#define WGMMA8_KIND ".s32.s8.s8 "
-#define WGMMA8_END ", p;\n}"
+#define SUM_AT "+r"
+#define KIND ".s32.s8.s8 "
+#define END ", p;\n}"
+__device__ __forceinline__ uint32_t bits_of(Total x) { return uint32_t(x); }
+__device__ __forceinline__ Total total_of(uint32_t bits) { return int(bits); }
 #else
 using Total = float;
-#define WGMMA8_SUM "+f"
-#define WGMMA8_IN "f"
-#define WGMMA8_KIND ".f32.e4m3.e4m3 "
-#define WGMMA8_END ", p, 1, 1;\n}"
+#define SUM_AT "+f"
+#define KIND ".f32.e4m3.e4m3 "
+#define END ", p, 1, 1;\n}"
+__device__ __forceinline__ uint32_t bits_of(Total x) { return __float_as_uint(x); }
+__device__ __forceinline__ Total total_of(uint32_t bits) { return __uint_as_float(bits); }
 #endif
 
-#define WGMMA8_4(i) WGMMA8_SUM(d[i]), WGMMA8_SUM(d[i + 1]), WGMMA8_SUM(d[i + 2]), WGMMA8_SUM(d[i + 3])
-#define WGMMA8_16(i) WGMMA8_4(i), WGMMA8_4(i + 4), WGMMA8_4(i + 8), WGMMA8_4(i + 12)
-#define WGMMA8_32(i) WGMMA8_16(i), WGMMA8_16(i + 16)
-#define WGMMA8_64(i) WGMMA8_32(i), WGMMA8_32(i + 32)
+__device__ __forceinline__ void fence_wgmma() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void commit_wgmma() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int N>
+__device__ __forceinline__ void wait_for_wgmma() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
+}
+// Describes rows of 128 bytes, swizzled by the copy engine in atoms of 8 rows, the inputs innermost.
+__device__ __forceinline__ uint64_t rows_of_128_bytes(uint32_t shared) {
+    return uint64_t((shared & 0x3FFFF) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
+}
+
+#define SUMS_4(i) SUM_AT(d[i]), SUM_AT(d[i + 1]), SUM_AT(d[i + 2]), SUM_AT(d[i + 3])
+#define SUMS_16(i) SUMS_4(i), SUMS_4(i + 4), SUMS_4(i + 8), SUMS_4(i + 12)
+#define SUMS_32(i) SUMS_16(i), SUMS_16(i + 16)
+#define SUMS_64(i) SUMS_32(i), SUMS_32(i + 32)
+#define NAMES_0 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define NAMES_16 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define NAMES_32 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+#define NAMES_48 "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define NAMES_64 "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
+#define NAMES_80 "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define NAMES_96 "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111"
+#define NAMES_112 "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+#define NAMED_32 NAMES_0 ", " NAMES_16
+#define NAMED_64 NAMED_32 ", " NAMES_32 ", " NAMES_48
+#define NAMED_128 NAMED_64 ", " NAMES_64 ", " NAMES_80 ", " NAMES_96 ", " NAMES_112
 
 // d[64 x N] += a[64 x 32] b[32 x N], or = if not `add`.
 template <int N>
-__device__ __forceinline__ void wgmma8(Total* d, uint64_t a, uint64_t b, int add);
+__device__ __forceinline__ void wgmma(Total* d, uint64_t a, uint64_t b, int add);
 template <>
-__device__ __forceinline__ void wgmma8<64>(Total* d, uint64_t a, uint64_t b, int add) {
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\nwgmma.mma_async.sync.aligned.m64n64k32" WGMMA8_KIND
-                 "{" WGMMA_D64 "}, %32, %33" WGMMA8_END
-                 : WGMMA8_32(0)
+__device__ __forceinline__ void wgmma<64>(Total* d, uint64_t a, uint64_t b, int add) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\nwgmma.mma_async.sync.aligned.m64n64k32" KIND
+                 "{" NAMED_32 "}, %32, %33" END
+                 : SUMS_32(0)
                  : "l"(a), "l"(b), "r"(add));
 }
 template <>
-__device__ __forceinline__ void wgmma8<128>(Total* d, uint64_t a, uint64_t b, int add) {
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\nwgmma.mma_async.sync.aligned.m64n128k32" WGMMA8_KIND
-                 "{" WGMMA_D128 "}, %64, %65" WGMMA8_END
-                 : WGMMA8_64(0)
+__device__ __forceinline__ void wgmma<128>(Total* d, uint64_t a, uint64_t b, int add) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\nwgmma.mma_async.sync.aligned.m64n128k32" KIND
+                 "{" NAMED_64 "}, %64, %65" END
+                 : SUMS_64(0)
                  : "l"(a), "l"(b), "r"(add));
 }
 template <>
-__device__ __forceinline__ void wgmma8<256>(Total* d, uint64_t a, uint64_t b, int add) {
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\nwgmma.mma_async.sync.aligned.m64n256k32" WGMMA8_KIND
-                 "{" WGMMA_D256 "}, %128, %129" WGMMA8_END
-                 : WGMMA8_64(0), WGMMA8_64(64)
+__device__ __forceinline__ void wgmma<256>(Total* d, uint64_t a, uint64_t b, int add) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\nwgmma.mma_async.sync.aligned.m64n256k32" KIND
+                 "{" NAMED_128 "}, %128, %129" END
+                 : SUMS_64(0), SUMS_64(64)
                  : "l"(a), "l"(b), "r"(add));
-}
-
-__device__ __forceinline__ void load_four_in_cluster(Total (&x)[4], uint32_t address) {
-    const float4 four = load_in_cluster(address);
-#if INT8
-    x[0] = __float_as_int(four.x), x[1] = __float_as_int(four.y);
-    x[2] = __float_as_int(four.z), x[3] = __float_as_int(four.w);
-#else
-    x[0] = four.x, x[1] = four.y, x[2] = four.z, x[3] = four.w;
-#endif
 }
