@@ -1,0 +1,273 @@
+"""Writes docs/benchmarks.md, its pictures and the budget of docs/performance.md from what is stored."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from plots import Bars, Lines, bars, lines
+
+from sailfish.bench import peers
+from sailfish.bench.budget import BATCHES, CASES, Rates, budget
+from sailfish.bench.kernels.attention import DECODES, PREFILLS
+from sailfish.bench.kernels.linear import LAYERS, ROWS
+from sailfish.bench.results import Result, latest
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "benchmarks.md"
+BUDGET_PAGE = ROOT / "docs" / "performance.md"
+IMAGES = ROOT / "docs" / "img"
+GPU = "NVIDIA H200"
+_BLOCK = "<!-- {0}: written by scripts/benchmark_pages.py -->"
+_SHAPES = {"llama-3.1-8b": "Llama-3.1-8B", "llama-2-7b": "Llama-2-7B"}
+_FORMATS = {"bfloat16": "BF16", "int4": "INT4", "fp8": "FP8", "int8": "INT8"}
+
+
+def main() -> None:
+    """Write everything that can be written of what is stored."""
+    rows = {row.row: row for path in sorted(RESULTS.glob("*.jsonl")) for row in latest(path)}
+    of_gpu = {name: row for name, row in rows.items() if row.device == GPU or row.suite == "server"}
+    IMAGES.mkdir(exist_ok=True)
+    sections = [*_engines(of_gpu), *_kernels(of_gpu), *_streams(rows)]
+    PAGE.write_text("\n".join([*_head(of_gpu), *sections]) + "\n", encoding="utf-8")
+    measured = {name: row.value for name, row in of_gpu.items()}
+    text = BUDGET_PAGE.read_text(encoding="utf-8")
+    text = _replaced(text, "budget", "\n".join(_budgets(measured)))
+    BUDGET_PAGE.write_text(text, encoding="utf-8")
+
+
+def _head(rows: dict[str, Result]) -> list[str]:
+    dates = sorted({row.date for row in rows.values()})
+    commits = sorted({row.commit for row in rows.values() if row.commit})
+    return [
+        "# Benchmarks",
+        "",
+        "Every figure here is a row of [benchmarks/results](../benchmarks/results) with its command, device, "
+        "calibration, versions and commit; `scripts/benchmark_pages.py` writes this page. "
+        f"Dates: {dates[0]} to {dates[-1]}; commits: {', '.join(commits)}."
+        if dates
+        else "",
+        "",
+        f"Peers: {peers.source()}. They ran on another card of the same kind, so each run of ours first "
+        "measures what its own card reads and multiplies per second, and targets are scaled with that.",
+        "",
+        "Reproduce: `sailfish bench kernels`, `sailfish bench engine --shape llama-3.1-8b --weights int4`, "
+        "`sailfish bench server --step-ms 15 --api-processes 8`; `--only` picks rows. How each was made "
+        "fast, and what was predicted before: [performance](performance.md).",
+        "",
+    ]
+
+
+# Engines.
+
+
+def _engines(rows: dict[str, Result]) -> list[str]:
+    found = []
+    for shape, name in _SHAPES.items():
+        for weights in _FORMATS:
+            picked = [
+                row for key, row in rows.items() if re.match(rf"{re.escape(shape)} {weights}(,[^:]*)?: ", key)
+            ]
+            if picked:
+                found += [f"## {name}, {_FORMATS[weights]}", "", *_table(picked), ""]
+    if found:
+        picture = _decode_picture(rows)
+        found = [*picture, *found]
+    return found
+
+
+def _decode_picture(rows: dict[str, Result]) -> list[str]:
+    groups: list[Bars] = []
+    for shape, weights in CASES:
+        pairs = []
+        for batch in BATCHES:
+            name = f"{shape} {weights}: decode B={batch}"
+            known = peers.peer(name)
+            best = known.best() if known is not None else None
+            if name in rows and best is not None:
+                pairs.append((f"B={batch}", rows[name].value / best[1]))
+        if pairs:
+            groups.append(Bars(title=f"{_SHAPES[shape]} {_FORMATS[weights]}", values=pairs))
+    if not groups:
+        return []
+    (IMAGES / "bench-decode.svg").write_text(
+        bars("Decode, tokens per second, against vLLM 0.26 = 1", groups, reference=1.0), encoding="utf-8"
+    )
+    return ["![Decode rates of each format and batch, divided by vLLM's](img/bench-decode.svg)", ""]
+
+
+# Kernels.
+
+
+def _kernels(rows: dict[str, Result]) -> list[str]:
+    found = ["# Kernels", ""]
+    found += _linear_picture(rows)
+    found += _ratio_table(rows)
+    found += _linear_table(rows)
+    for title, names in (
+        ("Paged decode attention", [f"decode attention {b} x {n}" for b, n in DECODES]),
+        ("Prefill attention", [f"prefill attention {b} x {n}" for b, n in PREFILLS]),
+    ):
+        picked = [row for key, row in rows.items() if any(key.startswith(f"{name} ") for name in names)]
+        picked = [row for row in picked if "(" not in row.row]
+        if picked:
+            found += [f"## {title}", "", *_table(picked), ""]
+    fused = [
+        row for key, row in rows.items() if re.match(r"(add_)?rms_norm|act_mul|rope_write|embed|sample", key)
+    ]
+    if fused:
+        found += ["## Between the products", "", *_table(fused), ""]
+    return found
+
+
+def _ratio_table(rows: dict[str, Result]) -> list[str]:
+    picked = [row for key, row in rows.items() if re.match(r"w4a16 M", key)]
+    return ["## W4A16, geometric means over the four layers", "", *_table(picked), ""] if picked else []
+
+
+def _linear_table(rows: dict[str, Result]) -> list[str]:
+    if not any(key.startswith("w4a16 ") for key in rows):
+        return []
+    lines_ = [
+        "| layer | M | ours us | ideal | cuBLAS bf16 here | Marlin | Machete |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for layer in LAYERS:
+        for m in ROWS:
+            row = rows.get(f"w4a16 {layer} M={m}")
+            if row is None:
+                continue
+            known = peers.peer(row.row)
+            others = known.peers if known is not None else {}
+            cublas = rows.get(f"cublas bf16 {layer} M={m}")
+            cells = [
+                layer,
+                str(m),
+                f"{row.value:g} ± {row.spread:.2g}",
+                "" if row.ideal is None else f"{row.ideal:.3g}",
+                "" if cublas is None else f"{cublas.value:.4g}",
+                *(f"{others[name]:.4g}" if name in others else "" for name in ("Marlin", "Machete")),
+            ]
+            lines_.append(f"| {' | '.join(cells)} |")
+    return ["## W4A16, group 128", "", *lines_, ""]
+
+
+def _linear_picture(rows: dict[str, Result]) -> list[str]:
+    panels = []
+    for layer, (n_out, n_in) in LAYERS.items():
+        ours = [(m, rows[name].value) for m in ROWS if (name := f"w4a16 {layer} M={m}") in rows]
+        if not ours:
+            continue
+        series = {"Sailfish": ours}
+        for name in ("Marlin", "Machete"):
+            known = [(m, found.peers[name]) for m in ROWS if (found := peers.peer(f"w4a16 {layer} M={m}"))]
+            series[name] = known
+        series["cuBLAS bf16"] = [
+            (m, rows[name].value) for m in ROWS if (name := f"cublas bf16 {layer} M={m}") in rows
+        ]
+        ideal = [(m, row.ideal) for m in ROWS if (row := rows.get(f"w4a16 {layer} M={m}")) and row.ideal]
+        series["ideal"] = [(m, value) for m, value in ideal if value is not None]
+        panels.append(Lines(title=f"{layer}  {n_in} x {n_out}", series=series))
+    if not panels:
+        return []
+    (IMAGES / "bench-w4a16.svg").write_text(
+        lines("W4A16 linear, microseconds by rows of activations (both axes logarithmic)", panels),
+        encoding="utf-8",
+    )
+    return [
+        "![Each layer's 4-bit product by rows, beside Marlin, Machete and cuBLAS](img/bench-w4a16.svg)",
+        "",
+    ]
+
+
+# Streams.
+
+
+def _streams(rows: dict[str, Result]) -> list[str]:
+    picked = [row for row in rows.values() if row.suite == "server"]
+    return ["# Streams over HTTP", "", *_table(picked), ""] if picked else []
+
+
+# Tables.
+
+
+def _table(rows: Iterable[Result]) -> list[str]:
+    found = ["| row | figure | spread | peer | against it | target | |", "|---|---|---|---|---|---|---|"]
+    for row in rows:
+        known = peers.peer(row.row)
+        ratio = ""
+        if row.peer_value:
+            is_lower = known is not None and known.better == "lower"
+            ratio = f"{row.peer_value / row.value if is_lower else row.value / row.peer_value:.2f} x"
+        target, verdict = "", ""
+        if row.target is not None:
+            scale = 1.0 if known is None else known.scale(row.calibration)
+            target = f"{row.target:g}" + (
+                "" if abs(scale - 1) < 0.005 else f" (here {row.target * scale:.4g})"
+            )
+            is_met = None if known is None else known.is_met_by(row.value, row.calibration)
+            verdict = "" if is_met is None else "met" if is_met else "missed"
+        cells = [
+            row.row,
+            f"{row.value:g} {row.unit}",
+            f"{row.spread:.2g}",
+            "" if row.peer is None else f"{row.peer}: {row.peer_value:g}",
+            ratio,
+            target,
+            verdict,
+        ]
+        found.append(f"| {' | '.join(cells)} |")
+    return found
+
+
+def _budgets(measured: dict[str, float]) -> list[str]:
+    """Return a table for each shape and format: a call of each op as predicted and as measured."""
+    rates = Rates()
+    found = [
+        f"Rates: {rates.read_gb_per_s:g} GB/s read, {rates.bf16_tflop_per_s:g} TFLOP/s bf16 (twice that in "
+        f"8 bits), {rates.floor_us:g} us for a kernel beyond its bytes. Cells: us of one call, predicted / "
+        "measured.",
+        "",
+    ]
+    for shape, weights in CASES:
+        budgets = [budget(shape, weights, batch) for batch in BATCHES]
+        found += [f"### {_SHAPES[shape]}, {_FORMATS[weights]}", ""]
+        found.append(f"| op | calls | {' | '.join(f'B = {batch}' for batch in BATCHES)} |")
+        found.append("|---|---|" + "---|" * len(BATCHES))
+        for ops in zip(*(each.ops for each in budgets), strict=True):
+            cells = [
+                f"{op.predicted_us(rates):.1f} / {f'{measured[op.row]:.1f}' if op.row in measured else '-'}"
+                for op in ops
+            ]
+            found.append(f"| {ops[0].name} | {ops[0].n_calls} | {' | '.join(cells)} |")
+        sums: Sequence[tuple[str, list[float | None]]] = (
+            ("least possible", [each.limit_us(rates) for each in budgets]),
+            ("step, predicted", [each.step_us(rates) for each in budgets]),
+            ("step, sum of measured calls", [each.measured_us(measured) for each in budgets]),
+            ("step, measured end to end", [_step_us(str(each), each.batch, measured) for each in budgets]),
+            ("target", [each.target_us for each in budgets]),
+            ("vLLM 0.26", [each.peer_us for each in budgets]),
+        )
+        for name, values in sums:
+            cells = ["-" if value is None else f"{value:.0f}" for value in values]
+            found.append(f"| **{name}** | | {' | '.join(cells)} |")
+        found.append("")
+    return found
+
+
+def _step_us(row: str, batch: int, measured: dict[str, float]) -> float | None:
+    return 1e6 * batch / measured[row] if row in measured else None
+
+
+def _replaced(text: str, name: str, content: str) -> str:
+    """Put `content` between the marks of a block."""
+    begin, end = _BLOCK.format(name), _BLOCK.format(f"end of {name}")
+    before, _, rest = text.partition(begin)
+    _, _, after = rest.partition(end)
+    return f"{before}{begin}\n{content}\n{end}{after}"
+
+
+if __name__ == "__main__":
+    main()
