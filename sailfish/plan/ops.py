@@ -16,6 +16,7 @@ from sailfish.kernels.plain.limits import (
     MEMO_FRACTION,
 )
 from sailfish.kernels.table import OPS
+from sailfish.plan.formats import int4_sizes
 from sailfish.plan.settings import Settings
 from sailfish.plan.types import CacheDtype, Plan, WeightFormat, WeightFormats
 
@@ -115,7 +116,7 @@ def op_cases(
                 op="linear" if format == "plain" else f"linear_{format}",
                 n_out=n_out,
                 n_in=n_in,
-                group=formats.group if format == "int4" else 0,
+                group=int4_sizes(n_out, n_in, formats.group)[2] if format == "int4" else 0,
             )
             for format, n_out, n_in in linears
         ),
