@@ -21,9 +21,9 @@ _WIDE_FILE = "prefill_attention_wide.cu"
 VARIANTS = (
     *(Variant(_FILE, (("HEAD", head_dim), ("KV_BITS", bits))) for head_dim in HEAD_DIMS for bits in (16, 8)),
     *(
-        Variant(_WIDE_FILE, (("HEAD", head_dim), ("PEERS", peers)), ("sm_90a",))
+        Variant(_WIDE_FILE, (("HEAD", head_dim), ("KV_BITS", bits), ("PEERS", peers)), ("sm_90a",))
         for head_dim in WIDE_HEAD_DIMS
-        for peers in (1, 2)
+        for bits, peers in ((16, 1), (16, 2), (8, 1))
     ),
 )
 _MAX_ENTRIES = 768
@@ -85,12 +85,8 @@ def prefill(
     assert q_THE.stride()[1:] == (head_dim, 1) and q_THE.stride(0) % 8 == 0 and out_THE.is_contiguous()
     assert kv.k_NPKE.stride() == kv.v_NPKE.stride() and kv.k_NPKE[0].is_contiguous()
     bits = 8 * kv.k_NPKE.element_size()
-    is_wide = (
-        program.architecture() == "sm_90a"
-        and head_dim in WIDE_HEAD_DIMS
-        and bits == 16
-        and page_tokens <= 128
-    )
+    is_wide = head_dim in WIDE_HEAD_DIMS and page_tokens in range(8, 129)
+    is_wide = is_wide and program.architecture() == "sm_90a"
     rows = 128 if head_dim <= 128 else 64
     pack = min(_power_of_two_in(n_heads // n_kv_heads), rows)
     problem = _Problem(
@@ -104,7 +100,7 @@ def prefill(
     )
     for work in _work(span, rows, first):
         if is_wide:
-            _launch_wide(problem, work, _maps(q_THE, kv, pack), head_dim)
+            _launch_wide(problem, work, _maps(q_THE, kv, pack), head_dim, bits)
         else:
             _launch(problem, work, head_dim, bits)
     return out_THE
@@ -123,33 +119,40 @@ def _launch(problem: _Problem, work: _Work, head_dim: int, bits: int) -> None:
     )
 
 
-def _launch_wide(problem: _Problem, work: _Work, maps: Any, head_dim: int) -> None:
-    peers = 2 if problem.pack_shift else 1  # tiles of different heads of one kv head have the same keys
-    program.kernel(_WIDE_FILE, "prefill_attention_wide", (("HEAD", head_dim), ("PEERS", peers))).launch(
+def _launch_wide(problem: _Problem, work: _Work, maps: Any, head_dim: int, bits: int) -> None:
+    peers = 2 if problem.pack_shift and bits == 16 else 1  # tiles of heads of one kv head have the same keys
+    defines = (("HEAD", head_dim), ("KV_BITS", bits), ("PEERS", peers))
+    program.kernel(_WIDE_FILE, "prefill_attention_wide", defines).launch(
         (min(work.n_entries * problem.n_heads, program.n_processors() // peers * peers),),
         384,
         (problem, work, maps),
         program.stream(),
-        shared_bytes=7 * 128 * head_dim * 2 + 2048,  # Q, K and V in three stages each; tiles and barriers
+        shared_bytes=7 * 128 * head_dim * 2 + 2048,  # Q, and K and V in their stages; tiles and barriers
         after=True,
         cluster=peers,
     )
 
 
 def _maps(q_THE: Tensor, kv: KvLayer, pack: int) -> Any:
-    """Return the maps of Q, in boxes of a tile's rows, and of K and V, in boxes of one head of a block."""
+    """Return the maps of Q, in boxes of a tile's rows, and of K and V, in boxes of one head of a block.
+
+    A row of a box is 64 columns of two bytes, or in an 8-bit cache all columns, two of them as one.
+    """
     n_blocks, page_tokens, n_kv_heads, head_dim = kv.k_NPKE.shape
+    size = kv.k_NPKE.element_size()
     q_strides = (q_THE.stride(0) * 2, head_dim * 2)
-    shape = (n_blocks, n_kv_heads, page_tokens, head_dim)
-    strides = (kv.k_NPKE.stride(0) * 2, head_dim * 2, n_kv_heads * head_dim * 2)
-    box = (1, 1, min(page_tokens, 64), 64)
-    q = tensormap.tensor(
-        q_THE.data_ptr(), "bfloat16", tuple(q_THE.shape), q_strides, (128 // pack, pack, 64), True
+    shape = (n_blocks, n_kv_heads, page_tokens, head_dim * size // 2)
+    strides = (kv.k_NPKE.stride(0) * size, head_dim * size, n_kv_heads * head_dim * size)
+    box = (1, 1, min(page_tokens, 64), min(shape[3], 64))
+    return tensormap.argument(
+        tensormap.tensor(
+            q_THE.data_ptr(), "bfloat16", tuple(q_THE.shape), q_strides, (128 // pack, pack, 64), True
+        ),
+        *(
+            tensormap.tensor(x.data_ptr(), "bfloat16", shape, strides, box, size == 2)
+            for x in (kv.k_NPKE, kv.v_NPKE)
+        ),
     )
-    k, v = (
-        tensormap.tensor(x.data_ptr(), "bfloat16", shape, strides, box, True) for x in (kv.k_NPKE, kv.v_NPKE)
-    )
-    return tensormap.argument(q, k, v)
 
 
 def _power_of_two_in(n: int) -> int:

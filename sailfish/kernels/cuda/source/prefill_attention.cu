@@ -30,29 +30,6 @@ __device__ __forceinline__ void multiply(float* d, const uint32_t (&a)[4], uint3
 
 // ---- loading K and V ------------------------------------------------------------------------------
 
-// Two pairs of bf16 from four 8-bit values.
-__device__ __forceinline__ void widen(uint32_t four, float scale, bool is_fp8, uint32_t& low, uint32_t& high) {
-    float x[4];
-    if (is_fp8) {
-        // e4m3 shifted into a half-precision float is the value / 256, subnormals included.
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const uint32_t two = __byte_perm(four, 0, i ? 0x3424 : 0x1404);
-            const uint32_t half = (two & 0x80008000u) | ((two & 0x7f007f00u) >> 1);
-            x[2 * i] = to_float(f16{uint16_t(half)}) * (scale * 256.0f);
-            x[2 * i + 1] = to_float(f16{uint16_t(half >> 16)}) * (scale * 256.0f);
-        }
-    } else {
-        // A byte under the exponent of 2^23 is 2^23 + byte; the flipped sign bit adds 128.
-        four ^= 0x80808080u;
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-            x[i] = (__uint_as_float(__byte_perm(four, 0x4b000000u, 0x7540 + i)) - 8388736.0f) * scale;
-    }
-    low = pack<bf16>(x[0], x[1]);
-    high = pack<bf16>(x[2], x[3]);
-}
-
 // The K and V rows of one block of keys on their way to a stage of the ring. Rows past the sequence are zeros.
 struct Loader {
     static constexpr int UNITS = HEAD * KV_BITS / 128;  // of 16 bytes a row
@@ -124,10 +101,8 @@ struct Loader {
 
     __device__ __forceinline__ void put(bf16* to, const uint4& from, float scale, bool is_fp8) {
         uint4 low, high;
-        widen(from.x, scale, is_fp8, low.x, low.y);
-        widen(from.y, scale, is_fp8, low.z, low.w);
-        widen(from.z, scale, is_fp8, high.x, high.y);
-        widen(from.w, scale, is_fp8, high.z, high.w);
+        if (is_fp8) widen_16<true>(from, scale, low, high);
+        else widen_16<false>(from, scale, low, high);
         reinterpret_cast<uint4*>(to)[0] = low;
         reinterpret_cast<uint4*>(to)[1] = high;
     }

@@ -83,15 +83,18 @@ __device__ __forceinline__ bool has_hidden(const Tile& tile, int32_t first_key, 
 template <int KEYS>
 __device__ __forceinline__ void hide(float (&score)[KEYS / 2], int half, int32_t first_key, int32_t position,
                                      int32_t window) {
-    const int32_t last = position - first_key, first = last - window + 1;
+    const int32_t at = 2 * int(threadIdx.x % 4), last = position - first_key - at, first = last - window + 1;
 #pragma unroll
     for (int j = 0; j < KEYS / 8; ++j)
 #pragma unroll
-        for (int c = 0; c < 2; ++c) {
-            const int32_t key = 8 * j + 2 * int(threadIdx.x % 4) + c;
-            float& x = score[4 * j + 2 * half + c];
-            x = key <= last && key >= first ? x : NEVER;
-        }
+        for (int c = 0; c < 2; ++c)
+            if (8 * j + c > last) score[4 * j + 2 * half + c] = NEVER;
+    if (first <= -at) return;
+#pragma unroll
+    for (int j = 0; j < KEYS / 8; ++j)
+#pragma unroll
+        for (int c = 0; c < 2; ++c)
+            if (8 * j + c < first) score[4 * j + 2 * half + c] = NEVER;
 }
 
 __device__ __forceinline__ float power_of_2(float x) {
@@ -154,4 +157,39 @@ __device__ __forceinline__ bf16* out_row(const Problem& problem, const Tile& til
     if (query >= tile.n_queries) return nullptr;
     const int64_t token = tile.first_query + query;
     return problem.out_THE + (token * problem.n_heads + tile.first_head + head) * E;
+}
+
+// ---- 8-bit caches ---------------------------------------------------------------------------------
+
+// Four 8-bit values times their scale, as two pairs of bf16.
+template <bool FP8>
+__device__ __forceinline__ uint2 widen_4(uint32_t four, float scale) {
+    float x[4];
+    if constexpr (FP8) {
+        scale *= 256.0f;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            // The bits of e4m3 as those of a half-precision float are the value / 256, subnormals included.
+            const uint32_t two = __byte_perm(four, 0, i ? 0x3424 : 0x1404);
+            const uint32_t half = (two & 0x80008000u) | ((two & 0x7f007f00u) >> 1);
+            x[2 * i] = to_float(f16{uint16_t(half)}) * scale;
+            x[2 * i + 1] = to_float(f16{uint16_t(half >> 16)}) * scale;
+        }
+    } else {
+        // A byte in the right place of the float 32768 adds itself to it; the flipped sign bit adds 128.
+        const float zero = -32896.0f * scale;
+        four ^= 0x80808080u;
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            x[i] = fmaf(__uint_as_float(__byte_perm(four, 0x47000000u, 0x7404 + 16 * i)), scale, zero);
+    }
+    return {pack<bf16>(x[0], x[1]), pack<bf16>(x[2], x[3])};
+}
+// Sixteen of them; the first eight in `low`.
+template <bool FP8>
+__device__ __forceinline__ void widen_16(const uint4& from, float scale, uint4& low, uint4& high) {
+    const uint2 a = widen_4<FP8>(from.x, scale), b = widen_4<FP8>(from.y, scale);
+    const uint2 c = widen_4<FP8>(from.z, scale), d = widen_4<FP8>(from.w, scale);
+    low = make_uint4(a.x, a.y, b.x, b.y);
+    high = make_uint4(c.x, c.y, d.x, d.y);
 }
