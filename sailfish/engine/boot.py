@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,12 +17,14 @@ from sailfish.base.config import EngineConfig
 from sailfish.base.errors import ArtifactError
 from sailfish.base.units import format_bytes
 from sailfish.engine.api import MemoryReading
+from sailfish.engine.graphs import StepGraphs
 from sailfish.engine.meter import Meter
 from sailfish.engine.runner import Runner
 from sailfish.engine.table import DeviceTable
 from sailfish.engine.warm import warm_up
 from sailfish.hardware.probe import probe
 from sailfish.kernels.choose import bind
+from sailfish.kernels.cuda.graph import Cuts
 from sailfish.models.arena import arena_layout
 from sailfish.models.decoder import Decoder, KvCache
 from sailfish.models.load import assemble, load_weights
@@ -94,18 +96,20 @@ def boot(
     has_scales = SCALE_BYTES[plan.kv_dtype] > 0
     kv = KvCache.of(cache, torch.ones(shape[:-1], device=device) if has_scales else None)
     meter.mark("kv_blocks")
-    decoder = Decoder(model, weights, bind(start.ops), max_positions=plan.context_tokens)
+    ops = bind(start.ops)
+    cuts = Cuts(ops.attention)
+    decoder = Decoder(model, weights, replace(ops, attention=cuts), max_positions=plan.context_tokens)
     table = DeviceTable(
         plan.max_sequences, plan.context_tokens, plan.blocks_per_sequence, plan.page_tokens, device
     )
     meter.mark("workspaces")
-    runner = Runner(decoder, kv, table, plan.graph_buckets)
+    runner = Runner(decoder, kv, table, StepGraphs(plan.graph_buckets, plan.graph_chunks, cuts))
     warm_up(runner, plan, model.vocab_size)
     meter.mark("activations")
     on_progress("warm-up", f"one step of {plan.step_tokens} tokens and {plan.max_sequences} sequences")
     if plan.graph_buckets:
         runner.capture()
-        on_progress("graphs", f"decode steps of up to {plan.graph_buckets[-1]} sequences captured")
+        on_progress("graphs", f"decodes of up to {plan.graph_buckets[-1]} sequences captured")
         meter.mark("graphs")
     gc.collect()
     gc.freeze()  # what lives now lives for ever: the collector need not look at it again

@@ -1,52 +1,82 @@
-"""Decode steps captured as CUDA graphs, one for each planned number of runs."""
+"""Steps captured as CUDA graphs, one for each planned size: decodes whole, steps with prompts in pieces."""
 
 from __future__ import annotations
 
 import gc
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from torch import Tensor
 
-from sailfish.kernels.cuda.graph import Graph, new_pool
+from sailfish.kernels.contract import AttentionSpan
+from sailfish.kernels.cuda.graph import CutGraph, Cuts, Graph, new_pool
 
 
-class DecodeGraphs:
-    """Graphs of the whole step, inputs to draws, that share one pool of temporaries."""
+class StepGraphs:
+    """Captured steps that share one pool of temporaries.
 
-    def __init__(self, buckets: Sequence[int]) -> None:
-        """Take the numbers of runs to capture, ascending."""
+    A decode is one graph, from its inputs to its draws. A forward pass over prompts is cut at attention.
+    """
+
+    def __init__(self, buckets: Sequence[int], chunks: Sequence[int] = (), cuts: Cuts | None = None) -> None:
+        """Take the numbers of runs of decodes, and of tokens of steps with prompts, ascending."""
         self._buckets = tuple(buckets)
+        self._chunks = tuple(chunks)
+        self._cuts = cuts
         self._graphs: dict[int, Graph] = {}
+        self._cut_graphs: dict[int, CutGraph] = {}
 
     @property
     def most_runs(self) -> int:
         """The largest bucket."""
         return self._buckets[-1]
 
+    @property
+    def most_tokens(self) -> int:
+        """The most tokens of a captured step with prompts."""
+        return max(self._chunks, default=0)
+
     def fitting(self, n_runs: int) -> int | None:
-        """Return the smallest captured number of runs that holds `n_runs`."""
+        """Return the smallest captured number of runs that holds a decode of `n_runs`."""
         at = bisect_left(self._buckets, n_runs)
         return self._buckets[at] if self._graphs and at < len(self._buckets) else None
 
-    def capture(self, decode: Callable[[int], Tensor]) -> None:
-        """Capture `decode(n_runs)` for every bucket; the largest first, whose temporaries hold the rest's."""
+    def fitting_chunk(self, n_tokens: int) -> int | None:
+        """Return the smallest captured number of tokens that holds a step of `n_tokens`."""
+        at = bisect_left(self._chunks, n_tokens)
+        return self._chunks[at] if self._cut_graphs and at < len(self._chunks) else None
+
+    def capture(self, decode: Callable[[int], Tensor], forward: Callable[[int], Tensor]) -> None:
+        """Capture `decode(n_runs)` and `forward(n_tokens)` for every bucket.
+
+        The largest first, whose temporaries hold the rest's.
+        """
         pool = new_pool()
         captured: dict[int, Graph] = {}
+        cut: dict[int, CutGraph] = {}
         was_collecting = gc.isenabled()
         gc.disable()  # the end of another engine's graph would end a capture too
         try:
             for n_runs in reversed(self._buckets):
                 decode(n_runs)  # loads what it needs, which a capture may not
-                captured[n_runs] = Graph(lambda n=n_runs: decode(n), pool)  # type: ignore[misc]
+                captured[n_runs] = Graph(partial(decode, n_runs), pool)
+            for n_tokens in reversed(self._chunks):
+                forward(n_tokens)
+                assert self._cuts is not None, "who asks for chunks says where to cut"
+                cut[n_tokens] = CutGraph(partial(forward, n_tokens), self._cuts, pool)
         finally:
             if was_collecting:
                 gc.enable()
-        self._graphs = captured
+        self._graphs, self._cut_graphs = captured, cut
 
     def replay(self, n_runs: int) -> Tensor:
         """Launch the step of a bucket; return what its capture returned, good until the next replay."""
         return self._graphs[n_runs].replay()
+
+    def replay_chunk(self, n_tokens: int, span: AttentionSpan) -> Tensor:
+        """Launch a forward pass; return what its capture returned, good until the next replay."""
+        return self._cut_graphs[n_tokens].replay(span)
 
     def launches(self) -> dict[int, dict[str, int]]:
         """Return how often each step launches each kernel, by bucket; the last of equal neighbours stands."""

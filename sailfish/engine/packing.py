@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from sailfish.engine.step import RowRun, RowSampling, RowStart
 from sailfish.kernels.step_words import (
     APPENDED_WORDS,
-    PADDING_START,
     RUN_WORDS,
     RUNS_AT,
     START_FIELDS,
@@ -70,22 +69,29 @@ def pack_runs(
 ) -> tuple[StepLayout, int]:
     """Write the runs and the appended blocks; return their layout, and the first word after them.
 
-    A decode is padded to `pad_to` runs, each one of `padding_row`.
+    A decode is padded to `pad_to` runs of one token, another step to `pad_to` tokens by one run; those
+    runs are of `padding_row`.
     """
     n = len(batch.row_B)
+    query_start_B1 = batch.query_start_B1
+    n_tokens = int(query_start_B1[n])
     is_decode = batch.is_decode
-    n_runs = max(n, pad_to) if is_decode else n
+    n_padding = max(pad_to - n_tokens, 0)  # tokens
+    n_runs = n + (n_padding if is_decode else n_padding > 0)
     run_words = words[RUNS_AT : RUNS_AT + RUN_WORDS * (n_runs + 1)].reshape(-1, RUN_WORDS)
     run_words[:n, 0] = batch.row_B
     run_words[:n, 1] = batch.start_B
+    run_words[: n + 1, 2] = query_start_B1
+    run_words[n:, 0] = padding_row
     if is_decode:
-        run_words[n:, :2] = padding_row, PADDING_START
-        run_words[:, 2] = np.arange(n_runs + 1)
+        run_words[n:, 1] = -1
+        run_words[n:, 2] = np.arange(n, n_runs + 1)
         layout = StepLayout.decode(n_runs)
     else:
-        run_words[:, 2] = batch.query_start_B1
+        run_words[n:, 1] = -n_padding
+        run_words[n_runs, 2] = n_tokens + n_padding
         sample_S = batch.samples_B.nonzero()[0]
-        layout = StepLayout(n, int(run_words[n, 2]), len(sample_S), False)
+        layout = StepLayout(n_runs, n_tokens + n_padding, len(sample_S), False)
         words[layout.samples_at : layout.appended_at] = sample_S
     words[0] = len(appended)
     end = layout.appended_at + APPENDED_WORDS * len(appended)

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from sailfish.engine.api import TokenLogprob, TopLogprob
-from sailfish.engine.graphs import DecodeGraphs
+from sailfish.engine.graphs import StepGraphs
 from sailfish.engine.packing import Batch
 from sailfish.engine.sampler import sample, top_logprobs
 from sailfish.engine.step import RowRun, StepPlan, StepResult
 from sailfish.engine.table import DeviceTable
 from sailfish.engine.transfer import Pending, download, upload
+from sailfish.kernels.contract import AttentionSpan
 from sailfish.kernels.cuda.sampling import pick
 from sailfish.kernels.rows import StepTensors
 from sailfish.kernels.step_words import StepLayout
-from sailfish.models.decoder import Decoder, KvCache
+from sailfish.models.decoder import Decoder, KvCache, StepInputs
 from sailfish.plan.memory import SCORED_ROWS
 
 
@@ -55,13 +54,16 @@ class Runner:
     """One decoder with its KV cache and device table."""
 
     def __init__(
-        self, decoder: Decoder, kv: KvCache, table: DeviceTable, graph_buckets: Sequence[int] = ()
+        self, decoder: Decoder, kv: KvCache, table: DeviceTable, graphs: StepGraphs | None = None
     ) -> None:
-        """Take what a step needs. `graph_buckets`: decodes that `capture` will capture."""
+        """Take what a step needs; `graphs` are captured by `capture`."""
         self._decoder = decoder
         self._kv = kv
         self._table = table
-        self._graphs = DecodeGraphs(graph_buckets)
+        self._graphs = graphs or StepGraphs(())
+        shape = (3, self._graphs.most_tokens)
+        self._inputs_3T = torch.zeros(shape, dtype=torch.int64, device=table.device)
+        """What captured steps with prompts read: tokens, positions, slots."""
         self._stream: torch.cuda.Stream | None = None
         if table.device.type == "cuda":
             self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
@@ -74,9 +76,9 @@ class Runner:
         table.note(plan.starts)
         with torch.cuda.stream(self._stream):
             n_runs = self._graphs.fitting(len(plan.runs)) if batch.is_decode else None
-            layout = table.send(plan, batch, pad_to=n_runs or 0)
             if n_runs is None:
-                return self._run(plan, batch, layout)
+                return self._run(plan, batch)
+            table.send(plan, batch, pad_to=n_runs)
             wanted = self._wanted(self._graphs.replay(n_runs), batch)
             # A decode predicts no token of its prompt.
             return self._launched(plan, len(plan.runs), wanted, [[]] * len(plan.runs))
@@ -87,7 +89,8 @@ class Runner:
         nothing = StepPlan(0, [], [], [])
         with torch.cuda.stream(self._stream):
             self._table.send(nothing, Batch.of(nothing.runs), pad_to=self._graphs.most_runs)
-            self._graphs.capture(self._decode)
+            self._inputs_3T[2] = -1  # no step's cache is written meanwhile
+            self._graphs.capture(self._decode, self._forward_alone)
 
     def launches(self) -> dict[int, dict[str, int]]:
         """Return how often a captured decode of up to so many runs launches each kernel."""
@@ -107,13 +110,34 @@ class Runner:
         table.append(made, *self._draw(changed_SV, made, []))
         return logits_SV
 
-    def _run(self, plan: StepPlan, batch: Batch, layout: StepLayout) -> Step:
-        """Run a step of any kind, launch by launch."""
+    def _forward_alone(self, n_tokens: int) -> Tensor:
+        """Run a forward pass as it is captured, cut at attention, of `n_tokens` tokens; return hidden_TD."""
+        token_T, position_T, slot_T = self._inputs_3T[:, :n_tokens]
+        nothing_B = torch.zeros(1, dtype=torch.int32, device=token_T.device)
+        span = AttentionSpan(
+            block_table_RW=self._table.rows.block_RW,
+            row_B=nothing_B[:0],
+            query_start=(0,),
+            kv_len=(),
+            kv_len_B=nothing_B[:0],
+            query_start_B1=nothing_B,
+        )
+        inputs = StepInputs(token_T=token_T, position_T=position_T, slot_T=slot_T, span=span)
+        return self._decoder.forward(inputs, self._kv)
+
+    def _run(self, plan: StepPlan, batch: Batch) -> Step:
+        """Run a step of any kind, its forward pass in pieces if that is captured, else launch by launch."""
         table, runs = self._table, plan.runs
         ends = tuple(batch.query_start_B1.tolist())
         kv_len = tuple((batch.start_B + batch.count_B).tolist())
-        inputs, made = table.inputs(layout, ends, kv_len, batch.n_single)
-        hidden_TD = self._decoder.forward(inputs, self._kv)
+        n_tokens = self._graphs.fitting_chunk(ends[-1])
+        layout = table.send(plan, batch, pad_to=n_tokens or 0)
+        into_3T = None if n_tokens is None else self._inputs_3T[:, : layout.n_tokens]
+        inputs, made = table.inputs(layout, ends, kv_len, batch.n_single, into_3T)
+        if n_tokens is None:
+            hidden_TD = self._decoder.forward(inputs, self._kv)
+        else:
+            hidden_TD = self._graphs.replay_chunk(n_tokens, inputs.span)
         prompt_logprobs = [
             self._prompt_logprobs(hidden_TD[ends[i] : ends[i + 1]], run) for i, run in enumerate(runs)
         ]

@@ -73,7 +73,7 @@ class DeviceTable:
     def send(self, plan: StepPlan, batch: Batch, pad_to: int = 0) -> StepLayout:
         """Send the step's differences to the device, in one copy unless many long rows begin.
 
-        A decode is padded to `pad_to` runs.
+        A decode is padded to `pad_to` runs, another step to `pad_to` tokens.
         """
         words = self._words.begin()
         layout, end = pack_runs(words, batch, plan.appended, pad_to, len(self.row_sampling))
@@ -92,17 +92,27 @@ class DeviceTable:
             words, sent = self._words.begin(), end
 
     def inputs(
-        self, layout: StepLayout, query_start: tuple[int, ...], kv_len: tuple[int, ...], n_single: int
+        self,
+        layout: StepLayout,
+        query_start: tuple[int, ...],
+        kv_len: tuple[int, ...],
+        n_single: int,
+        into_3T: Tensor | None = None,
     ) -> tuple[StepInputs, StepTensors]:
-        """Make the inputs of the step sent last. query_start, kv_len, n_single: as `AttentionSpan` says."""
-        made = self._step.build_inputs(self._words.device_words, layout, self.rows, self.page_tokens)
+        """Make the inputs of the step sent last.
+
+        query_start, kv_len, n_single: as `AttentionSpan` says, of the first runs; others only pad. into_3T:
+        int64, where tokens, positions and slots go; None: new memory.
+        """
+        words, n = self._words.device_words, len(kv_len)
+        made = self._step.build_inputs(words, layout, self.rows, self.page_tokens, into_3T)
         span = AttentionSpan(
             block_table_RW=self.rows.block_RW,
-            row_B=made.row_B,
+            row_B=made.row_B[:n],
             query_start=query_start,
             kv_len=kv_len,
-            kv_len_B=made.kv_len_B,
-            query_start_B1=made.query_start_B1,
+            kv_len_B=made.kv_len_B[:n],
+            query_start_B1=made.query_start_B1[: n + 1],
             n_single=n_single,
         )
         inputs = StepInputs(token_T=made.token_T, position_T=made.position_T, slot_T=made.slot_T, span=span)

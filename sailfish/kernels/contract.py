@@ -101,7 +101,8 @@ class Impl:
     workspace_bytes: Callable[[Case, StepBounds], int]
     """Temporary device memory beyond inputs and outputs, at most."""
     can_capture: bool = False
-    """A CUDA graph of it can be replayed for other lengths and values: it reads none on the host."""
+    """A CUDA graph of it can be replayed for other lengths and values: it reads none on the host.
+    Attention: of single queries; it also takes `out_THE`, where to put the result."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,8 @@
     ... + 3 * n                rows that begin: records of START_FIELDS, then what they point to
 
 A run's queries are query .. query of the next record; they are at positions start, start + 1, ... of its
-row. A run that only pads a captured step starts at -1: it makes its row, which nobody else has, 0 long.
+row. A run that only pads a captured step is of a row that nobody else has, and all its positions are below 0:
+it starts at minus its number of tokens, which makes the row 0 long.
 Floating-point numbers travel as their bits.
 """
 
@@ -27,7 +28,6 @@ RUN_WORDS = len(RUN_FIELDS)
 START_WORDS = len(START_FIELDS)
 APPENDED_WORDS = 3
 RUNS_AT = 1
-PADDING_START = -1
 MAX_BARRED = 80
 """Token ids that a row may bar before its shortest length: stop tokens, and the model's ends of text."""
 MAX_BIAS = 1024
@@ -63,8 +63,8 @@ class StepLayout:
 
 
 def max_run_words(max_sequences: int) -> int:
-    """Return the most words before the rows that begin."""
-    return RUNS_AT + RUN_WORDS * (max_sequences + 1) + (1 + APPENDED_WORDS) * max_sequences
+    """Return the most words before the rows that begin: of all runs, one that pads, and the last record."""
+    return RUNS_AT + RUN_WORDS * (max_sequences + 2) + (1 + APPENDED_WORDS) * max_sequences
 
 
 def max_words(*, max_sequences: int, context_tokens: int, blocks_per_sequence: int) -> int:

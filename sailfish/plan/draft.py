@@ -146,6 +146,7 @@ def _lay_out(
         lag=settings.lag,
         prefix_cache=config.prefix_cache,
         graph_buckets=graphs.buckets,
+        graph_chunks=graphs.chunks,
         cache=cache,
         memory=(fixed[0], kv_line, *fixed[1:]),
         decisions=(

@@ -10,23 +10,29 @@ from sailfish.checkpoint.model_config import ModelConfig
 from sailfish.hardware.profile import MIB, HardwareProfile
 from sailfish.kernels.choose import uncapturable
 from sailfish.kernels.contract import Choice
-from sailfish.plan.memory import decode_peak_bytes
+from sailfish.plan.memory import captured_peak_bytes
 from sailfish.plan.ops import LINEAR_OPS, choose_all, op_cases, workspaces
 from sailfish.plan.settings import Settings
 from sailfish.plan.types import Decision, MemoryLine
 
 _STEPS = ((1, 1), (2, 2), (4, 4), (8, 8), (128, 16), (256, 32), (512, 64))
 """From so many runs on, the next bucket is so many further: padding is 7 rows up to 128, 12% above."""
+_CHUNKS = (16, 32, 64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
+"""A longer step computes for longer than the host takes to launch it kernel by kernel."""
+_PIECE_BYTES = MIB // 8
+"""Driver memory of what is captured between two calls of attention."""
 _GRAPH_BYTES = 2 * MIB
 """Driver memory of one captured step: some hundred kernels with their arguments."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Graphs:
-    """The decode steps to capture, if any."""
+    """The steps to capture, if any."""
 
     buckets: tuple[int, ...]
-    """Runs of each captured step, ascending; empty: none is."""
+    """Runs of each captured decode, ascending; empty: nothing is captured."""
+    chunks: tuple[int, ...]
+    """Tokens of each captured step with prompts."""
     line: MemoryLine
     decision: Decision
 
@@ -50,6 +56,7 @@ def plan_graphs(
     if obstacle is not None:
         return Graphs(
             buckets=(),
+            chunks=(),
             line=MemoryLine(name="graphs", bytes=0, why="no step is captured as a graph"),
             decision=Decision(
                 name="cuda_graphs",
@@ -60,27 +67,33 @@ def plan_graphs(
             ),
         )
     buckets = decode_buckets(min(settings.max_sequences, settings.step_tokens))
-    most = replace(settings, max_sequences=buckets[-1], step_tokens=buckets[-1])
+    chunks = chunk_buckets(settings.step_tokens)
+    most = replace(settings, max_sequences=buckets[-1], step_tokens=max(buckets[-1], chunks[-1]))
     inside = workspaces(model, hardware.target, most)
-    pool_bytes = decode_peak_bytes(
+    pool_bytes = captured_peak_bytes(
         model,
         settings.dtype,
         n_rows=buckets[-1],
+        n_tokens=most.step_tokens,
         attention_workspace_bytes=inside["attention"],
         linear_workspace_bytes=max(inside[op] for op in LINEAR_OPS),
     )
+    n_pieces = len(chunks) * (model.n_layers + 1)
     return Graphs(
         buckets=buckets,
+        chunks=chunks,
         line=MemoryLine(
             name="graphs",
-            bytes=pool_bytes + len(buckets) * _GRAPH_BYTES,
-            why=f"{len(buckets)} decode steps of 1 to {buckets[-1]} sequences, one pool of temporaries",
+            bytes=pool_bytes + len(buckets) * _GRAPH_BYTES + n_pieces * _PIECE_BYTES,
+            why=f"{len(buckets)} decodes of 1 to {buckets[-1]} sequences, {len(chunks)} steps of up to "
+            f"{chunks[-1]} tokens, one pool of temporaries",
         ),
         decision=Decision(
             name="cuda_graphs",
             requested=requested,
             active="on",
-            why=f"a decode of up to {buckets[-1]} sequences is one launch",
+            why=f"a decode of up to {buckets[-1]} sequences is one launch, a step of up to {chunks[-1]} "
+            f"tokens with prompts two a layer",
         ),
     )
 
@@ -92,6 +105,11 @@ def decode_buckets(most: int) -> tuple[int, ...]:
         n = found[-1]
         found.append(min(most, n + max(step for above, step in _STEPS if n >= above)))
     return tuple(found)
+
+
+def chunk_buckets(step_tokens: int) -> tuple[int, ...]:
+    """Return the numbers of tokens to capture a step with prompts for, none above `step_tokens`."""
+    return (*(n for n in _CHUNKS if n < step_tokens), min(step_tokens, _CHUNKS[-1]))
 
 
 def _obstacle(config: EngineConfig, hardware: HardwareProfile, choices: Iterable[Choice]) -> str | None:

@@ -89,23 +89,27 @@ def step_peak_bytes(
     return _aligned(phases[phase] + inputs), phase
 
 
-def decode_peak_bytes(
+def captured_peak_bytes(
     model: ModelConfig,
     dtype: Dtype,
     *,
     n_rows: int,
+    n_tokens: int,
     attention_workspace_bytes: int,
     linear_workspace_bytes: int,
 ) -> int:
-    """Return the most bytes that a captured decode of so many sequences holds at one moment."""
+    """Return the most bytes that captured steps hold at one moment.
+
+    They are decodes of n_rows sequences, and forward passes over n_tokens tokens, which are no fewer.
+    """
     phases = (
-        _norm_bytes(model, dtype, n_rows),
-        _rope_step_bytes(model, dtype, n_rows),
-        _attention_bytes(model, dtype, n_rows) + attention_workspace_bytes,
-        max(_mlp_bytes(model, layer, dtype, n_rows) for layer in model.layers) + linear_workspace_bytes,
+        _norm_bytes(model, dtype, n_tokens),
+        _rope_step_bytes(model, dtype, n_tokens),
+        _attention_bytes(model, dtype, n_tokens) + attention_workspace_bytes,
+        max(_mlp_bytes(model, layer, dtype, n_tokens) for layer in model.layers) + linear_workspace_bytes,
         _logits_bytes(model, dtype, n_rows, n_rows) + linear_workspace_bytes,
     )
-    return _aligned(max(phases) + n_rows * _STEP_INPUT_BYTES)
+    return _aligned(max(phases) + n_tokens * _STEP_INPUT_BYTES)
 
 
 def rope_bytes(model: ModelConfig, context_tokens: int) -> int:

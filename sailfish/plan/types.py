@@ -85,6 +85,8 @@ class Plan:
     prefix_cache: bool
     graph_buckets: tuple[int, ...]
     """Numbers of sequences for which a decode step is captured as a CUDA graph, ascending."""
+    graph_chunks: tuple[int, ...]
+    """Numbers of tokens for which a step with prompts is, in pieces between calls of attention."""
     cache: tuple[CacheSpec, ...]
     memory: tuple[MemoryLine, ...]
     decisions: tuple[Decision, ...]

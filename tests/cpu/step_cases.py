@@ -79,16 +79,18 @@ class Model:
                 runs.append(RowRun(row, start, count, self.draw.random() < 0.5))
         return runs, appended
 
-    def check(self, runs: list[RowRun], made: StepTensors, n_padding: int) -> None:
-        """Compare a step's inputs with their definition."""
+    def check(self, runs: list[RowRun], made: StepTensors, n_padding: int, is_decode: bool) -> None:
+        """Compare a step's inputs with their definition; n_padding: tokens."""
         places = [(run.row, p) for run in runs for p in range(run.start, run.start + run.count)]
         assert made.token_T[: len(places)].tolist() == [self.tokens[r][p] for r, p in places]
         assert made.position_T.tolist() == [p for _, p in places] + [0] * n_padding
         slots = [self.blocks[r][p // PAGE_TOKENS] * PAGE_TOKENS + p % PAGE_TOKENS for r, p in places]
         assert made.slot_T.tolist() == slots + [-1] * n_padding
-        assert made.row_B.tolist() == [run.row for run in runs] + [N_ROWS] * n_padding
-        assert made.kv_len_B.tolist() == [run.start + run.count for run in runs] + [0] * n_padding
-        counts = [run.count for run in runs] + [1] * n_padding
+        counts = [1] * n_padding if is_decode else [n_padding] * (n_padding > 0)
+        assert made.row_B.tolist() == [run.row for run in runs] + [N_ROWS] * len(counts)
+        assert made.kv_len_B.tolist() == [run.start + run.count for run in runs] + [0] * len(counts)
+        n_padding = len(counts) if is_decode else 0  # samples
+        counts = [run.count for run in runs] + counts
         assert made.query_start_B1.tolist() == np.cumsum([0, *counts]).tolist()
         ends = np.cumsum([run.count for run in runs])
         sampled = [i for i, run in enumerate(runs) if run.samples]

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from sailfish.engine import graphs
-from sailfish.engine.graphs import DecodeGraphs
+from sailfish.engine.graphs import StepGraphs
 from sailfish.kernels.cuda.graph import plain_name
 
 
@@ -18,14 +18,14 @@ class FakeGraph:
 
     calls: list[str] = []
 
-    def __init__(self, function: Callable[[], None], pool: str) -> None:
-        assert pool == "pool" and not gc.isenabled()
+    def __init__(self, function: Callable[[], None], *rest: object) -> None:
+        assert rest in (("pool",), ("cuts", "pool")) and not gc.isenabled()
         self._n_before = len(self.calls)
         function()
         self.captured = self.calls[self._n_before]
 
-    def replay(self) -> None:
-        self.calls.append(f"replay {self.captured}")
+    def replay(self, span: str = "") -> None:
+        self.calls.append(f"replay {self.captured}{span}")
 
     def kernels(self) -> Counter[str]:
         n_runs = int(self.captured.removeprefix("decode "))
@@ -35,20 +35,28 @@ class FakeGraph:
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(graphs, "Graph", FakeGraph)
+    monkeypatch.setattr(graphs, "CutGraph", FakeGraph)
     monkeypatch.setattr(graphs, "new_pool", lambda: "pool")
     monkeypatch.setattr(FakeGraph, "calls", [])
     return FakeGraph.calls
 
 
 def test_the_largest_step_is_captured_first_each_after_one_run_as_it_is(calls: list[str]) -> None:
-    steps = DecodeGraphs((1, 4, 9))
+    steps = StepGraphs((1, 4, 9), (16, 32), "cuts")  # type: ignore[arg-type]
     assert [steps.fitting(n) for n in (1, 4, 9)] == [None, None, None], "nothing is captured yet"
-    steps.capture(lambda n_runs: calls.append(f"decode {n_runs}"))
-    assert calls == [f"decode {n}" for n in (9, 9, 4, 4, 1, 1)]
+    assert (steps.fitting_chunk(3), steps.most_tokens) == (None, 32)
+    steps.capture(
+        lambda n_runs: calls.append(f"decode {n_runs}"), lambda n_tokens: calls.append(f"forward {n_tokens}")
+    )
+    assert calls[:6] == [f"decode {n}" for n in (9, 9, 4, 4, 1, 1)]
+    assert calls[6:] == [f"forward {n}" for n in (32, 32, 16, 16)]
     assert gc.isenabled()
     assert [steps.fitting(n) for n in (1, 2, 4, 5, 9, 10)] == [1, 4, 4, 9, 9, None]
     steps.replay(4)
     assert calls[-1] == "replay decode 4"
+    assert [steps.fitting_chunk(n) for n in (1, 16, 17, 33)] == [16, 16, 32, None]
+    steps.replay_chunk(16, " over a span")  # type: ignore[arg-type]
+    assert calls[-1] == "replay forward 16 over a span"
 
 
 def test_a_capture_that_fails_leaves_every_step_to_be_launched(calls: list[str]) -> None:
@@ -57,15 +65,15 @@ def test_a_capture_that_fails_leaves_every_step_to_be_launched(calls: list[str])
         if n_runs == 1:
             raise RuntimeError("planted")
 
-    steps = DecodeGraphs((1, 4))
+    steps = StepGraphs((1, 4))
     with pytest.raises(RuntimeError, match="planted"):
-        steps.capture(decode)
+        steps.capture(decode, decode)
     assert gc.isenabled() and steps.fitting(4) is None
 
 
 def test_sizes_that_launch_the_same_kernels_are_told_once(calls: list[str]) -> None:
-    steps = DecodeGraphs((1, 8, 16, 24))
-    steps.capture(lambda n_runs: calls.append(f"decode {n_runs}"))
+    steps = StepGraphs((1, 8, 16, 24))
+    steps.capture(lambda n_runs: calls.append(f"decode {n_runs}"), lambda n_tokens: None)
     assert steps.launches() == {8: {"norm": 2, "narrow": 4}, 24: {"norm": 2, "wide": 4}}
 
 

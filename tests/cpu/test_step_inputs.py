@@ -32,14 +32,13 @@ def test_steps_mean_what_their_plans_say(seed: int, is_decode: bool) -> None:
         starts = [model.start(row) for row in draw.sample(range(N_ROWS), draw.randrange(1, N_ROWS))]
         runs, appended = model.runs(is_decode=is_decode)
         is_decode = all(run.count == 1 and run.samples for run in runs)
-        pad_to = draw.randrange(0, 20)
+        pad_to = draw.choice([0, draw.randrange(20), draw.randrange(400)])
         words, layout, at = packed(runs, appended, starts, pad_to)
         start_rows(torch.from_numpy(words), at, len(starts), rows)
         made = build_inputs(torch.from_numpy(words), layout, rows, PAGE_TOKENS)
-        n_padding = max(0, pad_to - len(runs)) if is_decode else 0
-        model.check(runs, made, n_padding)
+        model.check(runs, made, max(0, pad_to - sum(run.count for run in runs)), is_decode)
         model.check_rows(rows)
-        drawn_S2 = torch.full((40, 2), -7, dtype=torch.int32)
+        drawn_S2 = torch.full((500, 2), -7, dtype=torch.int32)
         token_S = torch.tensor([draw.randrange(1000) for _ in made.row_S])
         finite_S = torch.tensor([draw.random() < 0.5 for _ in made.row_S])
         append_draws(made, token_S, finite_S, rows, drawn_S2)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ from sailfish.build.builder import build_engine
 from sailfish.data import demo_model
 from sailfish.engine import wire
 from sailfish.engine.step import RowSampling
+from sailfish.kernels.contract import AttentionSpan
+from sailfish.models.decoder import StepInputs
 
 pytestmark = pytest.mark.gpu
 PROMPTS = [[1000 + 37 * i + j for j in range(1 + 5 * i)] for i in range(12)]
@@ -74,7 +78,14 @@ def test_bfloat16_tokens_differ_from_those_alone_at_ties_only(engine_dir: Path, 
 def as_captured(engine: LocalEngine) -> LocalEngine:
     """Let the engine launch one by one what it has captured, padding included."""
     runner = engine.booted.runner
+
+    def forward(n_tokens: int, span: AttentionSpan) -> torch.Tensor:
+        token_T, position_T, slot_T = runner._inputs_3T[:, :n_tokens]
+        step = StepInputs(token_T=token_T, position_T=position_T, slot_T=slot_T, span=span)
+        return runner._decoder.forward(step, runner._kv)
+
     runner._graphs.replay = runner._decode  # type: ignore[method-assign]
+    runner._graphs.replay_chunk = forward  # type: ignore[method-assign]
     return engine
 
 
@@ -89,6 +100,7 @@ def test_a_replayed_step_draws_what_its_launches_draw_whatever_comes_and_goes(
     for wrap in (lambda engine: engine, as_captured):
         engine = wrap(LocalEngine(engine_dir, EngineConfig(dtype="bfloat16", lag=lag, **config)))
         assert engine.booted.plan.graph_buckets == (1, 2, 4, 8, 11)
+        assert engine.booted.plan.graph_chunks == (16, 32, 48)
         replays = count_replays(engine)
         draw = random.Random(seed)
         for key in range(40):
@@ -100,22 +112,22 @@ def test_a_replayed_step_draws_what_its_launches_draw_whatever_comes_and_goes(
                 engine.tell(wire.Abort(draw.randrange(key + 1), False))
         engine.run()
         assert engine.scheduler.stats.preemptions > 0
-        assert replays.total() > 30 and len(replays) >= 3
+        assert all(sum(replays[kind, n] > 0 for n in range(50)) >= 3 for kind in ("decode", "chunk"))
         heard.append({key: (one.token_ids, one.finishes) for key, one in engine.heard.items()})
     assert heard[0] == heard[1]
 
 
-def count_replays(engine: LocalEngine) -> Counter[int]:
-    """Count the captured steps that run, by their size."""
+def count_replays(engine: LocalEngine) -> Counter[tuple[str, int]]:
+    """Count the captured steps that run, by their kind and size."""
     graphs = engine.booted.runner._graphs
-    counts: Counter[int] = Counter()
-    inner = graphs.replay
+    counts: Counter[tuple[str, int]] = Counter()
 
-    def counted(n_runs: int) -> None:
-        counts[n_runs] += 1
-        inner(n_runs)
+    def counted(kind: str, inner: Callable[..., torch.Tensor], size: int, *rest: Any) -> torch.Tensor:
+        counts[kind, size] += 1
+        return inner(size, *rest)
 
-    graphs.replay = counted  # type: ignore[method-assign]
+    graphs.replay = partial(counted, "decode", graphs.replay)  # type: ignore[method-assign]
+    graphs.replay_chunk = partial(counted, "chunk", graphs.replay_chunk)  # type: ignore[method-assign]
     return counts
 
 
@@ -144,7 +156,7 @@ def test_captured_bfloat16_tokens_are_the_likeliest_to_transformers_up_to_roundi
     for key, prompt in enumerate(PROMPTS):
         engine.submit(key, prompt, greedy(8192), 150)
     engine.run()
-    assert replays.total() > 100
+    assert sum(n for (kind, _), n in replays.items() if kind == "decode") > 100
     truth = load_truth(demo_model())
     gaps = []
     for key, prompt in enumerate(PROMPTS):

@@ -36,7 +36,7 @@ def test_the_kernels_do_what_the_plain_code_does(seed: int) -> None:
         plain_step.start_rows(torch.from_numpy(words), at, len(starts), twin)
         made = cuda_step.build_inputs(up, layout, rows, PAGE_TOKENS)
         expected = plain_step.build_inputs(torch.from_numpy(words), layout, twin, PAGE_TOKENS)
-        model.check(runs, made, max(0, pad_to - len(runs)) if is_decode else 0)
+        model.check(runs, made, max(0, pad_to - sum(run.count for run in runs)), is_decode)
         for field in fields(expected):
             one, other = getattr(made, field.name), getattr(expected, field.name)
             assert (one is None) == (other is None)

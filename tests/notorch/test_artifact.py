@@ -112,6 +112,7 @@ PLAN = Plan(
     lag=0,
     prefix_cache=True,
     graph_buckets=(),
+    graph_chunks=(),
     cache=(CacheSpec(layers=(0, 1), kind="full", window_tokens=None, dtype="float32", bytes_per_token=256),),
     memory=(MemoryLine(name="weights", bytes=1024, why="one arena"),),
     decisions=(Decision(name="dtype", requested="auto", active="float32", why="small"),),

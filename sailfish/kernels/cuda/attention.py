@@ -17,9 +17,17 @@ def attention(
     scale: float,
     window: int | None,
     softcap: float | None,
+    *,
+    out_THE: Tensor | None = None,
 ) -> Tensor:
-    """Meet `contract.Attention`. A span of single queries can be captured and replayed for other lengths."""
-    out_THE = torch.empty(q_THE.shape, dtype=q_THE.dtype, device=q_THE.device)
+    """Meet `contract.Attention`. A span of single queries can be captured and replayed for other lengths.
+
+    The tables, and all tokens but a step's own, may be read before the wait for `rope_write`: between what
+    wrote them and that stands the product that made q, k and v, which lets nobody begin before it has
+    waited itself. Rows of out_THE that no sequence owns stay as they are.
+    """
+    if out_THE is None:
+        out_THE = torch.empty(q_THE.shape, dtype=q_THE.dtype, device=q_THE.device)
     n = span.n_single
     if n:
         decode(
@@ -32,6 +40,7 @@ def attention(
             scale,
             window,
             softcap,
+            is_settled=True,
             out_BHE=out_THE[:n],
         )
     if n < len(span.kv_len):

@@ -27,10 +27,18 @@ def start_rows(words: Tensor, starts_at: int, n_starts: int, rows: Rows) -> None
     kernel(_FILE, "start_rows", _DEFINES).launch((n_starts, _COPY_BLOCKS), _THREADS, arguments, stream())
 
 
-def build_inputs(words: Tensor, layout: StepLayout, rows: Rows, page_tokens: int) -> StepTensors:
-    """Append the blocks and return the step's inputs. words: int32, on the device. Mutates rows.block_RW."""
+def build_inputs(
+    words: Tensor, layout: StepLayout, rows: Rows, page_tokens: int, into_3T: Tensor | None = None
+) -> StepTensors:
+    """Append the blocks and return the step's inputs. words: int32, on the device. Mutates rows.block_RW.
+
+    into_3T: int64, where tokens, positions and slots go, each contiguous; None: new memory.
+    """
     n_tokens, n_runs, n_samples = layout.n_tokens, layout.n_runs, layout.n_samples
-    token_T, position_T, slot_T = torch.empty(3, n_tokens, dtype=torch.int64, device=words.device)
+    if into_3T is None:
+        into_3T = torch.empty(3, n_tokens, dtype=torch.int64, device=words.device)
+    assert into_3T.shape == (3, n_tokens) and into_3T.stride(1) == 1
+    token_T, position_T, slot_T = into_3T
     row_B, kv_len_B, query_start_B1 = torch.empty(3, n_runs + 1, dtype=torch.int32, device=words.device)
     row_B, kv_len_B = row_B[:-1], kv_len_B[:-1]
     at_S, row_S, length_S = None, row_B, kv_len_B

@@ -52,8 +52,13 @@ def start_rows(words: Tensor, starts_at: int, n_starts: int, rows: Rows) -> None
 _COLUMNS = ("n_prompt", "n_barred", "n_bias", "top_k", "min_length", "temperature", "top_p", "min_p")
 
 
-def build_inputs(words: Tensor, layout: StepLayout, rows: Rows, page_tokens: int) -> StepTensors:
-    """Append the blocks and return the step's inputs. words: int32. Mutates rows.block_RW."""
+def build_inputs(
+    words: Tensor, layout: StepLayout, rows: Rows, page_tokens: int, into_3T: Tensor | None = None
+) -> StepTensors:
+    """Append the blocks and return the step's inputs. words: int32. Mutates rows.block_RW.
+
+    into_3T: int64, where tokens, positions and slots go; None: new memory.
+    """
     host, block_RW = words.numpy(), rows.block_RW.numpy()
     if host[0]:
         appended = host[layout.appended_at : layout.appended_at + APPENDED_WORDS * host[0]]
@@ -69,17 +74,19 @@ def build_inputs(words: Tensor, layout: StepLayout, rows: Rows, page_tokens: int
         row_T = row_B[run_T]
         position_T = np.arange(layout.n_tokens) + (start_B - query_start_B1[:-1])[run_T]
     at_T = np.maximum(position_T, 0)
-    slot_T = block_RW[row_T, at_T // page_tokens].astype(np.int64) * page_tokens + at_T % page_tokens
-    slot_T[position_T < 0] = -1
+    slots = block_RW[row_T, at_T // page_tokens].astype(np.int64) * page_tokens + at_T % page_tokens
+    slots[position_T < 0] = -1
     row_S, length_S, at_S = row_B[:-1], kv_len_B, None
     if not layout.is_decode:
         run_S = host[layout.samples_at : layout.appended_at]
         at_S = torch.from_numpy(query_start_B1[1:][run_S].astype(np.int64) - 1)
         row_S, length_S = row_B[run_S], kv_len_B[run_S]
+    made_3T = torch.from_numpy(np.stack((rows.token_RC.numpy()[row_T, at_T], at_T, slots)))
+    token_T, position_T, slot_T = made_3T if into_3T is None else into_3T.copy_(made_3T)
     return StepTensors(
-        token_T=torch.from_numpy(rows.token_RC.numpy()[row_T, at_T].astype(np.int64)),
-        position_T=torch.from_numpy(at_T),
-        slot_T=torch.from_numpy(slot_T),
+        token_T=token_T,
+        position_T=position_T,
+        slot_T=slot_T,
         row_B=torch.from_numpy(row_B[:-1]),
         kv_len_B=torch.from_numpy(kv_len_B),
         query_start_B1=torch.from_numpy(query_start_B1),
