@@ -109,7 +109,8 @@ def decode_buckets(most: int) -> tuple[int, ...]:
 
 def chunk_buckets(step_tokens: int) -> tuple[int, ...]:
     """Return the numbers of tokens to capture a step with prompts for, none above `step_tokens`."""
-    return (*(n for n in _CHUNKS if n < step_tokens), min(step_tokens, _CHUNKS[-1]))
+    most = min(step_tokens, _CHUNKS[-1])
+    return (*(n for n in _CHUNKS if n < most), most)
 
 
 def _obstacle(config: EngineConfig, hardware: HardwareProfile, choices: Iterable[Choice]) -> str | None:

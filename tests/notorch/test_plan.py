@@ -379,6 +379,8 @@ def test_graphs_are_planned_where_every_op_can_be_captured_and_declined_in_words
 
     plan, decision = graphs(LLAMA_8B, H200, max_sequences=64)
     assert plan.graph_buckets == (1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64)
+    assert plan.graph_chunks[:3] == (16, 32, 64) and plan.graph_chunks[-2:] == (896, 1024)
+    assert graphs(LLAMA_8B, H200, step_tokens=100)[0].graph_chunks == (16, 32, 64, 100)
     assert decision.active == "on" and not decision.is_downgrade
     assert plan.memory_bytes("graphs") > 64 * LLAMA_8B.vocab_size * 4
     for model, hardware, asked, words, is_downgrade in (
@@ -388,6 +390,6 @@ def test_graphs_are_planned_where_every_op_can_be_captured_and_declined_in_words
         (BOOKS_4M, CPU, {}, "the CPU has no launches to save", False),
     ):
         plan, decision = graphs(model, hardware, **asked)
-        assert plan.graph_buckets == () and plan.memory_bytes("graphs") == 0
+        assert plan.graph_buckets == plan.graph_chunks == () and plan.memory_bytes("graphs") == 0
         assert decision.active == "off" and words in decision.why
         assert decision.is_downgrade == is_downgrade
