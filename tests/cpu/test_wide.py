@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sailfish.kernels.cuda import wide
+from sailfish.kernels.cuda.nvrtc import compile_source, has_nvrtc
 from sailfish.kernels.cuda.wide import SHAPES, Shape
 from sailfish.kernels.int4 import STRIP, UNIT
 
@@ -67,3 +69,11 @@ def test_larger_products_are_predicted_to_take_longer() -> None:
 
     assert least_us(64) < least_us(256) < least_us(1024) < least_us(4096)
     assert least_us(256) < least_us(256, n_out=14336) < least_us(256, n_out=14336, n_in=8192)
+
+
+@pytest.mark.skipif(not has_nvrtc(), reason="NVRTC is not installed")
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_no_product_waits_for_the_one_before(shape: Shape) -> None:
+    """The assembler makes wgmma synchronous, and only says so, where registers are short or misused."""
+    compiled = compile_source("wide.cu", "sm_90a", dict(shape.defines(2, True, torch.bfloat16)))
+    assert "serialized" not in compiled.log

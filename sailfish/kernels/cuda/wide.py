@@ -96,6 +96,8 @@ _BUSY_FRAC = 0.2
 """How much longer a step takes where all multiprocessors run."""
 _NARROW_FRAC = 0.35
 """What of a step's time does not depend on how many groups have rows."""
+_LEAST_STEP_US = 0.155
+"""What a step takes however little there is to multiply."""
 _CLUSTERS = {1: (132, 66, 39, 30, 22, 17, 15, 15), 2: (264, 132, 79, 62, 47, 39, 32, 30)}
 """Clusters of 1, 2, ... 8 blocks that run at once on an H200's 132 multiprocessors, by blocks on each."""
 
@@ -174,12 +176,12 @@ def predict_us(n_tokens: int, n_out: int, n_in: int, n_processors: int, shape: S
     # some multiprocessors before they touch others.
     n_last = n_tiles - (n_waves - 1) * n_at_once
     n_turns = shape.per_sm if splits > 1 else -(-n_last // n_processors)
-    n_rounds: float = (n_waves - 1) * shape.per_sm + n_turns
-    if narrow_tiles:
-        n_rounds -= (1 - _NARROW_FRAC) * (1 - groups / shape.groups)
-    step_us = STEP_US[shape] * (1 + _BUSY_FRAC * min(1.0, n_tiles * splits / n_processors))
+    step_us = STEP_US[shape]
+    last_us = max(_LEAST_STEP_US, step_us * (_NARROW_FRAC + (1 - _NARROW_FRAC) * groups / shape.groups))
+    steps_us = (n_waves - 1) * shape.per_sm * step_us + n_turns * last_us
+    steps_us *= 1 + _BUSY_FRAC * min(1.0, n_tiles * splits / n_processors)
     start_us = _START_US + (0.0 if splits == 1 else _SPLIT_US + _PART_US * splits)
-    return start_us + n_rounds * -(-n_in // (UNIT * splits)) * step_us
+    return start_us + steps_us * -(-n_in // (UNIT * splits))
 
 
 def launch(

@@ -154,41 +154,57 @@ __device__ __forceinline__ void store_tile(const Problem& p, const Maps& maps, u
     }
 }
 
+constexpr uint32_t PIECE = CONSUMERS * 16;  // four sums of every thread of a block: an octet of tokens
+
+// Adds up `splits` blocks' sums of the n octets at `first`, Q blocks' of E octets on their way at once.
+template <int E, int Q>
+__device__ __forceinline__ void add_up(uint32_t first, int n, int splits, float low, float high, uint32_t to) {
+    for (int octet = 0; octet < n; octet += E) {
+        float4 total[E];
+#pragma unroll
+        for (int e = 0; e < E; ++e) total[e] = {low, low, high, high};
+        for (int block = 0; block < splits; block += Q) {
+            float4 part[Q][E];
+#pragma unroll
+            for (int q = 0; q < Q; ++q)
+#pragma unroll
+                for (int e = 0; e < E; ++e) {
+                    part[q][e] = {0, 0, 0, 0};
+                    if (block + q < splits && octet + e < n)
+                        part[q][e] = load_in_cluster(address_in(first + (octet + e) * PIECE, block + q));
+                }
+#pragma unroll
+            for (int q = 0; q < Q; ++q)
+#pragma unroll
+                for (int e = 0; e < E; ++e)
+                    total[e].x += part[q][e].x, total[e].y += part[q][e].y, total[e].z += part[q][e].z,
+                        total[e].w += part[q][e].w;
+        }
+#pragma unroll
+        for (int e = 0; e < E; ++e) {
+            const uint32_t y[2] = {pack<Element>(total[e].x, total[e].y), pack<Element>(total[e].z, total[e].w)};
+            if (octet + e < n) store_pieces(to + (octet + e) * 1024, y);
+        }
+    }
+}
+
 // Each block of a split tile adds up all blocks' sums of its share of the tokens, in order, and stores those.
 __device__ __forceinline__ void store_split(const Problem& p, const Maps& maps, uint32_t smem,
                                             const float (&sum)[TOKENS / 2], int token, int row, int group, int split,
                                             int splits) {
-    constexpr int AT_ONCE = 4;                  // octets of tokens whose sums are on their way
-    constexpr uint32_t PIECE = CONSUMERS * 16;  // four sums of every thread: an octet
     const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
     const int begin = OCTETS * split / splits, n = OCTETS * (split + 1) / splits - begin;
     const uint32_t mine = smem + threadIdx.x * 16, staged = smem + STAGED_AT + group * STAGED_BYTES;
-    const uint32_t at = lane % 8 * 128 + ((warp * 2 + lane / 8 % 2) ^ (lane % 8)) * 16;
+    const uint32_t to = staged + lane % 8 * 128 + ((warp * 2 + lane / 8 % 2) ^ (lane % 8)) * 16;
     const float low = bias_at(p, row + warp * 16 + lane / 4), high = bias_at(p, row + warp * 16 + lane / 4 + 8);
     group_sync(1 + GROUPS, CONSUMERS);  // no consumer reads the ring any more: the sums go there
 #pragma unroll
     for (int octet = 0; octet < OCTETS; ++octet) store_4(mine + octet * PIECE, &sum[octet * 4]);
     cluster_sync();
-    for (int octet = 0; octet < n; octet += AT_ONCE) {
-        float4 total[AT_ONCE];
-#pragma unroll
-        for (int e = 0; e < AT_ONCE; ++e) total[e] = {low, low, high, high};
-#pragma unroll 2
-        for (int q = 0; q < splits; ++q) {
-            const uint32_t from = address_in(mine + (begin + octet) * PIECE, q);
-            float4 part[AT_ONCE];
-#pragma unroll
-            for (int e = 0; e < AT_ONCE; ++e) part[e] = load_in_cluster(from + (octet + e < n ? e : 0) * PIECE);
-#pragma unroll
-            for (int e = 0; e < AT_ONCE; ++e)
-                total[e].x += part[e].x, total[e].y += part[e].y, total[e].z += part[e].z, total[e].w += part[e].w;
-        }
-#pragma unroll
-        for (int e = 0; e < AT_ONCE; ++e) {
-            const uint32_t y[2] = {pack<Element>(total[e].x, total[e].y), pack<Element>(total[e].z, total[e].w)};
-            if (octet + e < n) store_pieces(staged + (octet + e) * 1024 + at, y);
-        }
-    }
+    if (splits == 2)
+        add_up<4, 2>(mine + begin * PIECE, n, splits, low, high, to);
+    else
+        add_up<2, 4>(mine + begin * PIECE, n, splits, low, high, to);
     fence_async();
     group_sync(1 + group, 128);
     if (thread < n) {
