@@ -6,13 +6,13 @@ from sailfish.kernels.contract import Case
 
 BLOCK_THREADS = 1024
 WIDEST_HEAD = 256
-RAGGED_PARTS = {"norm": 2, "quantise": 4, "act_mul": 2}
+RAGGED_PARTS = {"norm": 1, "quantise": 4, "act_mul": 2}
 """Of rows whose width is no multiple of 8, or that are not aligned to 16 bytes."""
 
 
 def most_parts(family: str, is_float32: bool) -> int:
     """Return how many times eight elements a thread of a row's block can hold without spilling."""
-    return 4 if family == "act_mul" and not is_float32 else RAGGED_PARTS[family]
+    return 4 if family == "quantise" or (family == "act_mul" and not is_float32) else 2
 
 
 def rejects_norm(case: Case) -> str | None:

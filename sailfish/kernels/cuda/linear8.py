@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +34,8 @@ class Shape:
     """Tokens of a tile."""
     tiles: int
     """64-row tiles of each of the two warpgroups that multiply."""
+    unit_us: float
+    """What a block takes for 128 inputs of a tile, on an H200."""
 
     @property
     def rows(self) -> int:
@@ -60,12 +64,14 @@ class Shape:
 
 
 SHAPES = (
-    Shape(64, 1),
-    Shape(64, 2),
-    Shape(128, 1),
-    Shape(128, 2),
-    Shape(256, 1),
+    Shape(256, 1, 0.62),
+    Shape(128, 2, 0.64),
+    Shape(128, 1, 0.32),
+    Shape(64, 2, 0.37),
+    Shape(64, 1, 0.24),
 )
+_SPLIT_US = 4.0
+"""What it takes two blocks to add up, and to be started together."""
 VARIANTS = (
     *(
         Variant(_FILE, shape.defines(dtype), only=("sm_90a",))
@@ -145,17 +151,29 @@ def dequantised_linear(x: Quantised, weight: Weight8, bias_O: Tensor | None = No
     return (y_TO if bias_O is None else y_TO + bias_O.float()).to(x.dtype)
 
 
+@cache
 def choose(n_tokens: int, n_out: int, n_in: int) -> tuple[Shape, int]:
-    """Return the tile shape for a product, and how many blocks share a tile's inputs."""
-    return SHAPES[2], 1
+    """Return the tile shape for a product, and how many blocks share a tile's inputs, by predicted time."""
+    n_units = -(-n_in // _INPUTS)
+
+    def predicted_us(candidate: tuple[Shape, int]) -> float:
+        shape, splits = candidate
+        n_blocks = -(-n_tokens // shape.tokens) * -(-n_out // shape.rows) * splits
+        n_waves = -(-n_blocks // program.n_processors())
+        if splits > 1 and n_waves > 1:
+            return math.inf
+        return n_waves * -(-n_units // splits) * shape.unit_us + (splits > 1) * _SPLIT_US
+
+    splittable = [(shape, 2) for shape in SHAPES if shape.can_split and n_units > 1]
+    return min([*((shape, 1) for shape in SHAPES), *splittable], key=predicted_us)
 
 
 def launch(
     x: Quantised, weight: Weight8, bias_O: Tensor | None, y_TO: Tensor, shape: Shape, splits: int
 ) -> None:
-    """Run the Hopper kernel with one tile shape, each tile's inputs split among 1, 2 or 4 blocks.
+    """Run the Hopper kernel with one tile shape, each tile's inputs split among 1 or 2 blocks.
 
-    Only shapes that `can_split` are, and not into more blocks than there are units of 128 inputs.
+    Only shapes that `can_split` are, and only with more than 128 inputs.
     """
     (n_tokens, n_in), n_out = x.values_TI.shape, len(weight.values_OI)
     token_tiles = -(-n_tokens // shape.tokens)

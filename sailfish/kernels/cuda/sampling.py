@@ -16,6 +16,9 @@ VARIANTS = tuple(Variant("sampling.cu", (("TYPE", type_),)) for type_ in ("bf16"
 _TYPES = {torch.bfloat16: "bf16", torch.float32: "float"}
 _THREADS = 512
 _TILE = _THREADS * 8
+_PICK_THREADS = 1024
+_COUNTS_BYTES = 8192 * 8
+"""Two words for each value of bfloat16 that counts, in shared memory."""
 _BLOCKS_PER_PROCESSOR = 2
 _PARTIAL_BYTES = 24
 
@@ -67,6 +70,11 @@ def pick(logits_SV: Tensor, row_S: Tensor, length_S: Tensor, rows: Rows) -> tupl
         (n_slices, n_rows), _THREADS, (*step, tiles_per_slice, is_whole, partial), stream, after=True
     )
     program.kernel("sampling.cu", "pick", defines).launch(
-        (n_rows,), _THREADS, (*step, is_whole, partial, n_slices, token_S, finite_S), stream, after=True
+        (n_rows,),
+        _PICK_THREADS,
+        (*step, is_whole, partial, n_slices, token_S, finite_S),
+        stream,
+        shared_bytes=_COUNTS_BYTES,
+        after=True,
     )
     return token_S, finite_S

@@ -45,4 +45,4 @@ __device__ __forceinline__ void norm(const T* x, const T* residual, const T* wei
 #define GIVEN (x, residual, weight, sum, out, scale, width, eps, shift, format)
 KERNEL_OF_ROWS(norm, 1, 1024, DECLARED, GIVEN)
 KERNEL_OF_ROWS(norm, 2, 1024, DECLARED, GIVEN)
-RAGGED_KERNEL_OF_ROWS(norm, 2, DECLARED, GIVEN)
+RAGGED_KERNEL_OF_ROWS(norm, 1, DECLARED, GIVEN)

@@ -5,6 +5,8 @@
 // a token may lie; the winner of all tokens, if it is among those, has won, or else the block draws from them.
 #include "sampling.cuh"
 
+constexpr int PICK_THREADS = 1024;  // of a whole row
+
 // ---- what changes logits -----------------------------------------------------------------------------
 
 struct Changes {
@@ -68,10 +70,10 @@ constexpr float REACH = 31.99f;
 
 struct Distance {
     Divider by;
-    float largest;
+    float temperature, largest;
 
-    __device__ __forceinline__ Distance(float temperature, float largest_logit)
-        : by(temperature), largest(by(largest_logit)) {}
+    __device__ __forceinline__ Distance(float temperature_, float largest_logit)
+        : by(temperature_), temperature(temperature_), largest(by(largest_logit)) {}
     __device__ __forceinline__ float of(float logit) const { return largest - by(logit); }
 };
 
@@ -80,17 +82,18 @@ struct Distance {
 template <class T, class F>
 __device__ __forceinline__ void each(const T* row, int n_vocab, bool is_whole, float least, F f) {
     constexpr int AHEAD = 4 / sizeof(T);
-    for (int begin = threadIdx.x * 8; begin < n_vocab; begin += AHEAD * TILE) {
+    const int tile = blockDim.x * 8;
+    for (int begin = threadIdx.x * 8; begin < n_vocab; begin += AHEAD * tile) {
         Eight<T> x[AHEAD];
 #pragma unroll
         for (int a = 0; a < AHEAD; ++a) {
-            const int i = begin + a * TILE;
+            const int i = begin + a * tile;
             if (is_whole && i < n_vocab) x[a].load(row + i);
             if (!is_whole) x[a].load_some(row + i, n_vocab - i);
         }
 #pragma unroll
         for (int a = 0; a < AHEAD; ++a) {
-            const int i = begin + a * TILE, n = n_vocab - i;
+            const int i = begin + a * tile, n = n_vocab - i;
             float most = x[a][0];
 #pragma unroll
             for (int k = 1; k < 8; ++k) most = fmaxf(most, x[a][k]);
@@ -107,8 +110,8 @@ struct Weight {
     float mass;
 };
 struct Scan {
-    float warp_mass[THREADS / 32], mass;
-    uint32_t warp_count[THREADS / 32], before;
+    float warp_mass[32], mass;
+    uint32_t warp_count[32], before;
     int bin;
 };
 struct Found {
@@ -123,7 +126,7 @@ struct Found {
 template <int N_BINS, class F>
 __device__ __forceinline__ Found find(Scan& scan, uint32_t n_before, float mass_before, uint32_t n_wanted,
                                       float fraction, float total, F weigh) {
-    constexpr int EACH = N_BINS / THREADS;
+    constexpr int EACH = N_BINS / PICK_THREADS;
     const int first = threadIdx.x * EACH, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     if (threadIdx.x == 0) scan.bin = N_BINS;
     __syncthreads();
@@ -145,7 +148,7 @@ __device__ __forceinline__ Found find(Scan& scan, uint32_t n_before, float mass_
     if (lane == 31) scan.warp_count[warp] = n_until, scan.warp_mass[warp] = mass_until;
     __syncthreads();
     float all = 0.f;
-    for (int w = 0; w < THREADS / 32; ++w) {
+    for (int w = 0; w < PICK_THREADS / 32; ++w) {
         if (w < warp) n_before += scan.warp_count[w], mass_before += scan.warp_mass[w];
         all += scan.warp_mass[w];
     }
@@ -176,10 +179,17 @@ __device__ __forceinline__ Found find(Scan& scan, uint32_t n_before, float mass_
     return {bin, scan.before, scan.mass, total};
 }
 
-// ---- filters of logits that are bfloat16 -------------------------------------------------------------
+// ---- filters of logits of which most are bfloat16 ----------------------------------------------------
 
-// A bin for each value of bfloat16, the largest first, in 32 octaves of each sign; what is smaller is zero.
+// A bin for each value of bfloat16, the largest first, in 32 octaves of each sign; what is smaller is zero. A
+// changed logit falls into the bin of what it is when cut off, and adds what it weighs more than that.
 constexpr int VALUES = 8192;
+constexpr uint32_t CHANGED = 1u << 31;
+
+struct Counts {
+    uint32_t count[VALUES];  // with CHANGED if a changed logit is among them
+    int more[VALUES];        // in units of 2^-24: a sum that does not depend on the order of the atomics
+};
 
 struct Values {
     int floor;  // bits of the largest number that counts as zero
@@ -200,22 +210,35 @@ struct Values {
     }
 };
 
-// Return the least logit that top-k, and of it top-p, leaves, given the lowest that counts.
-__device__ float least_value(uint32_t (&count)[VALUES], Scan& scan, const bf16* row, int n_vocab, bool is_whole,
-                        const Distance& distance, const Values& values, float lowest, const Filter& filter) {
-    for (int i = threadIdx.x; i < VALUES; i += THREADS) count[i] = 0;
+// Return the least logit that top-k, and of it top-p, leaves, given the lowest that counts. NaN if that lies
+// in a bin with changed logits, whose order the bins do not tell.
+template <class T>
+__device__ float least_value(Counts& counts, Scan& scan, const T* row, int n_vocab, bool is_whole,
+                             const Distance& distance, const Values& values, float lowest, const Filter& filter) {
+    for (int i = threadIdx.x; i < VALUES; i += PICK_THREADS) counts.count[i] = counts.more[i] = 0;
     __syncthreads();
-    each(row, n_vocab, is_whole, lowest, [&](float x, int) { atomicAdd(&count[values.bin(x)], 1u); });
+    each(row, n_vocab, is_whole, lowest, [&](float x, int) {
+        const int bin = values.bin(x);
+        atomicAdd(&counts.count[bin], 1u);
+        if (sizeof(T) == 2 || !(__float_as_uint(x) & 0xffffu)) return;
+        const float more = expf(-distance.of(x)) - expf(-distance.of(values.value(bin)));
+        atomicAdd(&counts.more[bin], __float2int_rn(more * 0x1p24f));
+        atomicOr(&counts.count[bin], CHANGED);
+    });
     __syncthreads();
     int last = VALUES;
     const auto weigh = [&](int bin) {
-        const uint32_t n = bin <= last ? count[bin] : 0;
-        return Weight{n, n ? n * expf(-distance.of(values.value(bin))) : 0.f};
+        const uint32_t n = bin <= last ? counts.count[bin] & ~CHANGED : 0;
+        if (n == 0) return Weight{0, 0.f};
+        return Weight{n, n * expf(-distance.of(values.value(bin))) + counts.more[bin] * 0x1p-24f};
     };
     if (filter.has_top_k)
         last = find<VALUES>(scan, 0, 0.f, uint32_t(filter.top_k), INFINITE, 0.f, weigh).bin;
+    if (last < VALUES && (counts.count[last] & CHANGED)) return __int_as_float(0x7fffffff);
     if (filter.has_top_p) last = min(last, find<VALUES>(scan, 0, 0.f, ~0u, filter.top_p, 0.f, weigh).bin);
-    return last == VALUES ? lowest : last == VALUES / 2 - 1 ? -values.zero() : values.value(last);
+    if (last == VALUES) return lowest;
+    if (counts.count[last] & CHANGED) return __int_as_float(0x7fffffff);
+    return last == VALUES / 2 - 1 ? -values.zero() : values.value(last);
 }
 
 // ---- filters of any logits ---------------------------------------------------------------------------
@@ -228,7 +251,7 @@ struct Bins {
     uint32_t count[BINS], low[BINS], high[BINS];
 
     __device__ __forceinline__ void clear() {
-        for (int i = threadIdx.x; i < BINS; i += THREADS) count[i] = low[i] = high[i] = 0;
+        for (int i = threadIdx.x; i < BINS; i += PICK_THREADS) count[i] = low[i] = high[i] = 0;
         __syncthreads();
     }
     __device__ __forceinline__ void add(uint32_t at, float weight) {
@@ -284,15 +307,14 @@ __device__ __forceinline__ float steps_per_unit(const Distance& distance, float 
 // The winner among the tokens that are not below `least` and that keeps(logit) says are left: that of all, if
 // it is one.
 template <class T, class F>
-__device__ __forceinline__ uint64_t winner(const T* row, int n_vocab, bool is_whole, const Divider& by, float least,
-                                           uint64_t drawn, Draw draw, F keeps) {
+__device__ __forceinline__ uint64_t winner(const T* row, int n_vocab, bool is_whole, float least, uint64_t drawn, Draw draw, F keeps) {
     const uint32_t token = token_of(drawn);
     const float x = token < uint32_t(n_vocab) ? to_float(row[token]) : -INFINITE;
     if (x >= least && keeps(x)) return drawn;
     each(row, n_vocab, is_whole, least, [&](float x, int id) {
         if (!keeps(x)) return;
-        draw.offer(by(x), id);
-        draw.bar = below(draw.best.value);
+        draw.offer(x, id, draw.counter(id));
+        draw.raise(draw.best.value);
     });
     return ranked(draw.best);
 }
@@ -304,33 +326,36 @@ extern "C" __global__ void __launch_bounds__(THREADS, sizeof(TYPE) == 2 ? 2 : 1)
 score(const TYPE* logits, float* adjusted, Rows rows, const int* row_S, const int* length_S, int n_vocab,
       int tiles_per_slice, int is_whole, Partial* partial) {
     __shared__ Changes changes;
-    __shared__ Partial scratch[THREADS / 32];
+    __shared__ Partial scratch[32];
     let_next_begin();
     wait_for_previous();
     const int s = blockIdx.y;
     const TYPE* from = logits + int64_t(s) * n_vocab;
     const int begin = blockIdx.x * tiles_per_slice * TILE, end = min(begin + tiles_per_slice * TILE, n_vocab);
+    // Eight logits; what a ragged row lacks of them repeats the first.
     const auto fetch = [&](int i) {
         Eight<TYPE> x;
         x.clear();
         if (is_whole && i < end) x.load(from + i);
-        if (!is_whole) x.load_some(from + i, end - i);
+        if (!is_whole && i < end) {
+#pragma unroll
+            for (int k = 0; k < 8; k += 2)
+                x.set(k, to_float(from[i + k < end ? i + k : i]), to_float(from[i + k + 1 < end ? i + k + 1 : i]));
+        }
         return x;
     };
     const int row = row_S[s], length = length_S[s];
     const Effects effects(rows, row, length);
     const float temperature = rows.temperature[row];
     const bool draws = temperature > 0.f, is_filtered = draws && Filter(rows, row, n_vocab).any();
-    const Divider by(draws ? temperature : 1.f);
-    Draw draw(rows.seed[row], length);
+    Draw draw(rows.seed[row], length, draws ? temperature : 1.f);
     Best largest;
     Partial mine = NOTHING;
-    // Eight logits from token i on, which is one; what a ragged row lacks of eight repeats the first.
     const auto offer = [&](const float (&x)[8], int i) {
         if (draws) {
 #pragma unroll
             for (int k = 0; k < 8; ++k)
-                if (is_whole || i + k < end) draw.offer(by(x[k]), i + k);
+                if (is_whole || i + k < end) draw.offer(x[k], i + k, draw.counter(i) + k * GOLDEN);
         }
         if (draws && !is_filtered) return;
         float most = x[0];
@@ -346,14 +371,14 @@ score(const TYPE* logits, float* adjusted, Rows rows, const int* row_S, const in
         for (int k = 7; k >= 0; --k)
             if (x[k] == most) largest = {most, i + k};
     };
-    const auto take = [&](float (&x)[8], const Eight<TYPE>& from, int i) {
+    const auto take = [&](float (&x)[8], const Eight<TYPE>& from) {
 #pragma unroll
-        for (int k = 0; k < 8; ++k) mine.sum += x[k] = is_whole || i + k < end ? from[k] : from[0];
+        for (int k = 0; k < 8; ++k) mine.sum += x[k] = from[k];
     };
     if (effects.any()) {
         for (int i = begin + threadIdx.x * 8, tile = begin; tile < end; tile += TILE, i += TILE) {
             float x[8];
-            take(x, fetch(i), i);
+            take(x, fetch(i));
             change(x, changes, rows, row, effects, tile);
 #pragma unroll
             for (int k = 0; k < 8; ++k) {
@@ -373,7 +398,7 @@ score(const TYPE* logits, float* adjusted, Rows rows, const int* row_S, const in
             for (int a = 0; a < AHEAD; ++a) {
                 if (tile + a * TILE >= end) break;
                 float x[8];
-                take(x, ahead[a], i + a * TILE);
+                take(x, ahead[a]);
                 if (i + a * TILE < end) offer(x, i + a * TILE);
                 if (draws) draw.share();
             }
@@ -384,60 +409,84 @@ score(const TYPE* logits, float* adjusted, Rows rows, const int* row_S, const in
     if (threadIdx.x == 0) partial[int64_t(s) * gridDim.x + blockIdx.x] = mine;
 }
 
-union Histogram {
-    Bins bins;
-    uint32_t count[VALUES];
+// The rest of `pick` for a row with a filter: what is drawn of the tokens that the filter leaves.
+struct Filtered {
+    Counts& counts;
+    Bins& bins;
+    Scan& scan;
+    const Filter& filter;
+    const Draw& draw;
+    const Distance distance;
+    const Partial& all;  // of the whole row
+    int n_vocab;
+    bool is_whole;
+
+    __device__ __forceinline__ float floor() const {
+        return filter.min_p > 0.f ? distance.largest + logf(filter.min_p) : -INFINITE;
+    }
+    // What is lower does not count, near enough.
+    __device__ __forceinline__ float lowest() const { return value_of(all.largest) - REACH * distance.temperature; }
+
+    // False if the bins do not tell.
+    template <class T>
+    __device__ __forceinline__ bool by_value(const T* row, uint64_t& drawn) const {
+        const float most = fabsf(value_of(all.largest));
+        const Values values(fminf(most + REACH * distance.temperature, fmaxf(most, fabsf(all.low))));
+        float least = lowest();
+        if (filter.has_top_k || filter.has_top_p)
+            least = least_value(counts, scan, row, n_vocab, is_whole, distance, values, least, filter);
+        if (!(least == least)) return false;
+        drawn = winner(row, n_vocab, is_whole, least, all.drawn, draw,
+                       [&](float x) { return distance.by(x) >= floor(); });
+        return true;
+    }
+    __device__ __forceinline__ uint64_t by_distance(const float* row) const {
+        const float per_unit = steps_per_unit(distance, all.low);
+        const auto limited = [&](uint32_t limit, uint32_t n_wanted, float fraction) {
+            return limit_of(bins, scan, row, n_vocab, is_whole, distance, per_unit, lowest(), limit, n_wanted,
+                            fraction);
+        };
+        uint32_t limit = ~0u;
+        if (filter.has_top_k) limit = limited(limit, uint32_t(filter.top_k), INFINITE);
+        if (filter.has_top_p) limit = limited(limit, ~0u, filter.top_p);
+        return winner(row, n_vocab, is_whole, lowest(), all.drawn, draw, [&](float x) {
+            const float below = distance.of(x);
+            return below < REACH && uint32_t(below * per_unit) <= limit && distance.by(x) >= floor();
+        });
+    }
 };
 
 // Grid: rows.
-extern "C" __global__ void __launch_bounds__(THREADS, 2)
+extern "C" __global__ void __launch_bounds__(PICK_THREADS)
 pick(const TYPE* logits, const float* adjusted, Rows rows, const int* row_S, const int* length_S, int n_vocab,
      int is_whole, const Partial* partial, int n_slices, int64_t* token_S, uint8_t* finite_S) {
-    __shared__ Histogram histogram;
+    extern __shared__ __align__(16) uint8_t shared[];  // Counts, or Bins
     __shared__ Scan scan;
-    __shared__ Partial scratch[THREADS / 32];
+    __shared__ Partial scratch[32];
     let_next_begin();
     wait_for_previous();
     const int s = blockIdx.x, row = row_S[s], length = length_S[s];
     const int64_t at = int64_t(s) * n_vocab;
-    Partial mine = NOTHING;
-    for (int i = threadIdx.x; i < n_slices; i += THREADS) mine = joined(mine, partial[int64_t(s) * n_slices + i]);
+    Partial all = NOTHING;
+    for (int i = threadIdx.x; i < n_slices; i += PICK_THREADS) all = joined(all, partial[int64_t(s) * n_slices + i]);
     const float temperature = rows.temperature[row];
     const Filter filter(rows, row, n_vocab);
-    mine = over_block(mine, scratch);
+    all = over_block(all, scratch);
+    uint64_t rank = temperature > 0.f ? all.drawn : all.largest;
     if (temperature > 0.f && filter.any()) {
-        const float most = value_of(mine.largest);
-        const Distance distance(temperature, most);
-        const float floor = filter.min_p > 0.f ? distance.largest + logf(filter.min_p) : -INFINITE;
-        const Draw draw(rows.seed[row], length);
-        const float lowest = most - REACH * temperature;  // near enough: what matters is far above
-        if (sizeof(TYPE) == 2 && !Effects(rows, row, length).any()) {
-            const bf16* from = reinterpret_cast<const bf16*>(logits) + at;
-            const Values values(fminf(fabsf(most) + REACH * temperature, fmaxf(fabsf(most), fabsf(mine.low))));
-            float least = lowest;
-            if (filter.has_top_k || filter.has_top_p)
-                least = least_value(histogram.count, scan, from, n_vocab, is_whole, distance, values, lowest, filter);
-            mine.drawn = winner(from, n_vocab, is_whole, distance.by, least, mine.drawn, draw,
-                                [&](float x) { return distance.by(x) >= floor; });
-        } else {
-            const float* from = adjusted + at;
-            const float per_unit = steps_per_unit(distance, mine.low);
-            const auto limited = [&](uint32_t limit, uint32_t n_wanted, float fraction) {
-                return limit_of(histogram.bins, scan, from, n_vocab, is_whole, distance, per_unit, lowest, limit,
-                                n_wanted, fraction);
-            };
-            uint32_t limit = ~0u;
-            if (filter.has_top_k) limit = limited(limit, uint32_t(filter.top_k), INFINITE);
-            if (filter.has_top_p) limit = limited(limit, ~0u, filter.top_p);
-            mine.drawn = winner(from, n_vocab, is_whole, distance.by, lowest, mine.drawn, draw, [&](float x) {
-                const float below = distance.of(x);
-                return below < REACH && uint32_t(below * per_unit) <= limit && distance.by(x) >= floor;
-            });
+        const Draw draw(rows.seed[row], length, temperature);
+        const Filtered filtered{*reinterpret_cast<Counts*>(shared), *reinterpret_cast<Bins*>(shared), scan, filter,
+                                draw, Distance(temperature, value_of(all.largest)), all, n_vocab, bool(is_whole)};
+        bool is_drawn = false;
+        if constexpr (sizeof(TYPE) == 2) {
+            is_drawn = Effects(rows, row, length).any() ? filtered.by_value(adjusted + at, rank)
+                                                        : filtered.by_value(logits + at, rank);
         }
-        mine.drawn = over_block(Partial{0, mine.drawn, 0.f, 0.f}, scratch).drawn;
+        if (!is_drawn) rank = filtered.by_distance(adjusted + at);
+        rank = over_block(Partial{0, rank, 0.f, 0.f}, scratch).drawn;
     }
     if (threadIdx.x != 0) return;
-    const uint32_t token = token_of(temperature > 0.f ? mine.drawn : mine.largest);
+    const uint32_t token = token_of(rank);
     token_S[s] = token < uint32_t(n_vocab) ? token : 0;  // no logit was a number
-    finite_S[s] = fabsf(mine.sum) < INFINITE;
+    finite_S[s] = fabsf(all.sum) < INFINITE;
 }

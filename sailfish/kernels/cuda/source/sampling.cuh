@@ -4,6 +4,7 @@
 
 constexpr int THREADS = 512, TILE = THREADS * 8;
 constexpr uint64_t GOLDEN = 0x9E3779B97F4A7C15ull;
+constexpr float LOG2_E = 1.44269504f;
 constexpr uint32_t SEEN = 1u << 31;
 #define INFINITE __int_as_float(0x7f800000)
 
@@ -57,28 +58,37 @@ struct Best {
     }
 };
 
-// What a sum may be rounded from without falling behind x.
-__device__ __forceinline__ float below(float x) { return x - 3e-7f * fabsf(x); }
+__device__ __forceinline__ float exp2_near(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
 
-// Takes the largest of value + Gumbel noise -log(-log(u)), u a function of (seed, position, token id).
+// Takes the largest of logit / temperature + Gumbel noise -log(-log(u)), u a function of (seed, position, token).
 struct Draw {
     uint64_t base;
+    Divider by;
     Best best;
-    float bar = -INFINITE;  // the best of the warp at times: a token below it need not be looked at closely
+    float slope, offset = INFINITE;  // of logit / temperature - the best of the warp, as a power of two
 
-    __device__ __forceinline__ Draw(int64_t seed, int position)
-        : base(mix(mix(uint64_t(seed)) + uint64_t(position) * GOLDEN)) {}
-    // To beat the bar, -log(u), which is at least 1 - u, must be below exp(value - bar).
-    __device__ __forceinline__ void offer(float value, int token) {
-        const float bits = float(uint32_t(mix(base + uint64_t(token) * GOLDEN) >> 41)) + 0.5f;
-        if (fmaf(bits, -0x1p-23f, 1.f) > 1.001f * __expf(value - bar)) return;
-        best.offer(__fadd_rn(value, -logf(-logf(bits * 0x1p-23f))), token);
+    __device__ __forceinline__ Draw(int64_t seed, int position, float temperature)
+        : base(mix(mix(uint64_t(seed)) + uint64_t(position) * GOLDEN)), by(temperature),
+          slope(by.lift * by.inverse * LOG2_E) {}
+    // The counter behind a token's random number.
+    __device__ __forceinline__ uint64_t counter(int token) const { return base + uint64_t(token) * GOLDEN; }
+    // To beat the best, -log(u), which is at least 1 - u, must be below exp(value - best).
+    __device__ __forceinline__ void offer(float logit, int token, uint64_t counter) {
+        const float bits = float(uint32_t(mix(counter) >> 41)) + 0.5f;
+        if (fmaf(bits, -0x1p-23f, 1.f) > exp2_near(fmaf(logit, slope, offset))) return;
+        best.offer(__fadd_rn(by(logit), -logf(-logf(bits * 0x1p-23f))), token);
     }
+    // Take a best score as the bar, less what rounding may add to a sum that is behind it.
+    __device__ __forceinline__ void raise(float score) { offset = (3e-7f * fabsf(score) - score + 1e-3f) * LOG2_E; }
     // By all lanes of the warp.
     __device__ __forceinline__ void share() {
         const int bits = __float_as_int(best.value), order = bits ^ (bits >> 31 & 0x7fffffff);
         const int most = __reduce_max_sync(ALL_LANES, order);
-        bar = below(__int_as_float(most ^ (most >> 31 & 0x7fffffff)));
+        raise(__int_as_float(most ^ (most >> 31 & 0x7fffffff)));
     }
 };
 
@@ -109,11 +119,11 @@ __device__ __forceinline__ Partial over_warp(Partial p) {
     return p;
 }
 #define NOTHING (Partial{0, 0, 0.f, INFINITE})
-__device__ __forceinline__ Partial over_block(Partial p, Partial (&scratch)[THREADS / 32]) {
+__device__ __forceinline__ Partial over_block(Partial p, Partial (&scratch)[32]) {
     const int lane = threadIdx.x % 32;
     p = over_warp(p);
     __syncthreads();
     if (lane == 0) scratch[threadIdx.x / 32] = p;
     __syncthreads();
-    return over_warp(lane < THREADS / 32 ? scratch[lane] : NOTHING);
+    return over_warp(lane < int(blockDim.x) / 32 ? scratch[lane] : NOTHING);
 }

@@ -141,7 +141,9 @@ __device__ __forceinline__ void store_tile(const Problem& p, const Maps& maps, u
             }
             show_to_copies();
             meet_in_group(1 + group, 128);
-            if (thread == 0) put_box(maps.y, row, tile.token + chunk * CHUNK, buffer);
+            // A box that is all outside is slow to be clipped.
+            if (thread == 0 && tile.token + chunk * CHUNK < p.n_tokens)
+                put_box(maps.y, row, tile.token + chunk * CHUNK, buffer);
         }
     }
 }
@@ -195,10 +197,9 @@ __device__ __forceinline__ void store_split(const Problem& p, const Maps& maps, 
     }
     show_to_copies();
     meet_in_group(1 + group, 128);
-    if (thread < TILES * SHARE) {
-        const int row = tile.row + (group * TILES + thread / SHARE) * 64;
-        put_box(maps.y, row, tile.token + (split * SHARE + thread % SHARE) * 8, staged + thread * 1024);
-    }
+    const int token = tile.token + (split * SHARE + thread % SHARE) * 8;
+    if (thread < TILES * SHARE && token < p.n_tokens)
+        put_box(maps.y, tile.row + (group * TILES + thread / SHARE) * 64, token, staged + thread * 1024);
 }
 
 __device__ __forceinline__ void consume(const Problem& p, const Maps& maps, uint32_t smem, int split, int splits,
@@ -239,7 +240,6 @@ __device__ __forceinline__ void consume(const Problem& p, const Maps& maps, uint
         wait_for_previous();  // whose result the scales of the tokens are
         if (splits == 1) store_tile(p, maps, smem, sum, tile, group);
         if (CAN_SPLIT && splits == 2) store_split<2>(p, maps, smem, sum, tile, group, split);
-        if (CAN_SPLIT && splits == 4) store_split<4>(p, maps, smem, sum, tile, group, split);
     }
     wait_for_boxes<0>();
 }
