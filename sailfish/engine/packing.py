@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from operator import attrgetter
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +21,6 @@ from sailfish.kernels.step_words import (
 Words = NDArray[np.int32]
 _FIRST_FLOAT = START_FIELDS.index("temperature")
 _MOST = int(np.iinfo(np.int32).max)
-_row, _start, _count, _samples = map(attrgetter, ("row", "start", "count", "samples"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,22 +31,20 @@ class Batch:
     start_B: Words
     count_B: Words
     samples_B: NDArray[np.bool_]
+    is_decode: bool
+    """Every run is one token and samples."""
 
     @classmethod
     def of(cls, runs: Sequence[RowRun]) -> Batch:
-        """Read the runs, one pass for each field."""
-        n = len(runs)
+        """Read the runs. One list for each field: half the time of reading them into arrays at once."""
+        counts, samples = [run.count for run in runs], [run.samples for run in runs]
         return cls(
-            row_B=np.fromiter(map(_row, runs), np.int32, n),
-            start_B=np.fromiter(map(_start, runs), np.int32, n),
-            count_B=np.fromiter(map(_count, runs), np.int32, n),
-            samples_B=np.fromiter(map(_samples, runs), np.bool_, n),
+            row_B=np.array([run.row for run in runs], np.int32),
+            start_B=np.array([run.start for run in runs], np.int32),
+            count_B=np.array(counts, np.int32),
+            samples_B=np.array(samples, np.bool_),
+            is_decode=all(samples) and counts.count(1) == len(counts),
         )
-
-    @property
-    def is_decode(self) -> bool:
-        """Whether every run is one token and samples."""
-        return bool(self.samples_B.all()) and bool((self.count_B == 1).all())
 
     @property
     def n_single(self) -> int:
@@ -75,15 +71,14 @@ def pack_runs(
     n = len(batch.row_B)
     query_start_B1 = batch.query_start_B1
     n_tokens = int(query_start_B1[n])
-    is_decode = batch.is_decode
     n_padding = max(pad_to - n_tokens, 0)  # tokens
-    n_runs = n + (n_padding if is_decode else n_padding > 0)
+    n_runs = n + (n_padding if batch.is_decode else n_padding > 0)
     run_words = words[RUNS_AT : RUNS_AT + RUN_WORDS * (n_runs + 1)].reshape(-1, RUN_WORDS)
     run_words[:n, 0] = batch.row_B
     run_words[:n, 1] = batch.start_B
     run_words[: n + 1, 2] = query_start_B1
     run_words[n:, 0] = padding_row
-    if is_decode:
+    if batch.is_decode:
         run_words[n:, 1] = -1
         run_words[n:, 2] = np.arange(n, n_runs + 1)
         layout = StepLayout.decode(n_runs)

@@ -130,7 +130,7 @@ class Runner:
         table, runs = self._table, plan.runs
         ends = tuple(batch.query_start_B1.tolist())
         kv_len = tuple((batch.start_B + batch.count_B).tolist())
-        n_tokens = self._graphs.fitting_chunk(ends[-1])
+        n_tokens = None if batch.is_decode else self._graphs.fitting_chunk(ends[-1])
         layout = table.send(plan, batch, pad_to=n_tokens or 0)
         into_3T = None if n_tokens is None else self._inputs_3T[:, : layout.n_tokens]
         inputs, made = table.inputs(layout, ends, kv_len, batch.n_single, into_3T)
