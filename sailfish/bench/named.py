@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from importlib import import_module
-from types import ModuleType
+from pathlib import Path
 
 from sailfish.kernels.choose import find
 from sailfish.kernels.contract import Choice
 
 _OURS = "sailfish.kernels.cuda"
-_KERNEL = re.compile(r"__global__\s+void\s+(?:__launch_bounds__\([^;{]*?\)\s+)?(\w+)\s*\(")
+_SOURCE = re.compile(r'"(\w+\.cu)"')
+_VARIANT = re.compile(r"_\d+$")
+"""What a macro puts behind the name of a kernel that is compiled in several ways."""
 
 
-def kernels_of(entry: str) -> set[str]:
-    """Return the names of the CUDA kernels behind an implementation's `module:function`; torch has none."""
-    name = entry.split(":")[0]
-    if not name.startswith(f"{_OURS}."):
-        return set()
-    module = import_module(name)
-    parts = [value for value in vars(module).values() if isinstance(value, ModuleType)]
-    owners = [module, *(part for part in parts if part.__name__.startswith(f"{_OURS}."))]
-    files = {variant.file for owner in owners for variant in getattr(owner, "VARIANTS", ())}
-    source_dir = import_module(f"{_OURS}.nvrtc").SOURCE_DIR
-    return {kernel for file in files for kernel in _KERNEL.findall((source_dir / file).read_text())}
+def is_of(kernel: str, entry: str) -> bool:
+    """Say whether a launched kernel is one of the sources behind an implementation's `module:function`."""
+    names = {kernel, _VARIANT.sub("", kernel)}
+    return any(re.search(rf"\b{re.escape(name)}\b", text) for text in _sources(entry) for name in names)
+
+
+def has_kernels(entry: str) -> bool:
+    """Say whether an implementation is made of this package's kernels, rather than of torch's products."""
+    return bool(_sources(entry)) and "_mm" not in entry.split(":")[1]
 
 
 def chosen_for(choices: Iterable[Choice], n_rows: int) -> list[Choice]:
@@ -41,9 +42,22 @@ def unlaunched(choices: Iterable[Choice], launches: Mapping[str, int]) -> list[s
     """Return "op by implementation" of each choice that has kernels of its own and launched none of them."""
     missing = set()
     for choice in choices:
-        kernels = kernels_of(find(choice.op, choice.implementation).entry)
-        if "int4" in choice.op:
-            kernels = {kernel for kernel in kernels if "int4" in kernel}
-        if kernels and not kernels & launches.keys():
+        entry = find(choice.op, choice.implementation).entry
+        kernels = [name for name in launches if "int4" in name or choice.op != "linear_int4"]
+        if has_kernels(entry) and not any(is_of(kernel, entry) for kernel in kernels):
             missing.add(f"{choice.op} by {choice.implementation}")
     return sorted(missing)
+
+
+def _sources(entry: str) -> list[str]:
+    """Return the texts of the CUDA sources that an implementation's module, or one it calls, compiles."""
+    name = entry.split(":")[0]
+    if not name.startswith(f"{_OURS}."):
+        return []
+    module = import_module(name)
+    called = {getattr(value, "__module__", None) for value in vars(module).values()}
+    owners = [module, *(sys.modules[other] for other in called if other and other.startswith(f"{_OURS}."))]
+    texts = [Path(str(owner.__file__)).read_text(encoding="utf-8") for owner in owners]
+    files = {file for text in texts for file in _SOURCE.findall(text)}
+    source_dir = import_module(f"{_OURS}.nvrtc").SOURCE_DIR
+    return [(source_dir / file).read_text(encoding="utf-8") for file in sorted(files)]

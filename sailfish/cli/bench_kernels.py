@@ -20,6 +20,10 @@ _OUT = Path("benchmarks/results/kernels.jsonl")
 
 def kernels(
     only: Only = None,
+    alternatives: Annotated[
+        bool,
+        typer.Option("--alternatives", help="Also what engines do not choose here, plain torch included."),
+    ] = False,
     repeats: Repeats = 3,
     out: Annotated[Path, typer.Option("--out", help="File of JSON lines to append to.")] = _OUT,
 ) -> None:
@@ -36,5 +40,12 @@ def kernels(
         measured.say(result)
         store([result], out)
 
-    results = suite.run(recorder, hardware.target, measured.patterns(only), repeats, keep)
+    results = suite.run(
+        recorder,
+        hardware.target,
+        only=measured.patterns(only),
+        alternatives=alternatives,
+        repeats=repeats,
+        say=keep,
+    )
     typer.echo(f"{len(results)} rows appended to {out}; peers: {peers.source()}", err=True)

@@ -8,7 +8,7 @@ from sailfish.bench import peers
 from sailfish.bench.kernels.linear import LAYERS, ROWS
 from sailfish.bench.kernels.row import Row
 from sailfish.bench.kernels.suite import all_rows, summaries
-from sailfish.bench.named import chosen_for, kernels_of, unlaunched
+from sailfish.bench.named import chosen_for, has_kernels, is_of, unlaunched
 from sailfish.bench.results import Recorder, Result
 from sailfish.kernels.contract import Choice
 from sailfish.kernels.table import PREFERRED
@@ -48,7 +48,14 @@ def test_dequantising_first_costs_at_least_the_bytes_it_moves() -> None:
 def test_rows_are_named_once_and_cover_every_peers_kernel_row() -> None:
     names = [row.name for row in all_rows("sm_90")]
     assert len(names) == len(set(names))
-    wanted = {"decode attention 64 x 8192 fp8", "prefill attention 16 x 1024 bfloat16"}
+    wanted = {
+        "w4a16 qkv M=1",
+        "bf16 head M=1",
+        "w8a8 fp8 gate_up M=256",
+        "sample greedy B=1",
+        "decode attention 64 x 8192 fp8",
+        "prefill attention 16 x 1024 bfloat16",
+    }
     assert wanted | {"cublas bf16 down M=4096"} <= set(names)
 
 
@@ -60,12 +67,21 @@ def test_an_ideal_is_the_slower_of_bytes_and_operations() -> None:
     assert row.ideal_us({}) is None
 
 
-def test_every_linear_of_ours_names_kernels_of_its_source() -> None:
-    linears = [impl for op in ("linear", "linear_int4") for impl in PREFERRED.get(op, ())]
-    ours = [impl for impl in linears if impl.entry.startswith("sailfish.kernels.cuda.stream")]
-    assert all(kernels_of(impl.entry) for impl in ours)
-    assert kernels_of("sailfish.kernels.cuda.stream:linear_int4") >= {"stream_int4"}
-    assert kernels_of("sailfish.kernels.reference.elementwise:linear") == set()
+def test_a_launched_kernel_is_found_in_the_sources_of_its_implementation() -> None:
+    skins = "sailfish.kernels.cuda."
+    assert is_of("stream_int4", f"{skins}stream:linear_int4")
+    assert is_of("decode_attention", f"{skins}attention:attention")  # which calls another skin
+    assert is_of("rope_write_1", f"{skins}elementwise:rope_write")
+    assert not is_of("nvjet_sm90_tst_64x8", f"{skins}stream:linear_int4")
+    assert not is_of("stream_int4", f"{skins}wide:linear_int4")
+
+
+def test_every_implementation_of_ours_has_sources() -> None:
+    entries = {impl.entry for impls in PREFERRED.values() for impl in impls}
+    ours = {entry for entry in entries if entry.startswith("sailfish.kernels.cuda.")}
+    torchs = {"sailfish.kernels.cuda.linear8:scaled_mm_linear", "sailfish.kernels.cuda.linear8:int_mm_linear"}
+    assert all(has_kernels(entry) for entry in ours - torchs)
+    assert not any(has_kernels(entry) for entry in entries - ours)
 
 
 def test_a_choice_counts_for_its_rows_only_and_is_missed_when_not_launched() -> None:

@@ -66,6 +66,7 @@ def _rows(
             n_flops=4.0 * pairs * _HEADS * _WIDTH,
             is_ours=found.is_ours,
             can_capture=found.can_capture,
+            is_chosen=found.is_chosen,
         )
 
 

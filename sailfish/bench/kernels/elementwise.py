@@ -59,9 +59,7 @@ def _rows(
         d_model=_D,
         d_mlp=_MLP,
     )
-    plain = Candidate(
-        name="torch", suffix=" (torch)", function=reference(op), is_ours=False, can_capture=True
-    )
+    plain = Candidate(name="torch", is_chosen=False, function=reference(op))
     for found in (*candidates(case), plain):
         yield Row(
             name=name + found.suffix,
@@ -70,6 +68,7 @@ def _rows(
             n_bytes=n_bytes,
             is_ours=found.is_ours,
             can_capture=found.can_capture,
+            is_chosen=found.is_chosen,
         )
 
 

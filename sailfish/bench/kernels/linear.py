@@ -77,11 +77,12 @@ def _row(name: str, found: Candidate, weights: str, shape: tuple[int, int], m: i
         is_8bit=is_8bit,
         is_ours=found.is_ours,
         can_capture=found.can_capture,
+        is_chosen=found.is_chosen,
     )
 
 
 def _cublas(name: str, shape: tuple[int, int], m: int) -> Row:
-    plain = Candidate(name="torch", suffix="", function=F.linear, is_ours=False, can_capture=True)
+    plain = Candidate(name="torch", is_chosen=True, function=F.linear)
     return _row(name, plain, "bfloat16", shape, m)
 
 

@@ -37,6 +37,8 @@ class Row:
     is_ours: bool = False
     """Whether it is made of this package's kernels: void if none was launched."""
     can_capture: bool = True
+    is_chosen: bool = True
+    """False: measured for comparison; an engine on this device does not use it."""
 
     def ideal_us(self, calibration: Mapping[str, float]) -> float | None:
         """Return what bytes and operations take at the rates that the machine was seen to reach."""
@@ -73,27 +75,37 @@ def measure(row: Row, runs: int) -> Measured:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """An implementation that takes a case; the first of several is the one an engine would choose."""
+    """An implementation that takes a case."""
 
     name: str
-    suffix: str
-    """What its rows' names end with: nothing for the one that is chosen."""
+    is_chosen: bool
+    """Whether an engine would choose it: the first of those that take the case."""
     function: Callable[..., Any]
-    is_ours: bool
-    can_capture: bool
+    is_ours: bool = False
+    can_capture: bool = True
+
+    @property
+    def suffix(self) -> str:
+        """What its rows' names end with: nothing for the one that is chosen."""
+        return "" if self.is_chosen else f" ({self.name})"
 
 
 def candidates(case: Case) -> list[Candidate]:
-    """Return what takes a case on its device; neither the reference nor fallbacks, which nobody waits for."""
+    """Return what takes a case on its device, without fallbacks and references: nobody waits for them.
+
+    The reference of `linear` alone is torch's own product, which is as fast as any for many rows.
+    """
     able = [
         impl
         for impl in implementations(case.op)
-        if impl.name != "reference" and not impl.is_fallback and not impl.rejects(case)
+        if not impl.is_fallback
+        and (impl.name != "reference" or case.op == "linear")
+        and not impl.rejects(case)
     ]
     return [
         Candidate(
             name=impl.name,
-            suffix="" if i == 0 else f" ({impl.name})",
+            is_chosen=i == 0,
             function=_load(impl),
             is_ours=impl.entry.startswith(_OURS),
             can_capture=impl.can_capture,

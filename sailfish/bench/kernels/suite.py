@@ -13,6 +13,7 @@ from sailfish.bench.kernels.attention import attention_rows
 from sailfish.bench.kernels.elementwise import elementwise_rows
 from sailfish.bench.kernels.linear import LAYERS, ROWS, linear_rows
 from sailfish.bench.kernels.row import Measured, Row, measure
+from sailfish.bench.kernels.sampling import sampling_rows
 from sailfish.bench.results import Recorder, Result
 from sailfish.bench.select import is_wanted
 
@@ -34,15 +35,25 @@ def all_rows(target: str) -> Iterator[Row]:
     yield from linear_rows(target)
     yield from attention_rows(target)
     yield from elementwise_rows(target)
+    yield from sampling_rows(target)
 
 
 def run(
-    recorder: Recorder, target: str, only: Sequence[str], repeats: int, say: Callable[[Result], None]
+    recorder: Recorder,
+    target: str,
+    *,
+    only: Sequence[str],
+    alternatives: bool,
+    repeats: int,
+    say: Callable[[Result], None],
 ) -> list[Result]:
-    """Measure the rows whose names match `only`, tell each as it comes, and add what follows from them."""
+    """Measure the rows whose names match `only`, tell each as it comes, and add what follows from them.
+
+    `alternatives`: also what an engine on this device does not choose.
+    """
     results = []
     for row in all_rows(target):
-        if not is_wanted(row.name, only):
+        if not is_wanted(row.name, only) or not (row.is_chosen or alternatives):
             continue
         try:
             measured = measure(row, repeats)
