@@ -21,6 +21,8 @@ _CHUNKS = (16, 32, 64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
 """A longer step computes for longer than the host takes to launch it kernel by kernel."""
 _PIECE_BYTES = MIB // 8
 """Driver memory of what is captured between two calls of attention."""
+_POOL_BYTES = 64 * MIB
+"""What the pool holds beyond the largest step: the allocator takes 20 MiB at a time, and cuts them unevenly."""
 _GRAPH_BYTES = 2 * MIB
 """Driver memory of one captured step: some hundred kernels with their arguments."""
 
@@ -84,7 +86,7 @@ def plan_graphs(
         chunks=chunks,
         line=MemoryLine(
             name="graphs",
-            bytes=pool_bytes + len(buckets) * _GRAPH_BYTES + n_pieces * _PIECE_BYTES,
+            bytes=pool_bytes + _POOL_BYTES + len(buckets) * _GRAPH_BYTES + n_pieces * _PIECE_BYTES,
             why=f"{len(buckets)} decodes of 1 to {buckets[-1]} sequences, {len(chunks)} steps of up to "
             f"{chunks[-1]} tokens, one pool of temporaries",
         ),
