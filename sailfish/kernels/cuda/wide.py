@@ -52,7 +52,7 @@ class Shape:
     @property
     def chunk(self) -> int:
         """Return the tokens that are stored at once."""
-        return 32 if self.tokens < 64 or self.groups > 2 or self.per_sm > 1 else 64
+        return 32 if self.tokens % 64 or self.groups > 2 or self.per_sm > 1 else 64
 
     @property
     def slots(self) -> int:
@@ -81,6 +81,9 @@ STEP_US = {
     Shape(64, 2): 0.222,
     Shape(64, 2, per_sm=2): 0.215,
     Shape(64, 4): 0.403,
+    Shape(96, 2): 0.260,
+    Shape(96, 3): 0.360,
+    Shape(96, 4): 0.480,
     Shape(128, 2): 0.300,
     Shape(128, 3): 0.415,
     Shape(128, 4): 0.553,
@@ -90,8 +93,8 @@ STEP_US = {
 SHAPES = tuple(STEP_US)
 _START_US = 3.0
 """What a launch takes beside its steps."""
-_SPLIT_US, _PART_US = 0.4, 0.4
-"""What it takes to add up a split tile, and for each of its parts."""
+_SPLIT_US, _SUM_US = 0.3, 1.0e-5
+"""What it takes to add up a split tile, and for each byte of sums of its blocks."""
 _BUSY_FRAC = 0.2
 """How much longer a step takes where all multiprocessors run."""
 _NARROW_FRAC = 0.35
@@ -180,8 +183,8 @@ def predict_us(n_tokens: int, n_out: int, n_in: int, n_processors: int, shape: S
     last_us = max(_LEAST_STEP_US, step_us * (_NARROW_FRAC + (1 - _NARROW_FRAC) * groups / shape.groups))
     steps_us = (n_waves - 1) * shape.per_sm * step_us + n_turns * last_us
     steps_us *= 1 + _BUSY_FRAC * min(1.0, n_tiles * splits / n_processors)
-    start_us = _START_US + (0.0 if splits == 1 else _SPLIT_US + _PART_US * splits)
-    return start_us + steps_us * -(-n_in // (UNIT * splits))
+    split_us = 0.0 if splits == 1 else _SPLIT_US + _SUM_US * splits * shape.rows * shape.tokens * 4
+    return _START_US + split_us + steps_us * -(-n_in // (UNIT * splits))
 
 
 def launch(
