@@ -22,7 +22,7 @@ _CHUNKS = (16, 32, 64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
 _PIECE_BYTES = MIB // 8
 """Driver memory of what is captured between two calls of attention."""
 _POOL_BYTES = 64 * MIB
-"""What the pool holds beyond the largest step: the allocator takes 20 MiB at a time, and cuts them unevenly."""
+"""What the pool holds beyond the largest step: it grows by 20 MiB at a time, unevenly cut."""
 _GRAPH_BYTES = 2 * MIB
 """Driver memory of one captured step: some hundred kernels with their arguments."""
 
