@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
 
 from sailfish.kernels.contract import ActivationFormat, KvLayer, Quantised
-from sailfish.kernels.cuda import elementwise
+from sailfish.kernels.cuda import elementwise, program
 from sailfish.kernels.reference import elementwise as reference
 from sailfish.kernels.reference import quantised
 
@@ -16,6 +18,16 @@ pytestmark = pytest.mark.gpu
 DTYPES = [torch.bfloat16, torch.float32]
 FORMATS: list[ActivationFormat] = ["plain", "int8", "fp8"]
 WIDTHS = [64, 1000, 1001, 4096, 5120, 8192, 14336, 16384]
+
+
+@pytest.fixture(params=["this device", "compute_80"])
+def code(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Run the machine code of this card, or what cards that are newer than all we know run."""
+    program.kernel.cache_clear()
+    if request.param == "compute_80":
+        monkeypatch.setattr(program, "architecture", lambda: "compute_80")
+    yield request.param
+    program.kernel.cache_clear()
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.bfloat16, scale: float = 1.0) -> Tensor:
@@ -40,7 +52,7 @@ def same(found: Tensor | Quantised, expected: Tensor | Quantised) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("out", FORMATS)
 @pytest.mark.parametrize("width", WIDTHS)
-def test_norms_of_real_widths(width: int, out: ActivationFormat, dtype: torch.dtype) -> None:
+def test_norms_of_real_widths(width: int, out: ActivationFormat, dtype: torch.dtype, code: str) -> None:
     for n_tokens in (1, 3, 300):
         x, residual, weight = (
             normal(*s, dtype=dtype) for s in ((n_tokens, width), (n_tokens, width), (width,))
@@ -58,7 +70,7 @@ def test_norms_of_real_widths(width: int, out: ActivationFormat, dtype: torch.dt
 @pytest.mark.parametrize("out", ["int8", "fp8"])
 @pytest.mark.parametrize("width", [*WIDTHS, 28672, 32768])
 def test_quantised_rows_are_those_of_the_reference_bit_for_bit(
-    width: int, out: ActivationFormat, dtype: torch.dtype
+    width: int, out: ActivationFormat, dtype: torch.dtype, code: str
 ) -> None:
     x = normal(70, width, dtype=dtype) * (10.0 ** torch.arange(-35, 35, device="cuda")[:, None]).to(dtype)
     x[7], x[9, width // 2] = 0.0, float("nan")
@@ -74,7 +86,7 @@ def test_quantised_rows_are_those_of_the_reference_bit_for_bit(
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 @pytest.mark.parametrize("width", WIDTHS)
 def test_gated_activations_of_real_widths(
-    width: int, activation: str, out: ActivationFormat, dtype: torch.dtype
+    width: int, activation: str, out: ActivationFormat, dtype: torch.dtype, code: str
 ) -> None:
     for n_tokens in (1, 5, 300):
         x = normal(n_tokens, 2 * width, dtype=dtype, scale=2.0)
@@ -86,7 +98,7 @@ def test_gated_activations_of_real_widths(
 @pytest.mark.parametrize("has_norm", [False, True])
 @pytest.mark.parametrize("n_tokens", [1, 37])
 def test_only_slots_that_are_not_negative_are_written(
-    n_tokens: int, has_norm: bool, heads: tuple[int, int, int], cache: torch.dtype | None
+    n_tokens: int, has_norm: bool, heads: tuple[int, int, int], cache: torch.dtype | None, code: str
 ) -> None:
     n_heads, n_kv_heads, head_dim = heads
     angle = torch.rand(500, head_dim // 2, device="cuda") * 6

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from sailfish.engine.sampler import sample
 from sailfish.engine.step import RowSampling
+from sailfish.kernels.cuda import program
 from sailfish.kernels.cuda.sampling import pick
 from sailfish.kernels.rows import Rows
 
@@ -17,6 +19,16 @@ pytestmark = pytest.mark.gpu
 
 POSITIONS = 3000
 SIZES = [(50, 40, 20), (1003, 64, 10), (32000, 300, 1), (128256, 100, 3)]
+
+
+@pytest.fixture(params=["this device", "compute_80"])
+def code(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Run the machine code of this card, or what cards that are newer than all we know run."""
+    program.kernel.cache_clear()
+    if request.param == "compute_80":
+        monkeypatch.setattr(program, "architecture", lambda: "compute_80")
+    yield request.param
+    program.kernel.cache_clear()
 
 
 def table_of(rows: list[RowSampling], tokens: list[list[int]], n_prompts: list[int]) -> Rows:
@@ -78,7 +90,7 @@ def row(rng: random.Random, n_vocab: int) -> RowSampling:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize(("n_vocab", "n_rows", "n_rounds"), SIZES)
 def test_any_mix_of_rows_draws_what_the_law_draws(
-    n_vocab: int, n_rows: int, n_rounds: int, dtype: torch.dtype
+    n_vocab: int, n_rows: int, n_rounds: int, dtype: torch.dtype, code: str
 ) -> None:
     rng = random.Random(n_vocab)
     wrong = 0.0

@@ -184,7 +184,7 @@ __device__ __forceinline__ Found find(Scan& scan, uint32_t n_before, float mass_
 // A bin for each value of bfloat16, the largest first, in 32 octaves of each sign; what is smaller is zero. A
 // changed logit falls into the bin of what it is when cut off, and adds what it weighs more than that.
 constexpr int VALUES = 8192;
-constexpr uint32_t CHANGED = 1u << 31;
+[[maybe_unused]] constexpr uint32_t CHANGED = 1u << 31;
 
 struct Counts {
     uint32_t count[VALUES];  // with CHANGED if a changed logit is among them
@@ -307,7 +307,8 @@ __device__ __forceinline__ float steps_per_unit(const Distance& distance, float 
 // The winner among the tokens that are not below `least` and that keeps(logit) says are left: that of all, if
 // it is one.
 template <class T, class F>
-__device__ __forceinline__ uint64_t winner(const T* row, int n_vocab, bool is_whole, float least, uint64_t drawn, Draw draw, F keeps) {
+__device__ __forceinline__ uint64_t winner(const T* row, int n_vocab, bool is_whole, float least, uint64_t drawn,
+                                           Draw draw, F keeps) {
     const uint32_t token = token_of(drawn);
     const float x = token < uint32_t(n_vocab) ? to_float(row[token]) : -INFINITE;
     if (x >= least && keeps(x)) return drawn;
