@@ -17,7 +17,8 @@ constexpr int INPUTS = 128;  // of a slot: rows of 128 bytes
 constexpr int X_BYTES = TOKENS * INPUTS, W_BYTES = ROWS * INPUTS;
 constexpr int W_AT = SLOTS * X_BYTES, STAGED_AT = W_AT + SLOTS * W_BYTES;
 constexpr int CHUNK = 64, STAGED_BYTES = 2 * CHUNK * 128;  // tokens that are stored at once; two buffers of them
-constexpr int FULL_AT = STAGED_AT + GROUPS * STAGED_BYTES, EMPTY_AT = FULL_AT + 8 * SLOTS, SENT_AT = EMPTY_AT + 8 * SLOTS;
+constexpr int FULL_AT = STAGED_AT + GROUPS * STAGED_BYTES, EMPTY_AT = FULL_AT + 8 * SLOTS;
+constexpr int SENT_AT = EMPTY_AT + 8 * SLOTS;
 constexpr int BAND = 16;  // token tiles that are walked together: their tokens stay in L2
 constexpr bool CAN_SPLIT = TILES * TOKENS <= 128;  // and keep a share's totals in registers
 static_assert(ROWS * TOKENS * 4 <= STAGED_AT, "a split tile's sums lie where the ring was");
