@@ -40,8 +40,12 @@ def make_scene(
     page_tokens: int = 16,
     kv_dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
+    loudness: float = 1.0,
 ) -> Scene:
-    """Draw a step over shuffled pages; all that is no visible token is NaN; q and cache are strided."""
+    """Draw a step over shuffled pages; all that is no visible token is NaN; q and cache are strided.
+
+    Every third of the first 150 keys is multiplied by `loudness`.
+    """
     generator = torch.Generator("cuda").manual_seed(seed)
     n_heads, n_kv_heads = heads
     n_pages = [-(-kv_len // page_tokens) for _, kv_len in lengths]
@@ -61,6 +65,7 @@ def make_scene(
         both = []
         for i in range(2):
             x_SKE = torch.randn(kv_len, n_kv_heads, head_dim, device="cuda", generator=generator)
+            x_SKE[: 150 if i == 0 else 0 : 3] *= loudness
             if kv_dtype == torch.bfloat16:
                 stored_SKE, scale_SK = x_SKE.to(kv_dtype), torch.ones(x_SKE.shape[:2], device="cuda")
             else:
@@ -158,6 +163,13 @@ def test_large_scores_do_not_overflow() -> None:
     check(make_scene([(200, 300)]), scale=20.0)
 
 
+@pytest.mark.parametrize("window", [None, 150])
+@pytest.mark.parametrize("loudness", [3.0, 30.0, 300.0])
+def test_scores_may_outgrow_those_seen_first(loudness: float, window: int | None) -> None:
+    """Keys are read from the last to the first, and weights are relative to the peak of the last."""
+    check(make_scene([*RAGGED, (500, 700)], loudness=loudness), scale=0.3, window=window)
+
+
 def test_sequences_before_the_first_are_left_alone() -> None:
     """They belong to the decode kernel."""
     scene = make_scene([(1, 40), (1, 90), (70, 100)])
@@ -182,7 +194,7 @@ def test_a_step_with_more_runs_than_one_launch_takes() -> None:
 
 
 def test_a_captured_graph_replays_with_new_data() -> None:
-    """Counters reset themselves, lengths are read on the device."""
+    """Nothing is left from one replay to the next."""
     scene = make_scene([(40, 300), (150, 150)])
     prefill(scene.q_THE, scene.kv, scene.span, 0.1, None, None)
     graph = torch.cuda.CUDAGraph()

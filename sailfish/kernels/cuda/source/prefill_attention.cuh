@@ -73,7 +73,7 @@ __device__ __forceinline__ Tile tile_of(const Problem& problem, const Work& work
     return tile;
 }
 
-// Whether block `block` of the tile holds a key that some row must not see.
+// Whether some row of the tile must not see some of the KEYS keys from `first_key`.
 template <int KEYS>
 __device__ __forceinline__ bool has_hidden(const Tile& tile, int32_t first_key, int32_t window) {
     return first_key + KEYS - 1 > tile.position || first_key <= tile.position + tile.n_queries - 1 - window;
@@ -89,12 +89,25 @@ __device__ __forceinline__ void hide(float (&score)[KEYS / 2], int half, int32_t
 #pragma unroll
         for (int c = 0; c < 2; ++c)
             if (8 * j + c > last) score[4 * j + 2 * half + c] = NEVER;
-    if (first <= -at) return;
+    if (first <= 0) return;
 #pragma unroll
     for (int j = 0; j < KEYS / 8; ++j)
 #pragma unroll
         for (int c = 0; c < 2; ++c)
             if (8 * j + c < first) score[4 * j + 2 * half + c] = NEVER;
+}
+
+// Four 8 x 8 matrices of shared memory in fragment order.
+__device__ __forceinline__ void load_fragments(uint32_t (&r)[4], uint32_t address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+}
+// d[16 x 8] += a[16 x 16] b[16 x 8] by one warp.
+__device__ __forceinline__ void multiply(float* d, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, "
+                 "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 __device__ __forceinline__ float power_of_2(float x) {

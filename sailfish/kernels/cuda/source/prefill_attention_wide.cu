@@ -1,42 +1,16 @@
 // Paged prefill attention on Hopper's wgmma.
 //
-// Defined per variant: HEAD (64 or 128), KV_BITS (16, or 8: int8 or e4m3) and PEERS (blocks of a cluster, 1 or 2;
-// 1 with 8 bits). A persistent block has one
-// producer warp, which walks over the block's tiles and keeps Q, K and V coming through the bulk copy engine,
-// and two consumer warpgroups of 64 rows each, with Q in registers. A consumer starts the next scores
-// before the last weighted sum, so that its softmax runs while the tensor cores work. The two blocks of a cluster have tiles with the same keys: each fetches half of them for both.
-// Keys and values of 8 bits come as they are; three more warps turn them into bf16, a block ahead.
+// Defined per variant: HEAD (64 or 128), KV_BITS (16, or 8: int8 or e4m3) and PEERS (blocks of a cluster: 1, or
+// with 16 bits 2). A persistent block has one producer warp, which walks over the block's tiles and keeps Q, K
+// and V coming through the bulk copy engine, and two consumer warpgroups of 64 rows each, with Q in registers.
+// A consumer starts the next scores before the last weighted sum, so that its softmax runs while the tensor
+// cores work. The two blocks of a cluster have tiles with the same keys: each fetches half of them for both.
+// Keys and values of 8 bits come as they are; three more warps turn them into bf16 for the tensor cores.
 // Source: Shah et al. 2024 (FlashAttention-3).
-#include "prefill_attention.cuh"
-#include "prefill_attention_wide.cuh"
+#include "prefill_attention_feed.cuh"
 
-constexpr int ROWS = 128, KEYS = 128, PANELS = HEAD / 64, CONSUMER_WARPS = 8;
-constexpr int STAGES = KV_BITS == 16 ? 3 : 2, RAW_SLOTS = 4, CONVERTERS = KV_BITS == 16 ? 0 : 3;
 constexpr int PRODUCER_REGISTERS = KV_BITS == 16 ? 40 : 56, CONSUMER_REGISTERS = KV_BITS == 16 ? 232 : 224;
-constexpr int Q_BYTES = ROWS * HEAD * 2, Q_PANEL = ROWS * 128, KV_BYTES = KEYS * HEAD * 2;
-constexpr int PANEL = KEYS * 128;  // bytes of 64 columns of a block of keys
-constexpr int K_AT = Q_BYTES, V_AT = K_AT + STAGES * KV_BYTES, RAW_AT = V_AT + STAGES * KV_BYTES;
-constexpr int RAW_BYTES = KEYS * HEAD, TILE_AT = RAW_AT + (KV_BITS == 16 ? 0 : RAW_SLOTS * RAW_BYTES);
-constexpr int BARRIERS_AT = TILE_AT + 33 * sizeof(Tile);
-constexpr float LAZY = 8.0f;  // a row's sums are rescaled once its peak has grown by 2^8, not every time
-static_assert(sizeof(Tile) % 8 == 0, "barriers are aligned");
-
-struct Maps {
-    TensorMap q, k, v;  // boxes of 64 columns: a tile's rows; up to 64 tokens of one head in one page
-};
-
-// Addresses of the block's barriers.
-struct Barriers {
-    uint32_t at;
-    __device__ __forceinline__ uint32_t q_full() const { return at; }
-    __device__ __forceinline__ uint32_t q_empty() const { return at + 8; }
-    __device__ __forceinline__ uint32_t k_full(int i) const { return at + 16 + 8 * i; }
-    __device__ __forceinline__ uint32_t k_empty(int i) const { return at + 16 + 8 * (STAGES + i); }
-    __device__ __forceinline__ uint32_t v_full(int i) const { return at + 16 + 8 * (2 * STAGES + i); }
-    __device__ __forceinline__ uint32_t v_empty(int i) const { return at + 16 + 8 * (3 * STAGES + i); }
-    __device__ __forceinline__ uint32_t raw_full(int i) const { return at + 16 + 8 * (4 * STAGES + i); }
-    __device__ __forceinline__ uint32_t raw_empty(int i) const { return at + 16 + 8 * (4 * STAGES + RAW_SLOTS + i); }
-};
+constexpr float LARGEST = 1099511627776.0f;  // 2^40: of a row's sum of weights over a block before it is rescaled
 
 // Tell every block of the cluster that this warp is done with a stage.
 __device__ __forceinline__ void release(uint32_t barrier) {
@@ -45,226 +19,7 @@ __device__ __forceinline__ void release(uint32_t barrier) {
     if (PEERS > 1 && lane < PEERS) barrier_arrive_at(barrier, lane);
 }
 
-// ---- the producer ---------------------------------------------------------------------------------
-
-// The items of a block: the list is dealt out to clusters forwards and backwards in turn, so that each gets
-// as much work; neighbours in a cluster get neighbours in the list.
-__device__ __forceinline__ int32_t item_of(int32_t round) {
-    uint32_t grid = gridDim.x, block = blockIdx.x;
-    asm volatile("" : "+r"(grid), "+r"(block));  // else what follows from them is held in registers
-    return round * grid + (round & 1 ? grid - block - PEERS + 2 * (block % PEERS) : block);
-}
-
-// The tile at a place in shared memory, in uniform registers.
-__device__ __forceinline__ Tile broadcast(const Tile& tile) {
-    return {__shfl_sync(ALL_LANES, tile.first_query, 0), __shfl_sync(ALL_LANES, tile.n_queries, 0),
-            __shfl_sync(ALL_LANES, tile.position, 0),    __shfl_sync(ALL_LANES, tile.first_head, 0),
-            __shfl_sync(ALL_LANES, tile.kv_head, 0),     __shfl_sync(ALL_LANES, tile.kv_len, 0),
-            __shfl_sync(ALL_LANES, tile.key_begin, 0),   __shfl_sync(ALL_LANES, tile.n_blocks, 0),
-            tile.pages};
-}
-
-// A block of keys of one tile on its way: lane i brings box i of this block's share.
-struct Boxes {
-    int shift;           // log2 of the tokens of a box
-    int token, in_page;  // of this lane's box, in its block of keys; in its page
-    bool is_mine;
-
-    __device__ __forceinline__ explicit Boxes(int page_shift) {
-        const int lane = threadIdx.x % 32, rank = PEERS == 1 ? 0 : cluster_rank();
-        shift = min(page_shift, 6);
-        const int share = (KEYS / PEERS) >> shift;
-        token = (rank * share + lane) << shift;
-        in_page = token & ((1 << page_shift) - 1);
-        is_mine = lane < share;
-    }
-    // To `to`, when the barrier `empty` says so.
-    __device__ __forceinline__ void bring(uint32_t to, const TensorMap& map, uint32_t full, uint32_t empty,
-                                          uint32_t parity, int head, int page, bool exists, int n_tokens) {
-        barrier_wait(empty, parity);
-        if (threadIdx.x % 32 == 0)
-            barrier_expect(full, ((n_tokens + (1 << shift) - 1) >> shift << shift) * HEAD * KV_BITS / 8);
-        __syncwarp();
-        if (!exists) return;
-        if constexpr (KV_BITS == 8) {
-            copy_tokens<1>(to + token * HEAD, map, 0, in_page, head, page, full);
-        } else {
-#pragma unroll
-            for (int panel = 0; panel < PANELS; ++panel)
-                copy_tokens<PEERS>(to + panel * PANEL + token * 128, map, panel * 64, in_page, head, page, full);
-        }
-    }
-};
-
-__device__ __forceinline__ void produce(const Problem& problem, const Work& work, const Maps& maps, uint32_t shared,
-                                        Tile* sent, Barriers barriers) {
-    const int lane = threadIdx.x % 32;
-    Boxes boxes(problem.page_shift);
-    uint32_t n_sent = 0, n = 0;  // tiles, blocks of keys
-    for (int32_t round = 0;; round += 32) {
-        const int32_t item = item_of(round + lane);
-        const bool is_item = item < work.n_entries * problem.n_heads;
-        __syncwarp();
-        if (is_item) sent[1 + lane] = tile_of<ROWS, KEYS, PEERS>(problem, work, item);
-        const int n_items = __popc(__ballot_sync(ALL_LANES, is_item));
-        for (int i = 0; i < 32; ++i) {
-            const bool is_end = i == n_items;
-            Tile tile = broadcast(sent[1 + i]);
-            if (is_end) tile.n_blocks = -1;
-            else if (tile.n_blocks < 0) continue;
-            barrier_wait(barriers.q_empty(), (n_sent & 1) ^ 1);
-            ++n_sent;
-            if (lane == 0) {
-                *sent = tile;
-                if (is_end) {
-                    barrier_arrive(barriers.q_full());
-                } else {
-                    barrier_expect(barriers.q_full(), Q_BYTES);
-                    for (int panel = 0; panel < PANELS; ++panel)
-                        copy_rows(shared + panel * Q_PANEL, maps.q, panel * 64, tile.first_head, tile.first_query,
-                                  barriers.q_full());
-                }
-            }
-            if (is_end) return;
-            int32_t first_key = tile.key_begin + (tile.n_blocks - 1) * KEYS;
-            bool exists = boxes.is_mine && first_key + boxes.token < tile.kv_len && tile.n_blocks > 0;
-            int32_t page = exists ? tile.pages[(first_key + boxes.token) >> problem.page_shift] : 0;
-            for (int32_t block = tile.n_blocks - 1; block >= 0; --block, ++n) {
-                const int32_t n_tokens = min(KEYS, tile.kv_len - first_key);
-                first_key -= KEYS;
-                int32_t next = 0;
-                if (block > 0 && boxes.is_mine) next = tile.pages[(first_key + boxes.token) >> problem.page_shift];
-#if KV_BITS == 8
-                const uint32_t slot = 2 * n % RAW_SLOTS, parity = (2 * n / RAW_SLOTS & 1) ^ 1;
-                const uint32_t raw = shared + RAW_AT + slot * RAW_BYTES;
-                boxes.bring(raw, maps.k, barriers.raw_full(slot), barriers.raw_empty(slot), parity, tile.kv_head,
-                            page, exists, n_tokens);
-                boxes.bring(raw + RAW_BYTES, maps.v, barriers.raw_full(slot + 1), barriers.raw_empty(slot + 1),
-                            parity, tile.kv_head, page, exists, n_tokens);
-#else
-                const uint32_t stage = n % STAGES, parity = (n / STAGES & 1) ^ 1;
-                boxes.bring(shared + K_AT + stage * KV_BYTES, maps.k, barriers.k_full(stage),
-                            barriers.k_empty(stage), parity, tile.kv_head, page, exists, n_tokens);
-                boxes.bring(shared + V_AT + stage * KV_BYTES, maps.v, barriers.v_full(stage),
-                            barriers.v_empty(stage), parity, tile.kv_head, page, exists, n_tokens);
-#endif
-                page = next;
-                exists = boxes.is_mine;
-            }
-        }
-    }
-}
-
-// ---- the converters -------------------------------------------------------------------------------
-
-#if KV_BITS == 8
-// The 48 rows of a block of keys that a warp converts, the last 8 of which the next one does too: as fast as to
-// stop earlier, and lengths are constants. Lane i holds the scales of row i and of row 32 + i.
-constexpr int SHARE = 48;
-struct Share {
-    int first;
-    int32_t page[2];    // of a block two ahead
-    float k[2], v[2];   // of the block ahead
-
-    __device__ __forceinline__ int32_t token(int i, int32_t first_key, const Tile& tile) {
-        int lane = threadIdx.x % 32;
-        asm volatile("" : "+r"(lane));  // else rows and pages are held in registers, which are short
-        const int row = first + 32 * i + lane;
-        return 32 * i + lane < SHARE && first_key + row < tile.kv_len ? first_key + row : -1;
-    }
-    __device__ __forceinline__ void load_pages(const Problem& problem, const Tile& tile, int32_t first_key) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const int32_t at = token(i, first_key, tile);
-            page[i] = at >= 0 ? tile.pages[at >> problem.page_shift] : 0;
-        }
-    }
-    __device__ __forceinline__ void load_scales(const Problem& problem, const Tile& tile, int32_t first_key) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const int32_t at = token(i, first_key, tile);
-            const int32_t inside = (at & ((1 << problem.page_shift) - 1)) * problem.n_kv_heads + tile.kv_head;
-            const int64_t slot = page[i] * problem.scale_stride + inside;
-            k[i] = at >= 0 ? problem.k_scale_NPK[slot] : 0.0f;  // a scale of zero makes zeros of what is no token
-            v[i] = at >= 0 ? problem.v_scale_NPK[slot] : 0.0f;
-        }
-    }
-};
-
-template <bool FP8>
-__device__ __forceinline__ void convert(uint32_t from, uint32_t to, const Share& share, const float (&scale)[2]) {
-    constexpr int STEP = 32 * 16 / HEAD;  // rows at once; 8 lanes write two rows' quarters of a panel: no conflict
-    int lane = threadIdx.x % 32;
-    asm volatile("" : "+r"(lane));
-    const int unit = lane % 4, panel = PANELS == 2 ? lane / 8 % 2 : 0;
-    const int below = PANELS == 2 ? lane / 4 % 2 + lane / 16 * 2 : lane / 4;
-    from += (share.first + below) * HEAD + panel * 64 + unit * 16;
-    to += panel * PANEL + (share.first + below) * 128;
-    const uint32_t swizzled = ((2 * unit) ^ below) * 16;
-#pragma unroll
-    for (int part = 0; part < 2; ++part) {
-#pragma unroll 2
-        for (int row = 0; row < (part ? SHARE - 32 : 32); row += STEP) {
-            const float s = __shfl_sync(ALL_LANES, scale[part], row + below);
-            uint4 raw, low, high;
-            asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                         : "=r"(raw.x), "=r"(raw.y), "=r"(raw.z), "=r"(raw.w)
-                         : "r"(from + (32 * part + row) * HEAD) : "memory");
-            widen_16<FP8>(raw, s, low, high);
-            const uint32_t at = to + (32 * part + row) * 128, column = swizzled ^ row % 8 * 16;
-            asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(at + column), "r"(low.x), "r"(low.y),
-                         "r"(low.z), "r"(low.w) : "memory");
-            asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(at + (column ^ 16)), "r"(high.x),
-                         "r"(high.y), "r"(high.z), "r"(high.w) : "memory");
-        }
-    }
-}
-
-template <bool FP8>
-__device__ __forceinline__ void convert_all(const Problem& problem, uint32_t shared, const Tile* sent,
-                                            Barriers barriers) {
-    const int warp = __shfl_sync(ALL_LANES, threadIdx.x / 32, 0) - 1;
-    const bool is_first_lane = threadIdx.x % 32 == 0;
-    Share share;
-    share.first = 40 * warp;
-    constexpr uint32_t ODD = 1u << 31;
-    for (uint32_t n = 0;; n ^= ODD) {  // blocks of keys so far, and whether the tiles so far are odd: one register
-        barrier_wait(barriers.q_full(), n / ODD);
-        const Tile tile = broadcast(*sent);
-        if (tile.n_blocks < 0) return;
-        __syncwarp();
-        if (is_first_lane) barrier_arrive(barriers.q_empty());
-        if (tile.n_blocks == 0) continue;
-        int32_t first_key = tile.key_begin + (tile.n_blocks - 1) * KEYS;
-        share.load_pages(problem, tile, first_key);
-        share.load_scales(problem, tile, first_key);
-        if (tile.n_blocks > 1) share.load_pages(problem, tile, first_key - KEYS);
-        for (int32_t block = tile.n_blocks - 1; block >= 0; --block, ++n) {
-            const float k[2] = {share.k[0], share.k[1]}, v[2] = {share.v[0], share.v[1]};
-            first_key -= KEYS;
-            if (block > 0) share.load_scales(problem, tile, first_key);
-            if (block > 1) share.load_pages(problem, tile, first_key - KEYS);
-            const uint32_t slot = 2 * n % RAW_SLOTS, stage = n % STAGES;
-#pragma unroll 1
-            for (int i = 0; i < 2; ++i) {
-                const float scale[2] = {i ? v[0] : k[0], i ? v[1] : k[1]};
-                barrier_wait(barriers.raw_full(slot + i), 2 * n / RAW_SLOTS & 1);
-                barrier_wait(i ? barriers.v_empty(stage) : barriers.k_empty(stage), (n / STAGES & 1) ^ 1);
-                const uint32_t to = shared + (i ? V_AT : K_AT) + stage * KV_BYTES;
-                convert<FP8>(shared + RAW_AT + (slot + i) * RAW_BYTES, to, share, scale);
-                fence_async();
-                __syncwarp();
-                if (is_first_lane) {
-                    barrier_arrive(barriers.raw_empty(slot + i));
-                    barrier_arrive(i ? barriers.v_full(stage) : barriers.k_full(stage));
-                }
-            }
-        }
-    }
-}
-#endif
-
-// ---- the consumers --------------------------------------------------------------------------------
+// ---- products -------------------------------------------------------------------------------------
 
 using Query = uint32_t[HEAD / 16][4];
 __device__ __forceinline__ void load_query(Query& q, uint32_t shared) {
@@ -272,16 +27,15 @@ __device__ __forceinline__ void load_query(Query& q, uint32_t shared) {
 #pragma unroll
     for (int step = 0; step < HEAD / 16; ++step) {
         const uint32_t at = shared + step / 4 * Q_PANEL + row * 128 + ((step % 4 * 2 + lane / 16) ^ row % 8) * 16;
-        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(q[step][0]), "=r"(q[step][1]), "=r"(q[step][2]), "=r"(q[step][3]) : "r"(at) : "memory");
+        load_fragments(q[step], at);
     }
 }
-__device__ __forceinline__ void start_scores(float (&score)[KEYS / 2], const Query& q, uint32_t k) {
+template <int N>
+__device__ __forceinline__ void start_scores(float (&score)[N], const Query& q, uint32_t k) {
     const uint32_t b = descriptor(k, 16);
 #pragma unroll
-    for (int step = 0; step < HEAD / 16; ++step) {
+    for (int step = 0; step < HEAD / 16; ++step)
         wgmma<false>(score, q[step], b + ((step / 4 * PANEL + step % 4 * 32) >> 4), step > 0);
-    }
     wgmma_commit();
 }
 __device__ __forceinline__ void start_values(float (&sum)[HEAD / 2], const uint32_t (&p)[KEYS / 4], uint32_t v,
@@ -289,67 +43,106 @@ __device__ __forceinline__ void start_values(float (&sum)[HEAD / 2], const uint3
     const uint32_t b = descriptor(v, PANEL);
 #pragma unroll
     for (int step = 0; step < KEYS / 16; ++step)
-        wgmma<true>(sum, p + 4 * step, b + (step * 128), step > 0 || add);
+        wgmma<true>(sum, p + 4 * step, b + step * 128, step > 0 || add);
     wgmma_commit();
 }
 
-// Right to 5e-4, as FlashAttention has it; a more precise one does not fit the registers.
+// ---- softmax --------------------------------------------------------------------------------------
+
+// Right to 5e-4, as FlashAttention has it, in one instruction.
 __device__ __forceinline__ float quick_tanh(float x) {
     asm("tanh.approx.f32 %0, %0;" : "+f"(x));
     return x;
 }
 
-// A row pair's running softmax: exponents are relative to `shift`, which follows the peak lazily.
+// A row pair's running softmax. Weights are exponentials relative to `shift`, the peak of the first keys seen:
+// not to the peak so far, whose search would stand between scores and weights in every block of keys. Sums
+// that outgrow LARGEST tell that a shift is too low; the scores are then made again and their peaks searched.
 struct Running {
     float shift[2], total[2], fade[2];
-    bool fades;  // whether some row of the warp must multiply its sums by `fade`
+    bool fades;    // whether some row of the warp must multiply its sums by `fade`
+    bool is_open;  // whether some row of the warp has seen no key
 };
 
-// Turn scores into weights, and say what earlier sums must be multiplied by.
-__device__ __forceinline__ void weigh(float (&score)[KEYS / 2], Running& run, const Problem& problem,
-                                      const Tile& tile, int32_t first_key, int row) {
+template <int N>
+__device__ __forceinline__ void cap_and_hide(float (&score)[N], const Problem& problem, const Tile& tile,
+                                             int32_t first_key, int row) {
     if (problem.cap_scale != 0.0f) {
 #pragma unroll
-        for (int i = 0; i < KEYS / 2; ++i) score[i] = quick_tanh(score[i] * problem.cap_scale);
+        for (int i = 0; i < N; ++i) score[i] = quick_tanh(score[i] * problem.cap_scale);
     }
-    if (has_hidden<KEYS>(tile, first_key, problem.window)) {
+    if (has_hidden<2 * N>(tile, first_key, problem.window)) {
 #pragma unroll
-        for (int half = 0; half < 2; ++half)
-            hide<KEYS>(score, half, first_key, tile.position + (row + 8 * half >> problem.pack_shift), problem.window);
+        for (int half = 0; half < 2; ++half) {
+            const int query = row + 8 * half >> problem.pack_shift;
+            hide<2 * N>(score, half, first_key, tile.position + query, problem.window);
+        }
     }
-    float high[2], base[2];
+}
+
+// Turn a row's scores into weights and return their sum.
+template <int N>
+__device__ __forceinline__ float weights_of(float (&score)[N], int half, float scale, float shift) {
+    float part[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+    for (int j = 0; j < N / 4; ++j)
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+            float& x = score[4 * j + 2 * half + c];
+            x = power_of_2(x * scale - shift);
+            part[j % 2 * 2 + c] += x;
+        }
+    return (part[0] + part[1]) + (part[2] + part[3]);
+}
+
+// Turn scores into weights relative to the shifts as they are; false: some are too large.
+__device__ __forceinline__ bool weigh_boldly(float (&score)[KEYS / 2], Running& run, const Problem& problem) {
+    float sum[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) sum[half] = weights_of(score, half, problem.log2_scale, run.shift[half]);
+    run.fades = false;
+    if (!__all_sync(ALL_LANES, sum[0] < LARGEST && sum[1] < LARGEST)) return false;
+    run.total[0] += sum[0];
+    run.total[1] += sum[1];
+    return true;
+}
+
+// Turn scores into weights relative to the peaks so far, and say what earlier sums must be multiplied by.
+template <int N>
+__device__ __forceinline__ void weigh(float (&score)[N], Running& run, const Problem& problem) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         float part[4] = {NEVER, NEVER, NEVER, NEVER};
 #pragma unroll
-        for (int j = 0; j < KEYS / 8; ++j)
+        for (int j = 0; j < N / 4; ++j)
             part[j % 4] = fmaxf(part[j % 4], fmaxf(score[4 * j + 2 * half], score[4 * j + 2 * half + 1]));
-        high[half] = quad_max(fmaxf(fmaxf(part[0], part[1]), fmaxf(part[2], part[3]))) * problem.log2_scale;
+        const float high = quad_max(fmaxf(fmaxf(part[0], part[1]), fmaxf(part[2], part[3]))) * problem.log2_scale;
+        const float shift = fmaxf(run.shift[half], high);
+        run.fade[half] = shift == NEVER ? 1.0f : power_of_2(run.shift[half] - shift);
+        run.shift[half] = shift;
+        const float sum = weights_of(score, half, problem.log2_scale, shift == NEVER ? 0.0f : shift);
+        run.total[half] = run.total[half] * run.fade[half] + sum;
     }
-    const bool grows = high[0] > run.shift[0] + LAZY || high[1] > run.shift[1] + LAZY;
-    run.fades = __any_sync(ALL_LANES, grows);
-    if (run.fades) {
+    run.fades = true;
+    run.is_open = __any_sync(ALL_LANES, run.shift[0] == NEVER || run.shift[1] == NEVER);
+}
+
+// Make this warp's scores again, which weigh_boldly has overwritten.
+__device__ __forceinline__ void score_again(float (&score)[KEYS / 2], const Query& q, uint32_t k) {
+    const int lane = threadIdx.x % 32;
+    k += (lane % 8 + lane / 16 * 8) * 128;
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const float shift = fmaxf(run.shift[half], high[half]);
-            run.fade[half] = shift == NEVER ? 1.0f : power_of_2(run.shift[half] - shift);
-            run.shift[half] = shift;
-            run.total[half] *= run.fade[half];
+    for (int i = 0; i < KEYS / 2; ++i) score[i] = 0.0f;
+#pragma unroll
+    for (int step = 0; step < HEAD / 16; ++step) {
+        const uint32_t at = k + step / 4 * PANEL + (((step % 4 * 2 + lane / 8 % 2) ^ lane % 8) * 16);
+#pragma unroll
+        for (int j = 0; j < KEYS / 16; ++j) {
+            uint32_t b[4];
+            load_fragments(b, at + j * 16 * 128);
+            multiply(score + 8 * j, q[step], b[0], b[1]);
+            multiply(score + 8 * j + 4, q[step], b[2], b[3]);
         }
-    }
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        base[half] = run.shift[half] == NEVER ? 0.0f : run.shift[half];
-        float part[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll
-        for (int j = 0; j < KEYS / 8; ++j)
-#pragma unroll
-            for (int c = 0; c < 2; ++c) {
-                float& x = score[4 * j + 2 * half + c];
-                x = power_of_2(x * problem.log2_scale - base[half]);
-                part[j % 2 * 2 + c] += x;
-            }
-        run.total[half] += (part[0] + part[1]) + (part[2] + part[3]);
     }
 }
 
@@ -384,19 +177,38 @@ __device__ __forceinline__ void consume(const Problem& problem, uint32_t shared,
         load_query(q, shared + group * 64 * 128);
         if (lane == 0) barrier_arrive(barriers.q_empty());
         float sum[HEAD / 2];
-        Running run = {{NEVER, NEVER}, {0.0f, 0.0f}, {1.0f, 1.0f}, false};
+        Running run = {{NEVER, NEVER}, {0.0f, 0.0f}, {1.0f, 1.0f}, false, true};
         if (tile.n_blocks > 0) {
-            float score[KEYS / 2];
             uint32_t p[KEYS / 4];
             int32_t first_key = tile.key_begin + (tile.n_blocks - 1) * KEYS;
             barrier_wait(barriers.k_full(n % STAGES), n / STAGES & 1);
-            wgmma_fence();
-            start_scores(score, q, shared + K_AT + n % STAGES * KV_BYTES);
-            wgmma_wait<0>();
-            settle(score);
-            release(barriers.k_empty(n % STAGES));
-            weigh(score, run, problem, tile, first_key, row);
-            round_weights(p, score);
+            const uint32_t k = shared + K_AT + n % STAGES * KV_BYTES;
+            if (tile.position + tile.n_queries <= first_key + KEYS / 2) {
+                // No row of the tile sees the second half of its last block of keys: its weights are zero.
+                float half[KEYS / 4];
+                wgmma_fence();
+                start_scores(half, q, k);
+                wgmma_wait<0>();
+                settle(half);
+                release(barriers.k_empty(n % STAGES));
+                cap_and_hide(half, problem, tile, first_key, row);
+                weigh(half, run, problem);
+#pragma unroll
+                for (int i = 0; i < KEYS / 8; ++i) {
+                    p[i] = pack<bf16>(half[2 * i], half[2 * i + 1]);
+                    p[KEYS / 8 + i] = 0;
+                }
+            } else {
+                float score[KEYS / 2];
+                wgmma_fence();
+                start_scores(score, q, k);
+                wgmma_wait<0>();
+                settle(score);
+                release(barriers.k_empty(n % STAGES));
+                cap_and_hide(score, problem, tile, first_key, row);
+                weigh(score, run, problem);
+                round_weights(p, score);
+            }
             if (KV_BITS == 16 && tile.kv_len < first_key + KEYS) {
                 barrier_wait(barriers.v_full(n % STAGES), n / STAGES & 1);
                 clean(shared + V_AT + n % STAGES * KV_BYTES, tile.kv_len - first_key);
@@ -404,6 +216,7 @@ __device__ __forceinline__ void consume(const Problem& problem, uint32_t shared,
             for (int32_t block = tile.n_blocks - 2; block >= 0; --block, ++n) {
                 const uint32_t stage = n % STAGES, ahead = (n + 1) % STAGES;
                 first_key -= KEYS;
+                float score[KEYS / 2];
                 barrier_wait(barriers.k_full(ahead), (n + 1) / STAGES & 1);
                 wgmma_fence();
                 start_scores(score, q, shared + K_AT + ahead * KV_BYTES);
@@ -412,8 +225,17 @@ __device__ __forceinline__ void consume(const Problem& problem, uint32_t shared,
                 start_values(sum, p, shared + V_AT + stage * KV_BYTES, block < tile.n_blocks - 2);
                 wgmma_wait<1>();
                 settle(score);
+                cap_and_hide(score, problem, tile, first_key, row);
+                bool is_done = false;
+                if (!run.is_open) {
+                    is_done = weigh_boldly(score, run, problem);
+                    if (!is_done) {
+                        score_again(score, q, shared + K_AT + ahead * KV_BYTES);
+                        cap_and_hide(score, problem, tile, first_key, row);
+                    }
+                }
                 release(barriers.k_empty(ahead));
-                weigh(score, run, problem, tile, first_key, row);
+                if (!is_done) weigh(score, run, problem);
                 wgmma_wait<0>();
                 settle(sum);
                 settle(p);
@@ -453,12 +275,12 @@ prefill_attention_wide(const __grid_constant__ Problem problem, const __grid_con
     const Barriers barriers = {shared + BARRIERS_AT};
     if (threadIdx.x == 0) {
         barrier_init(barriers.q_full(), 1);
-        barrier_init(barriers.q_empty(), CONSUMER_WARPS + CONVERTERS);
+        barrier_init(barriers.q_empty(), CONSUMERS + CONVERTERS);
         for (int i = 0; i < STAGES; ++i) {
             barrier_init(barriers.k_full(i), KV_BITS == 16 ? 1 : CONVERTERS);
-            barrier_init(barriers.k_empty(i), CONSUMER_WARPS * PEERS);
+            barrier_init(barriers.k_empty(i), CONSUMERS * PEERS);
             barrier_init(barriers.v_full(i), KV_BITS == 16 ? 1 : CONVERTERS);
-            barrier_init(barriers.v_empty(i), CONSUMER_WARPS * PEERS);
+            barrier_init(barriers.v_empty(i), CONSUMERS * PEERS);
         }
 #if KV_BITS == 8
         for (int i = 0; i < RAW_SLOTS; ++i) {
