@@ -81,11 +81,8 @@ STEP_US = {
     Shape(64, 2): 0.222,
     Shape(64, 2, per_sm=2): 0.215,
     Shape(64, 4): 0.403,
-    Shape(96, 2): 0.260,
-    Shape(96, 3): 0.360,
-    Shape(96, 4): 0.480,
     Shape(128, 2): 0.300,
-    Shape(128, 3): 0.415,
+    Shape(128, 3): 0.420,
     Shape(128, 4): 0.553,
     Shape(256, 2): 0.555,
 }
@@ -93,8 +90,8 @@ STEP_US = {
 SHAPES = tuple(STEP_US)
 _START_US = 3.0
 """What a launch takes beside its steps."""
-_SPLIT_US, _SUM_US = 0.3, 1.0e-5
-"""What it takes to add up a split tile, and for each byte of sums of its blocks."""
+_PART_US, _SUM_US = 0.25, 0.9e-5
+"""What it takes to add up a split tile, for each of its blocks and for each byte of their sums."""
 _BUSY_FRAC = 0.2
 """How much longer a step takes where all multiprocessors run."""
 _NARROW_FRAC = 0.35
@@ -143,6 +140,7 @@ class _MmaProblem(ctypes.Structure):
 
 def linear_int4(x_TI: Tensor, weight: Int4Weight, bias_O: Tensor | None = None) -> Tensor:
     """Return x @ weight.T + bias, [T, O] in x's dtype, which is the scales'."""
+    assert x_TI.shape[1] == weight.n_in and x_TI.dtype == weight.scale.dtype
     x_TI = _aligned(x_TI)
     # Rows of whole 16 bytes, which the copies want; the few weights that have others pay a copy.
     y_TO = x_TI.new_empty(x_TI.shape[0], _up(weight.n_out, 8))
@@ -183,8 +181,8 @@ def predict_us(n_tokens: int, n_out: int, n_in: int, n_processors: int, shape: S
     last_us = max(_LEAST_STEP_US, step_us * (_NARROW_FRAC + (1 - _NARROW_FRAC) * groups / shape.groups))
     steps_us = (n_waves - 1) * shape.per_sm * step_us + n_turns * last_us
     steps_us *= 1 + _BUSY_FRAC * min(1.0, n_tiles * splits / n_processors)
-    split_us = 0.0 if splits == 1 else _SPLIT_US + _SUM_US * splits * shape.rows * shape.tokens * 4
-    return _START_US + split_us + steps_us * -(-n_in // (UNIT * splits))
+    part_us = 0.0 if splits == 1 else _PART_US + _SUM_US * shape.rows * shape.tokens * 4
+    return _START_US + splits * part_us + steps_us * -(-n_in // (UNIT * splits))
 
 
 def launch(
@@ -246,6 +244,9 @@ def launch_mma(x_TI: Tensor, weight: Int4Weight, bias_O: Tensor | None, y_TO: Te
     splits = max(1, min(program.n_processors() // n_tiles, units // (2 * _MMA_SLOTS)))
     n_parts = 0 if splits == 1 else n_tiles * splits * tokens * _MMA_ROWS
     part = torch.empty(n_parts, dtype=torch.float32, device=x_TI.device)
+    # What a graph's capture makes belongs to the graph, which zeroes it at each replay.
+    counters = _new_counters if torch.cuda.is_current_stream_capturing() else _counters
+    arrived = counters(x_TI.device, program.stream())
     problem = _MmaProblem(
         _pointer(x_TI),
         _pointer(weight.packed),
@@ -254,7 +255,7 @@ def launch_mma(x_TI: Tensor, weight: Int4Weight, bias_O: Tensor | None, y_TO: Te
         _pointer(bias_O),
         _pointer(y_TO),
         _pointer(part),
-        _pointer(_arrived(x_TI.device, program.stream())),
+        _pointer(arrived),
         n_tokens,
         x_TI.shape[1],
         x_TI.stride(0),
@@ -274,8 +275,12 @@ def launch_mma(x_TI: Tensor, weight: Int4Weight, bias_O: Tensor | None, y_TO: Te
 
 
 @cache
-def _arrived(device: torch.device, stream: int) -> Tensor:
+def _counters(device: torch.device, stream: int) -> Tensor:
     """Return counters that are zero between launches; launches of one stream follow each other."""
+    return _new_counters(device, stream)
+
+
+def _new_counters(device: torch.device, stream: int) -> Tensor:
     return torch.zeros(_MMA_SPLIT_TILES, dtype=torch.int32, device=device)
 
 

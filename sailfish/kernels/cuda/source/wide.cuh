@@ -157,7 +157,8 @@ __device__ __forceinline__ void wgmma(float* d, const uint32_t* a, uint64_t b, i
 #define WGMMA_D32 WGMMA_R0
 template <>
 __device__ __forceinline__ void wgmma<32>(float* d, const uint32_t* a, uint64_t b, int add) {
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %21, 0;\nwgmma.mma_async.sync.aligned.m64n32k16" WGMMA_KIND "{" WGMMA_D32
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %21, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n32k16" WGMMA_KIND "{" WGMMA_D32
                  "}, {%16, %17, %18, %19}, %20, p, 1, 1, 0;\n}"
                  : WGMMA_16(0)
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
@@ -165,39 +166,27 @@ __device__ __forceinline__ void wgmma<32>(float* d, const uint32_t* a, uint64_t 
 #define WGMMA_D64 WGMMA_R0 ", " WGMMA_R16
 template <>
 __device__ __forceinline__ void wgmma<64>(float* d, const uint32_t* a, uint64_t b, int add) {
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\nwgmma.mma_async.sync.aligned.m64n64k16" WGMMA_KIND "{" WGMMA_D64
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n64k16" WGMMA_KIND "{" WGMMA_D64
                  "}, {%32, %33, %34, %35}, %36, p, 1, 1, 0;\n}"
                  : WGMMA_32(0)
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
-}
-#define WGMMA_D96 WGMMA_R0 ", " WGMMA_R16 ", " WGMMA_R32
-template <>
-__device__ __forceinline__ void wgmma<96>(float* d, const uint32_t* a, uint64_t b, int add) {
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %53, 0;\nwgmma.mma_async.sync.aligned.m64n96k16" WGMMA_KIND "{" WGMMA_D96
-                 "}, {%48, %49, %50, %51}, %52, p, 1, 1, 0;\n}"
-                 : WGMMA_32(0), WGMMA_16(32)
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
 }
 #define WGMMA_D128 WGMMA_R0 ", " WGMMA_R16 ", " WGMMA_R32 ", " WGMMA_R48
 template <>
 __device__ __forceinline__ void wgmma<128>(float* d, const uint32_t* a, uint64_t b, int add) {
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\nwgmma.mma_async.sync.aligned.m64n128k16" WGMMA_KIND "{" WGMMA_D128
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n128k16" WGMMA_KIND "{" WGMMA_D128
                  "}, {%64, %65, %66, %67}, %68, p, 1, 1, 0;\n}"
                  : WGMMA_64(0)
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
 }
-#define WGMMA_D192 WGMMA_R0 ", " WGMMA_R16 ", " WGMMA_R32 ", " WGMMA_R48 ", " WGMMA_R64 ", " WGMMA_R80
-template <>
-__device__ __forceinline__ void wgmma<192>(float* d, const uint32_t* a, uint64_t b, int add) {
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %101, 0;\nwgmma.mma_async.sync.aligned.m64n192k16" WGMMA_KIND "{" WGMMA_D192
-                 "}, {%96, %97, %98, %99}, %100, p, 1, 1, 0;\n}"
-                 : WGMMA_64(0), WGMMA_32(64)
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
-}
-#define WGMMA_D256 WGMMA_R0 ", " WGMMA_R16 ", " WGMMA_R32 ", " WGMMA_R48 ", " WGMMA_R64 ", " WGMMA_R80 ", " WGMMA_R96 ", " WGMMA_R112
+#define WGMMA_D256 \
+    WGMMA_D128 ", " WGMMA_R64 ", " WGMMA_R80 ", " WGMMA_R96 ", " WGMMA_R112
 template <>
 __device__ __forceinline__ void wgmma<256>(float* d, const uint32_t* a, uint64_t b, int add) {
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %133, 0;\nwgmma.mma_async.sync.aligned.m64n256k16" WGMMA_KIND "{" WGMMA_D256
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %133, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n256k16" WGMMA_KIND "{" WGMMA_D256
                  "}, {%128, %129, %130, %131}, %132, p, 1, 1, 0;\n}"
                  : WGMMA_64(0), WGMMA_64(64)
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));

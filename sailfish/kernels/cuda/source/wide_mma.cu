@@ -138,7 +138,8 @@ __device__ __forceinline__ void store(const Problem& p, const float (&sum)[2][OC
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             const int row = (warp % 4 * 2 + i) * 16 + r * 8 + lane / 4;
-            const float bias = p.bias_O != nullptr && first_row + row < p.n_out ? to_float(p.bias_O[first_row + row]) : 0.f;
+            const bool has_bias = p.bias_O != nullptr && first_row + row < p.n_out;
+            const float bias = has_bias ? to_float(p.bias_O[first_row + row]) : 0.f;
 #pragma unroll
             for (int octet = 0; octet < OCTETS; ++octet)
 #pragma unroll

@@ -51,7 +51,8 @@ __device__ __forceinline__ Strip load_strip(uint32_t codes, uint32_t scales, uin
     for (int half = 0; half < 2; ++half)
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            strip.scale[half][r] = strip.scale[0][r], strip.minus[half][r] = has_zero ? strip.minus[0][r] : MINUS_MIDDLE;
+            strip.scale[half][r] = strip.scale[0][r];
+            strip.minus[half][r] = has_zero ? strip.minus[0][r] : MINUS_MIDDLE;
             if (half > 0 && groups == 1) continue;
             strip.scale[half][r] = load_pair_of(scales + half * 32 + r * 16);
             if (has_zero)
