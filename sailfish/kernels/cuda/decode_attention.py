@@ -140,9 +140,9 @@ def decode(
     q_BHE: bfloat16, rows of any stride, heads contiguous; with several queries a sequence those of one
     follow each other, B * n_queries rows in all. kv: bfloat16, or 8 bits with scales; blocks of any
     stride, contiguous inside. block_table_RW, row_B, kv_len_B: int32; a sequence of length 0 yields
-    zeros. max_kv_tokens: no sequence is longer; it only bounds the grid. is_settled: the kernel just
-    ahead on the stream lets the next begin only after its own wait, so that all but the newest n_queries
-    tokens, and the tables, may be read while it still runs.
+    zeros. max_kv_tokens: no sequence is longer; it only bounds the grid. is_settled: what wrote the
+    tables, and all but the newest n_queries tokens, has ended when this kernel may begin, since some kernel
+    in between lets nobody begin before its own wait; they are then read while that just ahead still runs.
 
     One launch (per 512 sequences), the same for any lengths. The first call for a shape allocates what
     blocks exchange, so it must not be inside a graph capture; calls of one device run one at a time.

@@ -1,212 +1,27 @@
 // Paged attention of sequences with one or a few queries each, in one launch that divides the cache evenly
-// among the blocks. HEAD: elements of a head; KV: what the cache holds, 0 bf16, 1 int8, 2 float8 e4m3; QUERY_TILES:
-// eights of (query, head) rows that share a kv head; WARPS of a block; STAGES: tiles a warp has on the way;
-// BULK: Hopper's copy engine fetches them, else the threads do; BLOCKS: that a multiprocessor must have room for;
-// MOST_SHARED_BYTES: what the launch asks for.
+// among the blocks. It is compiled with
+//   HEAD               elements of a head
+//   KV                 what the cache holds: 0 bf16, 1 int8, 2 float8 e4m3
+//   QUERY_TILES        eights of (query, head) rows that share a kv head
+//   WARPS, STAGES      warps of a block; tiles that a warp has on the way
+//   BULK               whether Hopper's copy engine fetches tiles, else the threads do
+//   BLOCKS             that a multiprocessor must have room for
+//   MOST_SHARED_BYTES  what the launch asks for
 //
 // Each warp takes every WARPS-th tile of its block's run and brings it through a ring of its own, so that no
 // barrier stands in the loop. Scores are K Q^T and outputs V^T P^T: tokens and elements are the 16 rows of a
 // tensor-core product, (query, head) pairs its 8 columns. The softmax's reference is not the running maximum
-// but any score that is at most 2^SLACK below it, hence seldom changes.
-#include "decode_attention.cuh"
+// but any score that is at most SLACK (in powers of two) below it, hence seldom changes.
+#include "decode_attention_ring.cuh"
 
-constexpr int ROW_BYTES = HEAD * (KV == 0 ? 2 : 1);
-constexpr int PITCH = BULK ? 128 : ROW_BYTES + 16;  // an odd number of 16-byte words, or swizzled: no bank conflicts
-constexpr int UNIT_BYTES = BULK ? TILE * ROW_BYTES : TILE * PITCH;  // K or V of a tile
-constexpr int RING_BYTES = 2 * STAGES * UNIT_BYTES;
-constexpr int THREADS = WARPS * 32;
-constexpr int ROWS = QUERY_TILES * 8;
-constexpr int CHUNKS = HEAD / 16;
-constexpr int Q_PITCH = HEAD + 8;           // elements
-constexpr bool KEEPS_Q = QUERY_TILES == 1;  // in registers; more are read from shared memory again and again
+constexpr bool KEEPS_Q = QUERY_TILES == 1;     // in registers; more are read from shared memory again and again
 constexpr bool TWO_CHAINS = QUERY_TILES == 1;  // of products for a score: half the wait, where there are few
-constexpr int PASS_ROWS = 4;                // rows that are summed over warps at a time
-constexpr int SUM_PITCH = HEAD + 4;         // floats; lanes that hold one fragment write to distinct banks
 constexpr int SLOT_FLOATS = ROWS * (HEAD + 2);  // outputs, then reference and sum of each row
 constexpr float SLACK = 8.f;
 constexpr float UNSEEN = -3e38f;  // its power of two is 0, less any reference too
 constexpr float LOG2_E = 1.4426950408889634f;
-// What q is multiplied by, what scores are to make up for it and for K's form, and what V's form lacks.
-constexpr float Q_FACTOR = KV == 0 ? 1.f : KV == 1 ? 1.f / 16 : FP8_GROW;
-constexpr float SCORE_FACTOR = KV == 0 ? 1.f : KV == 1 ? 16.f : FP8_GROW;
-constexpr float V_FACTOR = KV == 2 ? FP8_GROW : 1.f;
-struct Shared {
-    alignas(1024) uint8_t ring[WARPS][RING_BYTES];
-    alignas(16) float scale[WARPS][STAGES][2 * TILE];  // of K, then of V
-    alignas(16) bf16 q[ROWS][Q_PITCH];  // 8-bit caches: elements as `widen` pairs them
-    alignas(16) float sums[WARPS][PASS_ROWS][SUM_PITCH];
-    float2 stats[WARPS][ROWS];  // reference and sum of each row, by warp
-    uint64_t arrived[WARPS][STAGES][2];
-    Sequences sequences;
-};
-
-static_assert(HEAD % (KV == 0 ? 16 : 32) == 0 && STAGES >= 2);
-static_assert(MOST_SHARED_BYTES >= sizeof(Shared));
-static_assert(BULK ? ROW_BYTES % 128 == 0 : PITCH / 16 % 2 == 1);
-
-struct Maps {
-    TensorMap k, v;
-};
-
-// Walks a warp's tiles, ahead of the products, and starts their copies. Where the tiles lie is looked up 32 at
-// a time, one by each lane, and 32 ahead: tables are often far away.
-struct Loader {
-    const Problem& p;
-    const Maps& maps;
-    const Sequences& s;
-    uint32_t ring, scales, arrived;  // shared addresses of the warp's
-    const Run& run;
-    int n_tiles;  // of the warp
-    int n_begun;
-    int sequence;                    // not before that of the tile looked up next
-    int block, place;                // of tile n_begun / 32 * 32 + lane
-    int next_block, next_place;      // of the tile 32 after that
-    int begun_block, begun_place;    // of the tile begun last
-
-    __device__ Loader(const Problem& p, const Maps& maps, Shared& shared, const Run& run)
-        : p(p), maps(maps), s(shared.sequences), run(run), n_begun(0), sequence(run.sequence) {
-        const int warp = threadIdx.x / 32;
-        ring = shared_address(shared.ring[warp]);
-        scales = shared_address(shared.scale[warp]);
-        arrived = shared_address(shared.arrived[warp]);
-        n_tiles = max(0, run.end - run.begin - warp + WARPS - 1) / WARPS;
-        look_up(0);
-        block = next_block, place = next_place;
-        look_up(32);
-    }
-    // A tile's place: its first token in the page, bits 0 to 7; the first token that is seen, 8 to 15, and the
-    // first after those, 16 to 23, counted from there; bit 24: whether a kernel just ahead may still write some.
-    __device__ __forceinline__ void look_up(int number) {
-        next_block = next_place = 0;
-        number += threadIdx.x % 32;
-        int mine = sequence;
-        if (number < n_tiles) {
-            const int away = threadIdx.x / 32 + number * WARPS;  // tiles of the run before it
-            while (run.end - 1 - away < s.before[mine]) --mine;
-            const int tile = run.first(s, mine) + away - (run.end - run.after(s, mine));
-            const int length = s.length[mine];
-            const int token = ((length + TILE - 1) / TILE - s.before[mine + 1] + tile) * TILE;
-            next_block = p.block_table[s.row[mine] * p.table_stride + (token >> p.page_shift)];
-            next_place = (token & ((1 << p.page_shift) - 1)) | max(0, first_token(p, length) - token) << 8 |
-                         min(TILE, length - token) << 16 | (token + TILE > length - p.n_queries) << 24;
-        }
-        sequence = __shfl_sync(ALL_LANES, mine, 0);
-    }
-    // Whether a kernel just ahead may still write what is to be read next.
-    __device__ __forceinline__ bool is_unsettled() const {
-        return n_begun < n_tiles && __shfl_sync(ALL_LANES, place, n_begun % 32) >> 24;
-    }
-    __device__ __forceinline__ void begin_k(int stage) {
-        begun_place = 0;
-        if (n_begun < n_tiles) {
-            begun_block = __shfl_sync(ALL_LANES, block, n_begun % 32);
-            begun_place = __shfl_sync(ALL_LANES, place, n_begun % 32);
-            copy(stage, 0);
-            if (KV != 0) copy_scales(stage);
-            if (++n_begun % 32 == 0) {
-                block = next_block, place = next_place;
-                look_up(n_begun + 32);
-            }
-        }
-        if (!BULK) copy_commit();
-    }
-    __device__ __forceinline__ void begin_v(int stage) {
-        if (begun_place != 0) copy(stage, 1);
-        if (!BULK) copy_commit();
-    }
-    __device__ __forceinline__ bool is_seen(int row) const {
-        return row >= (begun_place >> 8 & 255) && row < (begun_place >> 16 & 255);
-    }
-    __device__ __forceinline__ void copy(int stage, int is_v) const {
-        const uint32_t to = ring + (2 * stage + is_v) * UNIT_BYTES;
-        const int in_page = begun_place & 255;
-#if BULK
-        if (is_elected()) {
-            const uint32_t barrier = arrived + (2 * stage + is_v) * 8;
-            barrier_expect(barrier, UNIT_BYTES);
-#pragma unroll
-            for (int i = 0; i < ROW_BYTES / 128; ++i)  // a map's elements are pairs of bytes
-                copy_tile(to + i * TILE * 128, is_v ? maps.v : maps.k, i * 64, blockIdx.x, in_page, begun_block,
-                          barrier);
-        }
-#else
-        constexpr int WORDS = ROW_BYTES / 16;
-        const int lane = threadIdx.x % 32, stride = gridDim.x * ROW_BYTES;
-        const uint8_t* from = (is_v ? p.v : p.k) + begun_block * p.block_stride * (ROW_BYTES / HEAD) +
-                              (in_page * gridDim.x + blockIdx.x) * ROW_BYTES;
-        if (32 % WORDS == 0 && (begun_place >> 8 & 0xffff) == TILE << 8) {
-            const uint8_t* mine = from + lane / WORDS * stride + lane % WORDS * 16;
-            const uint32_t mine_to = to + lane / WORDS * PITCH + lane % WORDS * 16;
-#pragma unroll
-            for (int i = 0; i < TILE * WORDS / 32; ++i, mine += 32 / WORDS * stride)
-                copy_async_16(mine_to + i * (32 / WORDS) * PITCH, mine);
-        } else {
-#pragma unroll
-            for (int i = lane; i < TILE * WORDS; i += 32) {
-                const int row = i / WORDS, word = i % WORDS;
-                copy_async_16(to + row * PITCH + word * 16, from + row * stride + word * 16, is_seen(row));
-            }
-        }
-#endif
-    }
-    __device__ __forceinline__ void copy_scales(int stage) const {
-        const int lane = threadIdx.x % 32, in_page = (begun_place & 255) + lane % TILE;
-        const float* from = (lane < TILE ? p.k_scale : p.v_scale) + begun_block * p.scale_stride +
-                            in_page * gridDim.x + blockIdx.x;
-        copy_async_4(scales + (stage * 2 * TILE + lane) * 4, from, is_seen(lane % TILE));
-        if (BULK) copies_arrive(arrived + 2 * stage * 8);
-    }
-    // Wait for K or V of a tile; `round`: how often its stage has been used before.
-    __device__ __forceinline__ void wait(int stage, int is_v, int round) const {
-        if (BULK) {
-            barrier_wait(arrived + (2 * stage + is_v) * 8, round & 1);
-        } else {
-            copy_wait<2 * STAGES - 2>();
-        }
-        __syncwarp();
-    }
-};
-
-// A pair of q's elements, as K's are multiplied: int8 in f16, whose range the factor fits.
-__device__ __forceinline__ uint32_t fitted(uint32_t pair) {
-    const float low = __uint_as_float(pair << 16) * Q_FACTOR, high = __uint_as_float(pair & 0xffff0000u) * Q_FACTOR;
-    return KV == 1 ? pack<f16>(low, high) : pack<bf16>(low, high);
-}
-
-// Bring the queries of a kv head to shared memory, rows past the last as zeros; a part by each thread.
-__device__ __forceinline__ void copy_q(bf16 (&to)[ROWS][Q_PITCH], const Problem& p, int sequence) {
-#pragma unroll
-    for (int item = threadIdx.x; item < ROWS * HEAD / 8; item += THREADS) {
-        const int row = item / (HEAD / 8), e = item % (HEAD / 8) * 8;
-        const int query = p.n_queries == 1 ? row >= p.n_group : divide(row, p.n_group);
-        uint4 x = make_uint4(0, 0, 0, 0);
-        if (query < p.n_queries)
-            x = *reinterpret_cast<const uint4*>(p.q + (sequence * p.n_queries + query) * p.q_stride +
-                                                (blockIdx.x * p.n_group + row - query * p.n_group) * HEAD + e);
-        if constexpr (KV == 0) {
-            *reinterpret_cast<uint4*>(&to[row][e]) = x;
-        } else {  // of each four elements 0 and 2 to the first half of their 16, 1 and 3 to the second
-            bf16* half = &to[row][e / 16 * 16 + e % 16 / 2];
-            *reinterpret_cast<uint2*>(half) = make_uint2(fitted(__byte_perm(x.x, x.y, 0x5410)),
-                                                         fitted(__byte_perm(x.z, x.w, 0x5410)));
-            *reinterpret_cast<uint2*>(half + 8) = make_uint2(fitted(__byte_perm(x.x, x.y, 0x7632)),
-                                                             fitted(__byte_perm(x.z, x.w, 0x7632)));
-        }
-    }
-}
-
-// Bring the queries of a sequence nearer, before they are wanted.
-__device__ __forceinline__ void prefetch_q(const Problem& p, int sequence) {
-    const int row = threadIdx.x, query = p.n_queries == 1 ? 0 : divide(row, p.n_group);
-    if (row >= p.n_group * p.n_queries) return;
-    const bf16* from = p.q + (sequence * p.n_queries + query) * p.q_stride +
-                       (blockIdx.x * p.n_group + row - query * p.n_group) * HEAD;
-#pragma unroll
-    for (int e = 0; e < HEAD; e += 64) asm volatile("prefetch.global.L1 [%0];" ::"l"(from + e));
-}
-
-// Where a lane's 16 bytes of a fragment start, in a unit: `row` of the tile, 16 bytes on if `is_second`; then 32
-// bytes further `k` times.
+// Where a lane's 16 bytes of a fragment start, in a unit: `row` of the tile, 16 bytes on if `is_second`; then
+// 32 bytes further `k` times.
 __device__ __forceinline__ uint32_t lane_place(int row, int is_second) {
     return BULK ? row * 128 + ((is_second ^ (row & 7)) << 4) : row * PITCH + is_second * 16;
 }
@@ -461,7 +276,8 @@ __device__ __forceinline__ void finish(const Problem& p, Shared& shared, Sums& s
             for (int away = 4; away < 32; away *= 2)
                 sums.sum[n][i] += __shfl_xor_sync(ALL_LANES, sums.sum[n][i], away);
     int first_worker = blockIdx.y;  // the first block that holds a part
-    if (is_last && !is_first) first_worker = deal.splits ? blockIdx.y - run.split : deal.owner(s.before[sequence]);
+    if (is_last && !is_first)
+        first_worker = deal.splits ? blockIdx.y - run.split : deal.owner(s.before[sequence]);
     __syncthreads();  // the last sequence's sums have been read
     if (lane < 4) {
 #pragma unroll
@@ -513,7 +329,8 @@ __device__ __forceinline__ void finish(const Problem& p, Shared& shared, Sums& s
             const float factor = sum == 0.f ? 0.f : __fdividef(V_FACTOR, sum);
             const int query = p.n_queries == 1 ? 0 : divide(row, p.n_group);
             const int64_t token = s.of[sequence] * p.n_queries + query;
-            bf16* at = p.out + ((token * gridDim.x + blockIdx.x) * p.n_group + row - query * p.n_group) * HEAD + e;
+            bf16* at =
+                p.out + ((token * gridDim.x + blockIdx.x) * p.n_group + row - query * p.n_group) * HEAD + e;
             if (is_mine) *reinterpret_cast<uint32_t*>(at) = pack<bf16>(out.x * factor, out.y * factor);
         }
     }
@@ -532,12 +349,12 @@ __device__ __forceinline__ void finish(const Problem& p, Shared& shared, Sums& s
 __device__ __forceinline__ void clear_empty(const Problem& p, const Sequences& s) {
     if (s.n == p.n_sequences) return;
     const int words = p.n_group * HEAD / 8, stride = gridDim.x * words;  // of one kv head; from query to query
+    uint4* out = reinterpret_cast<uint4*>(p.out);
     for (int b = blockIdx.y; b < p.n_sequences; b += gridDim.y)
         if (s.is_empty[b])
             for (int j = 0; j < p.n_queries; ++j)
                 for (int i = threadIdx.x; i < words; i += THREADS)
-                    reinterpret_cast<uint4*>(p.out)[int64_t(b * p.n_queries + j) * stride + blockIdx.x * words + i] =
-                        make_uint4(0, 0, 0, 0);
+                    out[int64_t(b * p.n_queries + j) * stride + blockIdx.x * words + i] = make_uint4(0, 0, 0, 0);
 }
 
 // Grid: kv heads, blocks of each.
@@ -576,10 +393,10 @@ decode_attention(const __grid_constant__ Problem p, const __grid_constant__ Maps
 #pragma unroll
         for (int i = 0; i < 2 * QUERY_TILES; ++i)
             queries |= min(15, divide(i / 2 * 8 + lane % 4 * 2 + i % 2, p.n_group)) << (4 * i);
-    const uint32_t k_place = shared_address(shared.ring[warp]) + lane_place(lane % 16, lane / 16);
-    const uint32_t v_place =
-        KV != 0 ? k_place + UNIT_BYTES
-                : shared_address(shared.ring[warp]) + UNIT_BYTES + lane_place(lane % 8 + lane / 16 * 8, lane / 8 % 2);
+    const uint32_t ring = shared_address(shared.ring[warp]);
+    const uint32_t k_place = ring + lane_place(lane % 16, lane / 16);
+    const uint32_t v_place = KV != 0 ? k_place + UNIT_BYTES
+                                     : ring + UNIT_BYTES + lane_place(lane % 8 + lane / 16 * 8, lane / 8 % 2);
     if (!has_waited) wait_for_previous();
     let_next_begin();
     clear_empty(p, s);
@@ -628,8 +445,7 @@ decode_attention(const __grid_constant__ Problem p, const __grid_constant__ Maps
             }
             loader.wait(stage, 1, round);
             loader.begin_k(stage);
-            if (BULK)
-                clear_unseen(shared_address(shared.ring[warp]) + (2 * stage + 1) * UNIT_BYTES, p, begin, length, lane);
+            if (BULK) clear_unseen(ring + (2 * stage + 1) * UNIT_BYTES, p, begin, length, lane);
             sums.add(weight, v_place + 2 * stage * UNIT_BYTES);
             if (++stage == STAGES) stage = 0, ++round;
         }

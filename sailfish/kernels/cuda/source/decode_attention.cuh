@@ -89,8 +89,9 @@ struct Deal {
         if (s.n == 0) return;
         const int fair = divide_up(total, n_blocks);
         if (s.n <= n_blocks) {
-            const int wanted =
-                s.longest <= 2 * p.fewest_tiles ? 1 : min(divide(n_blocks, s.n), divide_up(s.longest, p.fewest_tiles));
+            const int wanted = s.longest <= 2 * p.fewest_tiles
+                                   ? 1
+                                   : min(divide(n_blocks, s.n), divide_up(s.longest, p.fewest_tiles));
             if (divide_up(s.longest, wanted) <= max(2 * p.fewest_tiles, fair + fair / 8)) splits = wanted;
         }
         if (splits) return;
