@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from sailfish.base.errors import SailfishError
     from sailfish.build.builder import build_engine
     from sailfish.build.cache import find_or_build
+    from sailfish.compress.module import W4Linear, replace_linears
     from sailfish.engine.api import Chunk, Completion, EngineInfo, EngineStats, Options, SamplingParams
     from sailfish.engine.client import AsyncEngine
     from sailfish.engine.sync import Engine
@@ -32,8 +33,10 @@ _HOMES = {
     "Options": "sailfish.engine.api",
     "SailfishError": "sailfish.base.errors",
     "SamplingParams": "sailfish.engine.api",
+    "W4Linear": "sailfish.compress.module",
     "build_engine": "sailfish.build.builder",
     "find_or_build": "sailfish.build.cache",
+    "replace_linears": "sailfish.compress.module",
 }
 """Public name -> the module it lives in, imported when the name is first used."""
 
@@ -48,9 +51,11 @@ __all__ = [
     "Options",
     "SailfishError",
     "SamplingParams",
+    "W4Linear",
     "__version__",
     "build_engine",
     "find_or_build",
+    "replace_linears",
 ]
 
 

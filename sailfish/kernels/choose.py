@@ -7,8 +7,8 @@ from dataclasses import fields, replace
 from importlib import import_module
 from typing import Any
 
-from sailfish.base.errors import EngineError
-from sailfish.kernels.contract import Case, Choice, Impl, Ops, StepBounds
+from sailfish.base.errors import ConfigError, EngineError
+from sailfish.kernels.contract import TARGETS, Case, Choice, Impl, Ops, StepBounds
 from sailfish.kernels.table import OPS, implementations
 
 ROW_BUCKETS = (8, 16, 32, 64, 128, 256, None)
@@ -68,6 +68,21 @@ NEEDED = frozenset({"rms_norm", "add_rms_norm", "rope_write", "attention"})
 """Ops that every decoder has."""
 
 
+def bind_linear(case: Case) -> Callable[..., Any]:
+    """Return one linear as it is chosen by rows, which takes rows, weight and bias."""
+    return _bind(choose_by_rows(case))
+
+
+def known_target(target: str) -> str:
+    """Return the target, or for a newer card the newest older one, whose code it runs."""
+    if target in TARGETS:
+        return target
+    older = [known for known in TARGETS if known != "cpu" and _number(known) <= _number(target)]
+    if not older:
+        raise ConfigError(f"target {target!r} is too old", hint=f"use one of {', '.join(TARGETS)}")
+    return max(older, key=_number)
+
+
 def find(op: str, implementation: str) -> Impl:
     """Return a named implementation; EngineError if this version of Sailfish has no such one."""
     for impl in implementations(op) if op in OPS else ():
@@ -107,6 +122,11 @@ def _bind(choices: Sequence[Choice]) -> Callable[..., Any]:
         raise AssertionError("the last choice of a shape takes any number of rows")
 
     return linear
+
+
+def _number(target: str) -> int:
+    digits = target.removeprefix("sm_")
+    return int(digits) if digits.isdigit() else 0
 
 
 def _load(choice: Choice) -> Callable[..., Any]:

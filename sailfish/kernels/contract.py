@@ -35,7 +35,8 @@ class Case:
     target: str
     """One of TARGETS, or another CUDA architecture."""
     dtype: str
-    """"float32" or "bfloat16", of activations and of weights that no format holds."""
+    """"float32" or "bfloat16", of activations and of weights that no format holds; a linear outside of an
+    engine may have "float16" ones."""
     head_dim: int = 0
     n_heads: int = 0
     n_kv_heads: int = 0

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from sailfish.base.errors import ConfigError
 from sailfish.checkpoint.model_config import ModelConfig
-from sailfish.kernels.choose import choose, choose_by_rows, workspace_bytes
-from sailfish.kernels.contract import TARGETS, Case, Choice, StepBounds
+from sailfish.kernels.choose import choose, choose_by_rows, known_target, workspace_bytes
+from sailfish.kernels.contract import Case, Choice, StepBounds
 from sailfish.kernels.plain.limits import (
     CPU_ATTENTION_BYTES,
     CUDA_ATTENTION_BYTES,
@@ -87,7 +86,7 @@ def op_cases(
     windows = {layer.window_tokens for layer in model.layers if layer.window_tokens is not None}
     common = Case(
         op="",
-        target=_known(target),
+        target=known_target(target),
         dtype=dtype,
         kv_dtype=kv_dtype,
         head_dim=model.head_dim,
@@ -138,18 +137,3 @@ def linear_shapes(model: ModelConfig, formats: WeightFormats) -> list[tuple[Weig
             found["plain", layer.moe.n_experts, d] = None
     found[formats.head, model.vocab_size, d] = None
     return list(found)
-
-
-def _known(target: str) -> str:
-    """Return the target, or for a newer card the newest older one, whose code it runs."""
-    if target in TARGETS:
-        return target
-    older = [known for known in TARGETS if known != "cpu" and _number(known) <= _number(target)]
-    if not older:
-        raise ConfigError(f"target {target!r} is too old", hint=f"use one of {', '.join(TARGETS)}")
-    return max(older, key=_number)
-
-
-def _number(target: str) -> int:
-    digits = target.removeprefix("sm_")
-    return int(digits) if digits.isdigit() else 0

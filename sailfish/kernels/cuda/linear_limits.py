@@ -11,6 +11,9 @@ STREAMED_BF16_OUTPUTS = 1024
 STREAMED_INT4_ROWS = 16
 """From there on wgmma is ahead: at 32 rows 71 against 95 us for the four layers of an 8B shape on an H200."""
 STREAMED_8_ROWS = 8
+STREAMED_INPUTS = 8
+"""Activations are read so many at a time: 16 bytes."""
+KERNEL_DTYPES = ("bfloat16", "float16")
 _MOST_SPLITS = 8
 _MMA_PART_BYTES = 16 << 20
 """Partial sums of the product for cards before Hopper: one tile a multiprocessor."""
@@ -22,24 +25,22 @@ def rejects_stream_bf16(case: Case) -> str | None:
         return "cuBLAS streams a weight of this size as fast"
     if case.n_out < STREAMED_BF16_OUTPUTS:
         return f"{case.n_out} outputs are too few to fill the card"
-    return _rejects(case, STREAMED_BF16_ROWS)
+    return _rejects_inputs(case, STREAMED_INPUTS) or _rejects(case, STREAMED_BF16_ROWS)
 
 
 def rejects_stream_int4(case: Case) -> str | None:
     """Say why 4-bit weights are not streamed, or return None."""
-    return _rejects(case, STREAMED_INT4_ROWS)
+    return _rejects_inputs(case, STREAMED_INPUTS) or _rejects(case, STREAMED_INT4_ROWS)
 
 
 def rejects_stream_8(case: Case) -> str | None:
     """Say why 8-bit weights are not streamed, or return None."""
-    if case.n_in % 16:
-        return f"reads 16 inputs at a time, the weight has {case.n_in}"
-    return _rejects(case, STREAMED_8_ROWS)
+    return _rejects_inputs(case, 2 * STREAMED_INPUTS) or _rejects(case, STREAMED_8_ROWS)
 
 
 def rejects_wide_int4(case: Case) -> str | None:
     """Say why 4-bit weights are not multiplied in tiles, or return None."""
-    return None if case.dtype == "bfloat16" else f"made for bfloat16, the model is in {case.dtype}"
+    return _rejects_dtype(case)
 
 
 def stream_bytes(case: Case, bounds: StepBounds) -> int:
@@ -55,8 +56,20 @@ def wide_int4_bytes(case: Case, bounds: StepBounds) -> int:
 
 
 def _rejects(case: Case, max_rows: int) -> str | None:
-    if case.dtype != "bfloat16":
-        return f"made for bfloat16, the model is in {case.dtype}"
+    if reason := _rejects_dtype(case):
+        return reason
     if case.max_rows is None or case.max_rows > max_rows:
         return f"made for up to {max_rows} rows"
     return None
+
+
+def _rejects_dtype(case: Case) -> str | None:
+    if case.dtype in KERNEL_DTYPES:
+        return None
+    return f"made for {' and '.join(KERNEL_DTYPES)}, the model is in {case.dtype}"
+
+
+def _rejects_inputs(case: Case, at_once: int) -> str | None:
+    if case.n_in % at_once == 0:
+        return None
+    return f"reads {at_once} inputs at a time, the weight has {case.n_in}"
