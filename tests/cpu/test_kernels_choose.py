@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
+from typing import Any
 
 import pytest
+import torch
 
 from sailfish.base.errors import EngineError
-from sailfish.kernels.choose import bind, choose, find, workspace_bytes
+from sailfish.kernels import choose as choosing
+from sailfish.kernels import int4
+from sailfish.kernels.choose import (
+    ROW_BUCKETS,
+    bind,
+    bind_linear,
+    choose,
+    choose_by_rows,
+    find,
+    workspace_bytes,
+)
 from sailfish.kernels.contract import TARGETS, Case, Choice, Ops, StepBounds
 from sailfish.kernels.table import OPS, implementations
 
@@ -46,11 +58,11 @@ def test_the_reference_stands_last_and_takes_every_case(op: str) -> None:
 
 def test_a_choice_tells_the_reason_of_each_one_passed_over() -> None:
     choice = choose(_case("attention", "sm_90"))
-    assert choice.implementation == "cuda_sdpa"
+    assert choice.implementation == "cuda_paged"
     assert choice.declined == (("cpu_sdpa", "made for the CPU, the target is sm_90"),)
     choice = choose(_case("attention", "cpu", softcap=50.0))
     assert choice.implementation == "cpu_math"
-    assert [name for name, _ in choice.declined] == ["cpu_sdpa", "cuda_sdpa"]
+    assert [name for name, _ in choice.declined] == ["cpu_sdpa", "cuda_paged", "cuda_sdpa"]
 
 
 def test_an_implementation_of_another_version_is_named_in_the_error() -> None:
@@ -66,7 +78,8 @@ def test_an_engine_that_lacks_an_op_is_refused() -> None:
 
 
 def test_workspace_grows_with_context_and_is_known_without_the_device() -> None:
-    case = _case("attention", "sm_90")
+    case = replace(_case("attention", "sm_90"), head_dim=72)
+    assert choose(case).implementation == "cuda_sdpa"
     small, large = (
         workspace_bytes(
             case,
@@ -75,7 +88,7 @@ def test_workspace_grows_with_context_and_is_known_without_the_device() -> None:
         )
         for context_tokens in (8192, 131072)
     )
-    assert large - small == (131072 - 8192) * (2 * 8 * 128 * 2 + 24)
+    assert large - small == (131072 - 8192) * (2 * 8 * 72 * 2 + 24)
     case = _case("rms_norm")
     assert (
         workspace_bytes(case, choose(case), StepBounds(step_tokens=1, max_sequences=1, context_tokens=1)) == 0
@@ -85,3 +98,63 @@ def test_workspace_grows_with_context_and_is_known_without_the_device() -> None:
 def test_choosing_loads_no_torch() -> None:
     code = "import sys, sailfish.kernels.choose, sailfish.models.arena; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def _linear(op: str, target: str, n_out: int, n_in: int, dtype: str = "bfloat16") -> Case:
+    return Case(op=op, target=target, dtype=dtype, n_out=n_out, n_in=n_in, group=128)
+
+
+@pytest.mark.parametrize(
+    ("case", "expected"),
+    [
+        (_linear("linear_int4", "sm_90", 4096, 4096), [("cuda_stream_int4", 16), ("cuda_wide_int4", None)]),
+        (_linear("linear_int4", "sm_80", 4096, 4100), [("cuda_wide_int4", None)]),
+        (_linear("linear_int4", "sm_90", 4096, 4096, "float32"), [("widened_rows", None)]),
+        (_linear("linear_int4", "cpu", 4096, 4096), [("widened_rows", None)]),
+        (_linear("linear_int8", "sm_90", 4096, 4096), [("cuda_stream_int8", 8), ("cuda_wide_int8", None)]),
+        (_linear("linear_fp8", "sm_90", 4096, 4096), [("cuda_stream_fp8", 8), ("cuda_wide_fp8", None)]),
+        (_linear("linear", "sm_90", 4096, 4096), [("cuda_stream_bf16", 8), ("torch", None)]),
+        (_linear("linear", "sm_90", 28672, 4096), [("torch", None)]),
+        (_linear("linear", "sm_90", 512, 4096), [("torch", None)]),
+        (_linear("linear", "sm_90", 4096, 4100), [("torch", None)]),
+    ],
+    ids=str,
+)
+def test_a_linear_is_chosen_by_its_shape_and_rows(case: Case, expected: list[tuple[str, int | None]]) -> None:
+    found = choose_by_rows(case)
+    assert [(choice.implementation, choice.max_rows) for choice in found] == expected
+    assert {(choice.n_out, choice.n_in) for choice in found} == {(case.n_out, case.n_in)}
+    assert all(choice.max_rows in ROW_BUCKETS for choice in found)
+    assert found[-1].max_rows is None, "the last takes any number of rows"
+
+
+def test_rows_decline_a_kernel_in_words() -> None:
+    last = choose_by_rows(_linear("linear_int4", "sm_90", 4096, 4096))[-1]
+    assert last.declined == (("cuda_stream_int4", "made for up to 16 rows"),)
+
+
+def test_a_bound_linear_calls_what_was_chosen_for_the_shape_and_the_rows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    called: list[tuple[str, int, tuple[int, int]]] = []
+
+    def load(choice: Choice) -> Any:
+        return lambda x, weight, bias: called.append((choice.implementation, len(x), weight.shape))
+
+    monkeypatch.setattr(choosing, "_load", load)
+    even, odd = (_linear("linear_int4", "sm_90", 64, n_in) for n_in in (128, 100))
+    needed = [choose(_case(op, "sm_90")) for op in choosing.NEEDED]
+    ops = bind([*needed, *choose_by_rows(even), *choose_by_rows(odd)])
+    for n_in in (128, 100):
+        code = torch.zeros(64, n_in, dtype=torch.uint8)
+        weight = int4.pack(code, torch.ones(64, 1), None, torch.bfloat16)
+        for n_rows in (1, 16, 17, 500):
+            ops.linear_int4(torch.zeros(n_rows, n_in), weight, None)
+    stream, wide = "cuda_stream_int4", "cuda_wide_int4"
+    assert called == [
+        *((name, n, (64, 128)) for name, n in ((stream, 1), (stream, 16), (wide, 17), (wide, 500))),
+        *((wide, n, (64, 100)) for n in (1, 16, 17, 500)),
+    ]
+    called.clear()
+    bind_linear(even)(torch.zeros(16, 128), replace(weight, n_in=128), None)
+    assert called == [(stream, 16, (64, 128))]
