@@ -93,13 +93,16 @@ def test_each_lane_owns_the_fragment_that_the_tensor_cores_ask_it_for() -> None:
                         assert word >> 4 * nibble & 15 == want
 
 
-def test_or_ing_the_magic_makes_exact_floats_of_codes() -> None:
-    """bfloat16 0x4300 | q is 128 + q; float16 of the bare bits q is the subnormal q * 2 ** -24."""
+def test_bits_of_a_code_are_exact_floats() -> None:
+    """Or-ed into 128, or bare: then a byte's high nibble is 16 times its low one, in both formats."""
     for q in range(16):
         (as_float32,) = struct.unpack("<f", struct.pack("<I", (0x4300 | q) << 16))
         assert as_float32 == 128 + q
-        (as_float16,) = struct.unpack("<e", struct.pack("<H", q))
-        assert as_float16 == q * 2.0**-24
+        for shift, factor in ((0, 1), (4, 16)):
+            (as_bfloat16,) = struct.unpack("<f", struct.pack("<I", q << shift << 16))
+            assert as_bfloat16 == factor * q * 2.0**-133
+            (as_float16,) = struct.unpack("<e", struct.pack("<H", q << shift))
+            assert as_float16 == factor * q * 2.0**-24
 
 
 @pytest.mark.parametrize("group", GROUPS)

@@ -2,7 +2,7 @@
 // integers and floats (e4m3) with activations of the same kind, one scale a token and one an output.
 //
 // A chunk of 128 bytes of inputs means the same fragments in all formats: ldmatrix moves bytes, and only the
-// product differs. Rows lie in the ring 128 bytes apart, their 16-byte pieces rotated against bank conflicts.
+// product differs.
 #include "stream.cuh"
 
 #if DTYPE == 16
@@ -21,10 +21,10 @@ struct Rows {
 #else
     using Sum = float;
 #endif
-    static constexpr int NT = TILES, WARPS = N_WARPS, WK = WARP_SPLITS, DEPTH = RING;
-    static constexpr int SPLITS = BLOCK_SPLITS, THREADS = WARPS * 32;
-    static constexpr int STAGE = 2;  // chunks
-    static constexpr int PIECE_BYTES = STRIP * CHUNK_BYTES, STAGE_BYTES = STAGE * PIECE_BYTES;
+    static constexpr int NT = TILES, WN = STRIP_WARPS, WK = CHUNK_WARPS, DEPTH = RING, SPLITS = BLOCK_SPLITS;
+    static constexpr int WARPS = WN * WK, THREADS = WARPS * 32, CHUNKS = 2;
+    static constexpr int PITCH = WK * CHUNKS * CHUNK_BYTES + 16;  // rows start 4 banks apart
+    static constexpr int STRIP_BYTES = STRIP * PITCH, STAGE_BYTES = WN * STRIP_BYTES;
     static constexpr int CHAINS = NT == 1 ? 2 : 1;  // sums in flight: one would wait for the tensor cores
 
     const char* weight;
@@ -32,11 +32,10 @@ struct Rows {
     int last_row;
     uint64_t policy;
     int lane;
-    const char* rows[4];  // of those whose pieces this lane copies
-    int at;               // what to copy next
 
     static __device__ __forceinline__ int sum_bytes(int) { return 0; }
     static __device__ __forceinline__ uint4 prepared(uint4 v) { return v; }
+    __device__ __forceinline__ void sum_activations(const uint32_t (&)[NT], int, uint32_t, int) const {}
     __device__ __forceinline__ void finish(int, Sum (&total)[NT][4]) const {
 #if FORMAT == FP8 && __CUDA_ARCH__ < 890
 #pragma unroll
@@ -46,26 +45,25 @@ struct Rows {
 #endif
     }
 
-    __device__ __forceinline__ void seek(int strip, int chunk) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-            rows[i] = weight + int64_t(min(strip * STRIP + i * 4 + lane / 8, last_row)) * row_bytes;
-        at = chunk * CHUNK_BYTES + lane % 8 * 16;
+    // What lies beyond the end of a row is multiplied by zeros, and must be a number.
+    __device__ __forceinline__ void prepare_ring(uint32_t ring) const {
+        if (row_bytes % CHUNK_BYTES == 0) return;
+        for (int at = threadIdx.x * 16; at < DEPTH * STAGE_BYTES; at += (THREADS + 32) * 16)
+            store_shared_16(ring + at, {0, 0, 0, 0});
+#if __CUDA_ARCH__ >= 900
+        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
     }
 
-    // Copy the next n chunks, zeros beyond the end of a row.
-    __device__ __forceinline__ void fill(uint32_t slot, int n) {
-#pragma unroll
-        for (int u = 0; u < STAGE; ++u, at += CHUNK_BYTES)
-            if (u < n) {
-                const int valid = max(0, min(16, row_bytes - at));
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    const int row = i * 4 + lane / 8;
-                    stream_16(slot + u * PIECE_BYTES + row * CHUNK_BYTES + (lane % 8 ^ row % 8) * 16,
-                              rows[i] + (valid ? at : 0), valid, policy);
-                }
-            }
+    __device__ __forceinline__ void fill(const Copier& copy, uint32_t slot, int strip, int n_strips,
+                                         int chunk, int n_chunks) const {
+        const int at = chunk * CHUNK_BYTES, bytes = min(n_chunks * CHUNK_BYTES, row_bytes - at);
+        copy.begin(n_strips * STRIP * bytes);
+        copy.runs(n_strips * STRIP, [&](int i) {
+            const char* const row = weight + int64_t(min(strip * STRIP + i, last_row)) * row_bytes;
+            return Run{slot + i / STRIP * STRIP_BYTES + i % STRIP * PITCH, row + at, bytes};
+        });
+        copy.end();
     }
 
     // Four e4m3 as two pairs of f16, each value times 2^-8, exactly.
@@ -75,7 +73,8 @@ struct Rows {
         high = (high & 0x80008000) | (high & 0x7f007f00) >> 1;
     }
 
-    static __device__ __forceinline__ void add(Sum (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    static __device__ __forceinline__ void add(Sum (&c)[4], const uint32_t (&a)[4], uint32_t b0,
+                                               uint32_t b1) {
 #if FORMAT == PLAIN
         multiply_add<T>(c, a, b0, b1);
 #elif FORMAT == INT8
@@ -92,24 +91,25 @@ struct Rows {
 #endif
     }
 
-    template <bool FIRST>
-    __device__ __forceinline__ void multiply(uint32_t slot, const uint32_t (&x)[NT], uint32_t, int, int chunk, int n,
-                                             Sum (&total)[NT][4]) const {
-        const int row = lane % 16;
+    // Multiply n chunks, the block's chunk-th and on, with the weights of warp (wn, wk) in the stage.
+    __device__ __forceinline__ void multiply(uint32_t stage, int wn, int wk, const uint32_t (&x)[NT],
+                                             uint32_t, int, int chunk, int n, Sum (&total)[NT][4]) const {
+        const uint32_t from =
+            stage + wn * STRIP_BYTES + lane % 16 * PITCH + wk * CHUNKS * CHUNK_BYTES + lane / 16 * 16;
         Sum other[NT][4] = {};
 #pragma unroll
-        for (int u = 0; u < STAGE; ++u) {
+        for (int u = 0; u < CHUNKS; ++u) {
             if (u >= n) break;
 #pragma unroll
             for (int pair = 0; pair < 2; ++pair) {
                 uint32_t b[NT][4];
 #pragma unroll
-                for (int t = 0; t < NT; ++t) load_matrices(b[t], x[t] + (chunk + u) * CHUNK_BYTES + pair * 64);
+                for (int t = 0; t < NT; ++t)
+                    load_matrices(b[t], x[t] + (chunk + u) * CHUNK_BYTES + pair * 64);
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
-                    const int piece = pair * 4 + half * 2 + lane / 16;
                     uint32_t a[4];
-                    load_matrices(a, slot + u * PIECE_BYTES + row * CHUNK_BYTES + (piece ^ row % 8) * 16);
+                    load_matrices(a, from + u * CHUNK_BYTES + pair * 64 + half * 32);
 #pragma unroll
                     for (int t = 0; t < NT; ++t)
                         add(half % CHAINS ? other[t] : total[t], a, b[t][half * 2], b[t][half * 2 + 1]);
@@ -124,8 +124,8 @@ struct Rows {
     }
 };
 
-extern "C" __global__ void __launch_bounds__(Rows::THREADS, 1)
+extern "C" __global__ void __launch_bounds__(Rows::THREADS + 32, BLOCKS_PER_PROCESSOR)
     stream_rows(Shape shape, Output<T> out, const char* weight) {
-    Rows reader{weight, shape.row_bytes, shape.n_out - 1, evict_first(), int(threadIdx.x % 32), {}, 0};
+    const Rows reader{weight, shape.row_bytes, shape.n_out - 1, evict_first(), int(threadIdx.x % 32)};
     stream_linear(reader, shape, out);
 }

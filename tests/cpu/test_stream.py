@@ -1,0 +1,120 @@
+"""How streamed products are divided: on every card, for every format and layer, the pieces fit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sailfish.base.errors import EngineError
+from sailfish.kernels.contract import Weight8
+from sailfish.kernels.cuda.stream import Card, Product, choose, rejects
+from sailfish.kernels.int4 import pack
+
+CARDS = {
+    "RTX 3090": Card(processors=82, processor_shared_bytes=100 << 10, clusters=False),
+    "A100": Card(processors=108, processor_shared_bytes=164 << 10, clusters=False),
+    "H200": Card(processors=132, processor_shared_bytes=228 << 10, clusters=True),
+}
+LAYERS = [
+    (4096, 6144),
+    (4096, 4096),
+    (4096, 28672),
+    (14336, 4096),
+    (11008, 4096),
+    (4096, 128256),
+    (512, 272),
+    (64, 17),
+    (28672, 8192),
+]
+"""Inputs and outputs."""
+
+
+def make(form: str, n_in: int, n_out: int, n_tokens: int, group: int = 128) -> Product:
+    """Return a product as the linears describe it."""
+    row_bytes = n_in * (1 if form == "int8" else 2)
+    is_int4 = form == "int4"
+    quantum = max(1, group // 64) if is_int4 else 1
+    return Product(
+        file="",
+        defines=(),
+        dtype=torch.bfloat16,
+        n_tokens=n_tokens,
+        row_bytes=row_bytes,
+        n_out=n_out,
+        chunks=-(-row_bytes // (128 * quantum)) * quantum,
+        plane_bytes=4 * 64 // group * 32 if is_int4 else 0,
+        span=group if is_int4 else 0,
+        quantum=quantum,
+    )
+
+
+@pytest.mark.parametrize("card", CARDS.values(), ids=CARDS)
+@pytest.mark.parametrize("form", ["int4", "bf16", "int8"])
+def test_a_division_fits_and_leaves_nothing_out(form: str, card: Card) -> None:
+    for n_in, n_out in LAYERS:
+        for n_tokens in (1, 2, 7, 8, 9, 16):
+            product = make(form, n_in, n_out, n_tokens)
+            split = choose(product, card)
+            assert product.shared_bytes(split, card.clusters) <= card.shared_bytes
+            assert split.strip_warps * split.chunk_warps == 8
+            assert split.columns * product.strips_per_block(split) >= product.strips
+            assert split.splits * product.block_chunks(split) >= product.chunks
+            assert split.splits * product.quantum <= -(-product.chunks // product.quantum) * product.quantum
+            assert split.splits <= (8 if card.clusters else 64), "clusters of more than 8 are not portable"
+            assert split.columns <= 4096, "more than there are counters"
+            assert not card.clusters or split.splits * split.columns <= 8 * card.processors
+
+
+def test_the_layers_of_an_8b_shape_are_divided_as_measured() -> None:
+    """The divisions behind the figures of docs/performance.md; a change here wants new figures."""
+    card = CARDS["H200"]
+    divisions = {
+        (n_in, n_out, n_tokens): choose(make("int4", n_in, n_out, n_tokens), card)
+        for n_in, n_out in LAYERS[:4]
+        for n_tokens in (1, 8, 16)
+    }
+    plain = {key: (s.strip_warps, s.splits, s.columns, s.ring) for key, s in divisions.items()}
+    assert plain == {
+        (4096, 6144, 1): (1, 1, 132, 5),
+        (4096, 4096, 1): (1, 1, 132, 5),
+        (4096, 28672, 1): (2, 1, 132, 4),
+        (14336, 4096, 1): (1, 1, 132, 4),
+        (4096, 6144, 8): (1, 1, 132, 5),
+        (4096, 4096, 8): (1, 1, 132, 5),
+        (4096, 28672, 8): (2, 1, 132, 5),
+        (14336, 4096, 8): (1, 2, 66, 5),
+        (4096, 6144, 16): (2, 2, 66, 5),
+        (4096, 4096, 16): (2, 2, 66, 5),
+        (4096, 28672, 16): (4, 2, 66, 5),
+        (14336, 4096, 16): (2, 8, 15, 4),
+    }
+
+
+def test_more_inputs_than_fit_are_refused_in_words() -> None:
+    with pytest.raises(EngineError, match="do not fit"):
+        choose(make("bf16", 1 << 20, 4096, 16), CARDS["RTX 3090"])
+
+
+def test_what_cannot_be_streamed_says_why() -> None:
+    code = torch.zeros(64, 132, dtype=torch.uint8)
+    weight = pack(code, torch.ones(64, 1), None, torch.bfloat16)
+    assert rejects(torch.zeros(1, 132, dtype=torch.bfloat16), weight) == (
+        "rows of 132 inputs are no multiple of 16 bytes"
+    )
+    assert "float32" in (rejects(torch.zeros(1, 132), weight) or "")
+    assert "131 inputs" in (rejects(torch.zeros(1, 131, dtype=torch.bfloat16), weight) or "")
+    dense = torch.zeros(64, 128, dtype=torch.bfloat16)
+    assert rejects(torch.zeros(1, 128, dtype=torch.bfloat16), dense) is None
+    assert "contiguous" in (rejects(torch.zeros(1, 64, dtype=torch.bfloat16), dense[:, ::2]) or "")
+    eight = Weight8(torch.zeros(64, 128, dtype=torch.int8), torch.ones(64))
+    assert rejects(torch.zeros(1, 128, dtype=torch.int8), eight.values_OI) is None
+
+
+def test_shifted_bits_of_e4m3_are_exact_halves() -> None:
+    """What cards without fp8 products multiply: each value times 2 ** -8, subnormals included."""
+    stored = torch.arange(256, dtype=torch.int32)
+    moved = (stored & 0x80) << 8 | (stored & 0x7F) << 7
+    halves = torch.where(moved < 1 << 15, moved, moved - (1 << 16)).to(torch.int16).view(torch.float16)
+    truth = stored.to(torch.uint8).view(torch.float8_e4m3fn).float()
+    is_number = ~truth.isnan()
+    assert torch.equal(halves.float()[is_number] * 2.0**8, truth[is_number])
