@@ -22,6 +22,8 @@ IMAGES = ROOT / "docs" / "img"
 GPU = "NVIDIA H200"
 _BLOCK = "<!-- {0}: written by scripts/benchmark_pages.py -->"
 _SHAPES = {"llama-3.1-8b": "Llama-3.1-8B", "llama-2-7b": "Llama-2-7B"}
+_EXTRAS = r"(, (int4|int8|fp8) (head|head and embedding|kv))*"
+"""What may stand behind the weights' format in the name of an engine's row."""
 _FORMATS = {"bfloat16": "BF16", "int4": "INT4", "fp8": "FP8", "int8": "INT8"}
 
 
@@ -66,16 +68,60 @@ def _head(rows: dict[str, Result]) -> list[str]:
 def _engines(rows: dict[str, Result]) -> list[str]:
     found = []
     for shape, name in _SHAPES.items():
-        for weights in _FORMATS:
-            picked = [
-                row for key, row in rows.items() if re.match(rf"{re.escape(shape)} {weights}(,[^:]*)?: ", key)
-            ]
+        for weights, title in _FORMATS.items():
+            picked = _named(rows, rf"{re.escape(shape)} {weights}{_EXTRAS}: ")
             if picked:
-                found += [f"## {name}, {_FORMATS[weights]}", "", *_table(picked), ""]
-    if found:
-        picture = _decode_picture(rows)
-        found = [*picture, *found]
-    return found
+                found += [f"## {name}, {title}", "", *_table(picked), "", *_launches(picked)]
+    return [*_decode_picture(rows), *found, *_claims(rows)] if found else []
+
+
+def _named(rows: dict[str, Result], pattern: str) -> list[Result]:
+    """Return the rows whose names begin with a pattern, in the order of the peers' table."""
+    order = {name: i for i, name in enumerate(peers.names())}
+    picked = [row for name, row in rows.items() if re.match(pattern, name)]
+    return sorted(picked, key=lambda row: order.get(row.row, len(order)))
+
+
+def _launches(picked: Sequence[Result]) -> list[str]:
+    """Return a line on how many kernels a decode step launches, and what fell back."""
+    counts = [
+        f"{row.row.rpartition('=')[2]}: {sum(row.launches.values()):g}" for row in picked if row.launches
+    ]
+    lines_ = [f"Launches of a captured step by batch: {', '.join(counts)}.", ""] if counts else []
+    downgrades = sorted({text for row in picked for text in row.downgrades})
+    return lines_ + ([f"Downgrades: {'; '.join(downgrades)}.", ""] if downgrades else [])
+
+
+def _claims(rows: dict[str, Result]) -> list[str]:
+    """Return ratios between rows of our own, and to plain PyTorch."""
+    ours = "llama-3.1-8b bfloat16"
+    tput = "tput 512 x (512 in, 256 out)"
+    pairs = [
+        *(
+            (f"INT4 over BF16, decode B={b}", f"llama-3.1-8b int4: decode B={b}", f"{ours}: decode B={b}")
+            for b in BATCHES
+        ),
+        ("INT4 over BF16, throughput", f"llama-3.1-8b int4: {tput}", f"{ours}: {tput}"),
+        (
+            "INT4 over BF16, resident weights",
+            "llama-3.1-8b int4: resident weights",
+            f"{ours}: resident weights",
+        ),
+    ]
+    for other, name in (
+        ("transformers", "transformers generate"),
+        ("torch.compile (default)", "torch.compile"),
+    ):
+        pairs += [
+            (f"ours over {name}, decode B={b}", f"{ours}: decode B={b}", f"{other} {ours}: decode B={b}")
+            for b in BATCHES
+        ]
+    found = ["| claim | ratio | figures |", "|---|---|---|"]
+    for title, a, b in pairs:
+        if a in rows and b in rows:
+            figures = f"{rows[a].value:g} and {rows[b].value:g} {rows[a].unit}"
+            found.append(f"| {title} | {rows[a].value / rows[b].value:.2f} | {figures} |")
+    return ["## Against ourselves and plain PyTorch", "", *found, ""] if len(found) > 2 else []
 
 
 def _decode_picture(rows: dict[str, Result]) -> list[str]:
@@ -102,28 +148,22 @@ def _decode_picture(rows: dict[str, Result]) -> list[str]:
 
 
 def _kernels(rows: dict[str, Result]) -> list[str]:
-    found = ["# Kernels", ""]
-    found += _linear_picture(rows)
-    found += _ratio_table(rows)
-    found += _linear_table(rows)
+    found = [*_linear_picture(rows), *_ratio_table(rows), *_linear_table(rows)]
     for title, names in (
         ("Paged decode attention", [f"decode attention {b} x {n}" for b, n in DECODES]),
         ("Prefill attention", [f"prefill attention {b} x {n}" for b, n in PREFILLS]),
     ):
-        picked = [row for key, row in rows.items() if any(key.startswith(f"{name} ") for name in names)]
-        picked = [row for row in picked if "(" not in row.row]
+        picked = _named(rows, rf"({'|'.join(map(re.escape, names))}) [^()]*$")
         if picked:
             found += [f"## {title}", "", *_table(picked), ""]
-    fused = [
-        row for key, row in rows.items() if re.match(r"(add_)?rms_norm|act_mul|rope_write|embed|sample", key)
-    ]
+    fused = _named(rows, r"((add_)?rms_norm|act_mul|rope_write|embed|sample)\b[^()]*$")
     if fused:
         found += ["## Between the products", "", *_table(fused), ""]
-    return found
+    return ["# Kernels", "", *found] if found else []
 
 
 def _ratio_table(rows: dict[str, Result]) -> list[str]:
-    picked = [row for key, row in rows.items() if re.match(r"w4a16 M", key)]
+    picked = _named(rows, "w4a16 M")
     return ["## W4A16, geometric means over the four layers", "", *_table(picked), ""] if picked else []
 
 
@@ -204,22 +244,26 @@ def _table(rows: Iterable[Result]) -> list[str]:
         target, verdict = "", ""
         if row.target is not None:
             scale = 1.0 if known is None else known.scale(row.calibration)
-            target = f"{row.target:g}" + (
-                "" if abs(scale - 1) < 0.005 else f" (here {row.target * scale:.4g})"
-            )
+            scaled = "" if abs(scale - 1) < 0.005 else f" (here {_number(row.target * scale)})"
+            target = f"{_number(row.target)}{scaled}"
             is_met = None if known is None else known.is_met_by(row.value, row.calibration)
             verdict = "" if is_met is None else "met" if is_met else "missed"
         cells = [
             row.row,
-            f"{row.value:g} {row.unit}",
-            f"{row.spread:.2g}",
-            "" if row.peer is None else f"{row.peer}: {row.peer_value:g}",
+            f"{_number(row.value)} {row.unit}",
+            _number(row.spread, digits=2),
+            "" if row.peer is None else f"{row.peer}: {_number(row.peer_value or 0.0)}",
             ratio,
             target,
             verdict,
         ]
         found.append(f"| {' | '.join(cells)} |")
     return found
+
+
+def _number(value: float, digits: int = 4) -> str:
+    """Return a figure with so many digits, and never in powers of ten."""
+    return f"{value:,.0f}" if value >= 10 ** (digits - 1) else f"{value:.{digits}g}"
 
 
 def _budgets(measured: dict[str, float]) -> list[str]:

@@ -31,7 +31,7 @@ class Rates:
     """What the machine reaches."""
 
     read_gb_per_s: float = 4300.0
-    bf16_tflop_per_s: float = 780.0
+    bf16_tflop_per_s: float = 690.0
     floor_us: float = 1.5
     """What a kernel costs beyond its bytes in a chain of kernels that begin before the last one has ended."""
 

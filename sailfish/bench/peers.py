@@ -58,6 +58,11 @@ def peer(row: str) -> Peer | None:
     return _by_row().get(row)
 
 
+def names() -> list[str]:
+    """Return the names of all rows, in the order in which they are shown."""
+    return list(_by_row())
+
+
 def calibration() -> Mapping[str, float]:
     """Return what the machine that the peers ran on gave by itself."""
     return _table().calibration

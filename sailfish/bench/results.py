@@ -129,10 +129,10 @@ def _versions() -> dict[str, str]:
 
 @cache
 def _commit() -> str:
-    """Return the commit of the checkout this package lies in, or "" outside of one."""
+    """Return the commit of the checkout this package lies in, "-dirty" if changed, or "" outside of one."""
     try:
         done = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"],
+            ["git", "describe", "--always", "--dirty", "--exclude=*"],
             cwd=Path(__file__).parent,
             capture_output=True,
             text=True,

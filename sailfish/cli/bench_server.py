@@ -40,6 +40,8 @@ def server(
     engine = settings.engine
     if engine.max_sequences is None:
         engine = replace(engine, max_sequences=n_streams)
+    if step_ms is not None:
+        engine = replace(engine, device="cpu")  # which serves the tokenizer only
     engine_dir = opening.find(model, replace(settings, engine=engine))
     if step_ms is not None:
         device = probe_cpu()
@@ -52,7 +54,8 @@ def server(
     recorder = Recorder(suite="server", device=device.name, command=measured.command(), calibration={})
     with serving as running:
         runs = [streams.carry(running, engine_dir, n_streams, n_out, seed) for seed in range(repeats)]
-    name = f"{name}, {n_streams} streams, {n_processes} API processes on {probe_cpu().n_cores} cores"
+    processes = "1 API process" if n_processes == 1 else f"{n_processes} API processes"
+    name = f"{name}, {n_streams} streams, {processes} on {probe_cpu().n_cores} cores"
     rows = []
     for figures in zip(*(run.figures() for run in runs), strict=True):
         row, _, unit = figures[0]
