@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from importlib import import_module
 from pkgutil import iter_modules
 
 import pytest
 
 import sailfish.kernels.cuda as cuda
-from sailfish.kernels.cuda.nvrtc import SOURCE_DIR, compile_source, has_nvrtc
+from sailfish.kernels.cuda.nvrtc import SOURCE_DIR, Compiled, compile_source, has_nvrtc
 from sailfish.kernels.cuda.program import ARCHITECTURES, Variant
 
 pytestmark = pytest.mark.skipif(not has_nvrtc(), reason="NVRTC is not installed")
@@ -24,10 +27,24 @@ def test_every_source_has_a_variant() -> None:
     assert {path.name for path in SOURCE_DIR.glob("*.cu")} == {variant.file for variant in _variants()}
 
 
-@pytest.mark.parametrize("variant", _variants(), ids=str)
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_a_source_compiles_without_spills(variant: Variant, arch: str) -> None:
+CASES = [(arch, variant) for arch in ARCHITECTURES for variant in _variants() if variant.runs_on(arch)]
+Compiling = dict[tuple[str, Variant], Future[Compiled]]
+
+
+@pytest.fixture(scope="module")
+def compiling(request: pytest.FixtureRequest) -> Iterator[Compiling]:
+    """Begin to compile all that was asked for, on every core: NVRTC runs without Python's lock."""
+    asked = [item.callspec.params.get("case") for item in request.session.items if hasattr(item, "callspec")]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield {
+            (arch, variant): pool.submit(compile_source, variant.file, arch, dict(variant.defines))
+            for arch, variant in CASES
+            if (arch, variant) in asked
+        }
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]} {case[1]}")
+def test_a_source_compiles_without_spills(case: tuple[str, Variant], compiling: Compiling) -> None:
     """Local memory in an inner loop costs more than any trick around it saves."""
-    if not variant.runs_on(arch):
-        pytest.skip(f"made for {variant.only}")
-    assert compile_source(variant.file, arch, dict(variant.defines)).spill_bytes == 0
+    assert compiling[case].result().spill_bytes == 0
