@@ -69,7 +69,7 @@ def _prompts() -> list[list[int]]:
 
 
 @pytest.mark.parametrize("kv_dtype", FORMATS)
-@pytest.mark.parametrize(("family", "lag"), zip(FAMILIES, (0, 1, 0, 1), strict=True))
+@pytest.mark.parametrize(("family", "lag"), list(zip(FAMILIES, (0, 1, 0, 1), strict=True)))
 def test_batched_chunked_cached_preempted_tokens_are_those_of_a_cache_rounded_alike(
     family: str, kv_dtype: str, lag: int, twins_path: Path
 ) -> None:
