@@ -104,6 +104,8 @@ def _numbers(text: str) -> list[int]:
 
 def _random_checkpoint(shape: str) -> Path:
     """Return a checkpoint of a known shape with random weights, written beside the engine cache once."""
+    if shape not in SHAPES:
+        raise ConfigError(f"no shape is called {shape!r}", hint=f"use one of {', '.join(SHAPES)}")
     directory = cache_root(environment()).parent / "shapes" / shape
     if not (directory / INDEX_FILE).exists():
         opening.say(f"writing random weights of shape {shape} to {directory}")

@@ -408,7 +408,7 @@ def test_limits_come_from_the_plan() -> None:
         lag=0,
         prefix_cache=True,
         graph_buckets=(),
-    graph_chunks=(),
+        graph_chunks=(),
         cache=(),
         memory=(),
         decisions=(),
