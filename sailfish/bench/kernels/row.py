@@ -91,16 +91,11 @@ class Candidate:
 
 
 def candidates(case: Case) -> list[Candidate]:
-    """Return what takes a case on its device, without fallbacks and references: nobody waits for them.
-
-    The reference of `linear` alone is torch's own product, which is as fast as any for many rows.
-    """
+    """Return what takes a case on its device, without fallbacks and references: nobody waits for them."""
     able = [
         impl
         for impl in implementations(case.op)
-        if not impl.is_fallback
-        and (impl.name != "reference" or case.op == "linear")
-        and not impl.rejects(case)
+        if not impl.is_fallback and impl.name != "reference" and not impl.rejects(case)
     ]
     return [
         Candidate(
