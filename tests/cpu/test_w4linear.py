@@ -19,7 +19,7 @@ from torch.nn import Linear
 
 import sailfish
 from sailfish import W4Linear, replace_linears
-from sailfish.base.errors import BuildError, CheckpointError, ConfigError, UserError
+from sailfish.base.errors import BuildError, CheckpointError, ConfigError, EngineError, UserError
 from sailfish.compress.rtn import quantise_int4, restore_int4
 from sailfish.data import demo_model
 from sailfish.kernels import torch_op
@@ -443,3 +443,49 @@ def test_the_layer_is_loaded_only_when_it_is_named() -> None:
     assert {"W4Linear", "replace_linears"} <= set(dir(sailfish))
     program = "import sys, sailfish; assert 'torch' not in sys.modules; sailfish.W4Linear; import torch"
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+class OnCuda:
+    """What the checks ask of activations on a GPU."""
+
+    def __init__(self, dtype: torch.dtype, index: int) -> None:
+        self.dtype, self.device = dtype, torch.device("cuda", index)
+
+    def get_device(self) -> int:
+        """Return the GPU they are on."""
+        return self.device.index
+
+
+@pytest.mark.parametrize(
+    ("of_scale", "of_x", "words"),
+    [
+        (torch.bfloat16, torch.float32, "scales in bfloat16 .* bfloat16 or float16; these are in float32"),
+        (torch.float32, torch.float32, "scales in float32 multiplies .* these are in float32"),
+        (torch.bfloat16, torch.float16, "these are in float16 .bring model and activations to"),
+        (torch.float16, torch.bfloat16, "scales in float16 .* these are in bfloat16"),
+    ],
+)
+def test_on_cuda_activations_of_another_dtype_are_refused_in_words(
+    of_scale: torch.dtype, of_x: torch.dtype, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    with pytest.raises(UserError, match=words):
+        torch_op._check_cuda(OnCuda(of_x, 0), torch.zeros(1, dtype=of_scale))  # type: ignore[arg-type]
+
+
+def test_a_process_multiplies_on_one_gpu_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    scale, current = torch.zeros(1, dtype=torch.bfloat16), 1
+
+    def check(index: int) -> None:
+        torch_op._check_cuda(OnCuda(torch.bfloat16, index), scale)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+    torch_op._only_device.cache_clear()
+    check(1)
+    with pytest.raises(EngineError, match="run on cuda:1; these activations are on cuda:0"):
+        check(0)
+    current = 0
+    for index in (0, 1):
+        with pytest.raises(EngineError, match="the current device is cuda:0 .use one GPU a process"):
+            check(index)
+    torch_op._only_device.cache_clear()
