@@ -6,7 +6,7 @@ from sailfish.kernels.contract import Case, StepBounds
 
 STREAMED_BF16_ROWS = 8
 STREAMED_BF16_WEIGHTS = 60_000_000
-"""Above so many weights cuBLAS streams bfloat16 as fast (on an H200 57 against 58 us for 4096 x 28672); below,
+"""From here on cuBLAS streams bfloat16 as fast (on an H200 57 against 58 us for 4096 x 28672); below,
 its split sums cost a launch more (34 against 31 us for 14336 x 4096)."""
 STREAMED_BF16_OUTPUTS = 1024
 STREAMED_INT4_ROWS = 16
