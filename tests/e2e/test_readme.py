@@ -78,9 +78,9 @@ def test_the_flags_of_the_commands_that_go_on_for_ever_exist(line: str) -> None:
 
 
 @pytest.mark.slow
-def test_the_python_of_the_readme_runs(folder: Path) -> None:
-    """As a program of its own."""
-    [program] = [text for kind, text in BLOCKS if kind == "python"]
+@pytest.mark.parametrize("program", [text for kind, text in BLOCKS if kind == "python"])
+def test_the_python_of_the_readme_runs(program: str, folder: Path) -> None:
+    """Each block as a program of its own."""
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, check=False, timeout=300
     )
