@@ -155,7 +155,9 @@ class W4Linear(torch.nn.Module):
         """Return x @ weight.T + bias: [..., in_features] to [..., out_features] in x's dtype."""
         if self.order is not None:
             x = x.index_select(-1, self.order)
-        return multiply_int4(x, self.weight4, self.bias)
+        # The op takes parts, as torch can trace them; eager models are bound by what a call costs the host.
+        shape = self.out_features, self.in_features, self.group
+        return multiply_int4(x, self.packed, self.scale, self.zero, self.bias, *shape)
 
     def dequantise(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the weight [O, I] written out, as `torch.nn.Linear` would hold it."""

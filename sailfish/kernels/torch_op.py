@@ -19,18 +19,6 @@ _ALIGNED_BYTES = 16
 """Where activations must begin for a kernel; torch allocates so, a slice may begin elsewhere."""
 
 
-def multiply_int4(x: Tensor, weight: Int4Weight, bias_O: Tensor | None) -> Tensor:
-    """Return x @ weight.T + bias for any leading axes of x, in x's dtype.
-
-    On CUDA x is in the dtype of the scales, bfloat16 or float16; on the CPU in any float dtype. Gradients
-    reach x only. UserError where x does not fit.
-    """
-    product: Tensor = torch.ops.sailfish.linear_int4(
-        x, weight.packed, weight.scale, weight.zero, bias_O, weight.n_out, weight.n_in, weight.group
-    )
-    return product
-
-
 def _linear_int4(
     x: Tensor,
     packed: Tensor,
@@ -121,3 +109,10 @@ torch.library.define(
 torch.library.impl(_OP, ("cpu", "cuda"), _linear_int4)
 torch.library.register_fake(_OP, _shape_of_product)
 torch.library.register_autograd(_OP, _gradient, setup_context=_keep)
+multiply_int4: Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, int, int, int], Tensor]
+multiply_int4 = torch.ops.sailfish.linear_int4.default
+"""Return x @ weight.T + bias for any leading axes of x, in x's dtype; the weight comes as its parts.
+
+Takes x, packed, scale, zero, bias, n_out, n_in, group. On CUDA x is in the dtype of the scales, bfloat16 or
+float16; on the CPU in any float dtype. Gradients reach x only. UserError where x does not fit.
+"""
