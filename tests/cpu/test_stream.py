@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 
 from sailfish.base.errors import EngineError
-from sailfish.kernels.contract import Weight8
-from sailfish.kernels.cuda.stream import Card, Product, choose, rejects
+from sailfish.kernels.contract import Case, StepBounds, Weight8
+from sailfish.kernels.cuda.linear_limits import stream_bytes
+from sailfish.kernels.cuda.stream import _MOST_COLUMNS, Card, Product, choose, rejects
 from sailfish.kernels.int4 import pack
 
 CARDS = {
@@ -61,8 +64,44 @@ def test_a_division_fits_and_leaves_nothing_out(form: str, card: Card) -> None:
             assert split.splits * product.block_chunks(split) >= product.chunks
             assert split.splits * product.quantum <= -(-product.chunks // product.quantum) * product.quantum
             assert split.splits <= (8 if card.clusters else 64), "clusters of more than 8 are not portable"
-            assert split.columns <= 4096, "more than there are counters"
+            assert split.columns <= _MOST_COLUMNS, "more than there are counters"
             assert not card.clusters or split.splits * split.columns <= 8 * card.processors
+
+
+@pytest.mark.parametrize("form", ["int4", "bf16", "int8"])
+def test_partial_sums_never_take_more_than_is_planned(form: str) -> None:
+    """Cards without clusters, from a slice of an A100 to the largest of today."""
+    draw = random.Random(form)
+    ops = {"int4": "linear_int4", "bf16": "linear", "int8": "linear_int8"}
+    bounds = StepBounds(step_tokens=2048, max_sequences=64, context_tokens=4096)
+    n_split = 0
+    for _ in range(1500):
+        n_in = draw.choice((64 * draw.randrange(1, 448), 4096, 14336, 18944, 28672))
+        n_out = draw.choice((16 * draw.randrange(1, 2000), 17, 272, 28672, 128256, 262144))
+        n_tokens = draw.randrange(1, 17 if form == "int4" else 9)
+        card = Card(
+            processors=draw.choice((28, 58, 82, 108, 128, 142, 170, 188)),
+            processor_shared_bytes=draw.choice((100, 164, 228)) << 10,
+            clusters=False,
+        )
+        product = make(form, n_in, n_out, n_tokens, draw.choice((32, 64, 128)))
+        try:
+            split = choose(product, card)
+        except EngineError:  # heads so large that nothing fits
+            continue
+        assert split.columns <= _MOST_COLUMNS
+        if split.splits == 1:
+            continue
+        n_split += 1
+        max_rows = 8 if n_tokens <= 8 else 16
+        case = Case(op=ops[form], target="sm_86", dtype="bfloat16", n_out=n_out, n_in=n_in, max_rows=max_rows)
+        assert product.partial_bytes(split) <= stream_bytes(case, bounds), (card, n_in, n_out, n_tokens)
+    assert n_split > 300
+
+
+def test_a_card_with_clusters_needs_no_partial_sums_in_memory() -> None:
+    case = Case(op="linear_int4", target="sm_90", dtype="bfloat16", n_out=4096, n_in=14336, max_rows=16)
+    assert stream_bytes(case, StepBounds(step_tokens=8, max_sequences=8, context_tokens=64)) == 0
 
 
 def test_the_layers_of_an_8b_shape_are_divided_as_measured() -> None:

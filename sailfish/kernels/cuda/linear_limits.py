@@ -15,7 +15,13 @@ STREAMED_8_ROWS = 8
 STREAMED_INPUTS = 8
 """Activations are read so many at a time: 16 bytes."""
 KERNEL_DTYPES = ("bfloat16", "float16")
-_MOST_SPLITS = 8
+_SUMMED_STRIP = 16
+_FEWEST_SPLITS, _MOST_SPLITS = 8, 64
+"""Ranges of inputs that a product is cut into where it is cut at all: at most, of few inputs and of many."""
+_SPLIT_BYTES = 8192
+"""Of all tokens' activations: so many a range, at least, fit beside the ring in any shared memory."""
+_UNEVEN_BYTES, _UNEVEN_FRAC = 1 << 18, 1 / 16
+"""What it takes beyond even shares that blocks own whole strips of outputs."""
 _MMA_PART_BYTES = 16 << 20
 """Partial sums of the product for cards before Hopper: one tile a multiprocessor."""
 
@@ -45,9 +51,20 @@ def rejects_wide_int4(case: Case) -> str | None:
 
 
 def stream_bytes(case: Case, bounds: StepBounds) -> int:
-    """Return the partial sums of blocks that cannot write to each other's shared memory."""
+    """Return the partial sums of blocks that cannot write to each other's shared memory.
+
+    A bound for cards of 28 multiprocessors and more: how a product is divided is known only on the card.
+    """
+    if case.target == "sm_90":
+        return 0
     rows = min(case.max_rows or bounds.step_tokens, bounds.step_tokens)
-    return 0 if case.target == "sm_90" else _MOST_SPLITS * rows * case.n_out * 4
+    tokens = 8 if rows <= 8 else 16  # more are multiplied in passes
+    row_bytes = case.n_in * (1 if case.op in ("linear_int8", "linear_fp8") else 2)
+    splits = _FEWEST_SPLITS
+    while splits < _MOST_SPLITS and splits * _SPLIT_BYTES < tokens * row_bytes:
+        splits *= 2
+    even = splits * tokens * -(-case.n_out // _SUMMED_STRIP) * _SUMMED_STRIP * 4
+    return int(even * (1 + _UNEVEN_FRAC)) + _UNEVEN_BYTES
 
 
 def wide_int4_bytes(case: Case, bounds: StepBounds) -> int:

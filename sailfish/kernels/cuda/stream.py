@@ -26,7 +26,8 @@ _PAD_BYTES = 16
 _HEAD_BYTES = 128
 _RESERVED_BYTES = 1024 + 128
 """Of shared memory, by the system in each block and by the kernel itself."""
-_MOST_COLUMNS = 4096
+_MOST_COLUMNS = 1 << 14
+"""Columns of blocks that may have to add up: half of 512 multiprocessors times 64."""
 _MOST_IN_CLUSTER = 8
 _WARPS = 8
 _INT4_CHUNKS = 4
@@ -99,6 +100,11 @@ class Product:
         if self.span:
             return split.warps * (_INT4_CHUNKS * STRIP * UNIT // 2 + 2 * self.plane_bytes)
         return split.strip_warps * STRIP * (split.chunk_warps * _ROWS_CHUNKS * _CHUNK_BYTES + _PAD_BYTES)
+
+    def partial_bytes(self, split: Split) -> int:
+        """Return the partial sums of all blocks in device memory, where they form no clusters."""
+        n_strips = split.columns * split.splits * self.strips_per_block(split)
+        return n_strips * STRIP * self.tiles * _TILE * 4
 
     def shared_bytes(self, split: Split, clusters: bool) -> int:
         """Return what the skeleton lays out: barriers, ring, partial sums, sums of x, x."""
@@ -324,8 +330,9 @@ def _launch(
     )
     workspace = arrived = None
     if split.splits > 1 and not card.clusters:
-        n = split.columns * split.splits * per_block * STRIP * product.tiles * _TILE
-        workspace = torch.empty(n, dtype=torch.int32, device=x_TI.device)
+        assert split.columns <= _MOST_COLUMNS, "more than there are counters"
+        n_bytes = product.partial_bytes(split)
+        workspace = torch.empty(n_bytes, dtype=torch.uint8, device=x_TI.device)
         arrived = _counters(x_TI.device)
     pointers = (y_TO, bias_O, residual_TO, row_scale_O, token_scale_T, workspace, arrived)
     out = _Output(*(None if tensor is None else tensor.data_ptr() for tensor in pointers))
