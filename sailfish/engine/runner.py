@@ -157,15 +157,14 @@ class Runner:
         prompt_logprobs: list[list[_Logprobs]],
     ) -> Step:
         """Send the draws to the host, with the log-probabilities of those that want them."""
-        table = self._table
-        draws = table.take_draws(n_samples)
-        if wanted is None:
-            return Step(plan, draws, None, prompt_logprobs)
-        at, logits_bV = wanted
-        sampled = [run for run in plan.runs if run.samples]
-        n_top = [table.sampling_of(sampled[i]).logprobs or 0 for i in at]
-        token_b = table.drawn(upload(at, table.device))
-        return Step(plan, draws, _DrawnLogprobs(at, n_top, logits_bV, token_b), prompt_logprobs)
+        table, logprobs = self._table, None
+        if wanted is not None:
+            at, logits_bV = wanted
+            sampled = [run for run in plan.runs if run.samples]
+            n_top = [table.sampling_of(sampled[i]).logprobs or 0 for i in at]
+            logprobs = _DrawnLogprobs(at, n_top, logits_bV, table.drawn(upload(at, table.device)))
+        # The draws go last: who waits for them finds the log-probabilities on the host.
+        return Step(plan, table.take_draws(n_samples), logprobs, prompt_logprobs)
 
     def _wanted(self, logits_SV: Tensor, batch: Batch) -> tuple[list[int], Tensor] | None:
         """Return which samples want log-probabilities, and a copy of their logits in float32."""
