@@ -16,7 +16,7 @@ from sailfish.base.errors import EngineError, SailfishError
 from sailfish.engine import wire
 from sailfish.engine.api import EngineStats
 from sailfish.engine.scheduler import Scheduler
-from sailfish.engine.sequence import Sequence, SequenceEvent
+from sailfish.engine.sequence import Draws, Sequence, SequenceEvent
 from sailfish.engine.step import StepPlan, StepResult
 
 log = logging.getLogger(__name__)
@@ -92,7 +92,8 @@ class EngineLoop:
         """Plan and launch one step, and commit the oldest one once more than `lag` are in flight."""
         self.step_started_s = time.monotonic()
         plan, events = self.scheduler.schedule(self.step_started_s)
-        self._emit(events)
+        if events:
+            self._emit(events)
         if plan is not None:
             try:
                 self._in_flight.append((plan.step_id, self.runner.execute(plan)))
@@ -106,7 +107,8 @@ class EngineLoop:
                 self._fail(step_id, error)
             else:
                 self._n_failed = 0
-                self._emit(self.scheduler.commit(result, time.monotonic()))
+                draws, events = self.scheduler.commit(result, time.monotonic())
+                self._emit(events, draws)
         self.step_started_s = None
 
     def _take_messages(self, wait_s: float | None) -> None:
@@ -173,24 +175,39 @@ class EngineLoop:
             self._emit(self.scheduler.abort_all(now_s))
             raise EngineError(f"{self._n_failed} steps failed one after the other") from error
 
-    def _emit(self, events: list[SequenceEvent]) -> None:
-        by_client: dict[int, list[wire.Event]] = {}
+    def _emit(self, events: list[SequenceEvent], draws: Draws | None = None) -> None:
+        """Tell every client its sequences' news, in one message unless prompts were scored."""
+        plain = {} if draws is None else _by_client(draws)
+        news: dict[int, list[wire.Event]] = {}
         for event in events:
             client, key = event.key
-            by_client.setdefault(client, []).append(
-                wire.Event(
-                    key=key,
-                    token_ids=event.token_ids,
-                    logprobs=event.logprobs,
-                    prompt_logprobs=event.prompt_logprobs,
-                    n_cached=event.n_cached,
-                    finish=event.finish,
-                )
+            told = wire.Event(
+                key=key,
+                token_ids=event.token_ids,
+                logprobs=event.logprobs,
+                prompt_logprobs=event.prompt_logprobs,
+                n_cached=event.n_cached,
+                finish=event.finish,
             )
-        for client, items in by_client.items():
-            small = [item for item in items if item.prompt_logprobs is None]
-            for item in items if len(small) < len(items) else ():
-                if item.prompt_logprobs is not None:  # alone: it may fill half a frame
-                    self._send(client, wire.Events([item]))
-            if small:
-                self._send(client, wire.Events(small))
+            if told.prompt_logprobs is None:
+                news.setdefault(client, []).append(told)
+            else:  # alone: it may fill half a frame
+                self._send(client, wire.Events([told]))
+        for client in plain | news:
+            keys, token_ids = plain.get(client, ([], []))
+            self._send(client, wire.Events(news.get(client, []), keys, token_ids))
+
+
+def _by_client(draws: Draws) -> dict[int, tuple[list[int], list[int]]]:
+    """Return each client's own keys and their tokens."""
+    if not draws.keys:
+        return {}
+    clients, keys = zip(*draws.keys, strict=True)
+    if clients.count(clients[0]) == len(clients):  # most often: saves a tenth of a microsecond a token
+        return {clients[0]: (list(keys), draws.token_ids)}
+    found: dict[int, tuple[list[int], list[int]]] = {}
+    for client, key, token_id in zip(clients, keys, draws.token_ids, strict=True):
+        own_keys, token_ids = found.setdefault(client, ([], []))
+        own_keys.append(key)
+        token_ids.append(token_id)
+    return found

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from sailfish.engine.step import RowRun, RowSampling, RowStart
+from sailfish.engine.step import RowSampling, RowStart, StepPlan
 from sailfish.kernels.step_words import (
     APPENDED_WORDS,
     RUN_WORDS,
@@ -35,26 +35,41 @@ class Batch:
     """Every run is one token and samples."""
 
     @classmethod
-    def of(cls, runs: Sequence[RowRun]) -> Batch:
-        """Read the runs. One list for each field: half the time of reading them into arrays at once."""
-        counts, samples = [run.count for run in runs], [run.samples for run in runs]
+    def of(cls, plan: StepPlan) -> Batch:
+        """Read a plan's runs: the decodes as they lie in the plan, which they share, then the spans."""
+        row_B = np.frombuffer(plan.decode_rows, np.int32)
+        start_B = np.frombuffer(plan.decode_starts, np.int32)
+        count_B, samples_B = np.ones(len(row_B), np.int32), np.ones(len(row_B), np.bool_)
+        spans = plan.spans
+        if not spans:
+            return cls(row_B=row_B, start_B=start_B, count_B=count_B, samples_B=samples_B, is_decode=True)
+        counts, samples = [run.count for run in spans], [run.samples for run in spans]
         return cls(
-            row_B=np.array([run.row for run in runs], np.int32),
-            start_B=np.array([run.start for run in runs], np.int32),
-            count_B=np.array(counts, np.int32),
-            samples_B=np.array(samples, np.bool_),
+            row_B=np.append(row_B, np.array([run.row for run in spans], np.int32)),
+            start_B=np.append(start_B, np.array([run.start for run in spans], np.int32)),
+            count_B=np.append(count_B, np.array(counts, np.int32)),
+            samples_B=np.append(samples_B, np.array(samples, np.bool_)),
             is_decode=all(samples) and counts.count(1) == len(counts),
         )
 
     @property
+    def sampled_row_S(self) -> Words:
+        """Rows of the runs that sample."""
+        return self.row_B if self.is_decode else self.row_B[self.samples_B]
+
+    @property
     def n_single(self) -> int:
         """Runs at the beginning that are one token each."""
+        if self.is_decode:
+            return len(self.count_B)
         longer = self.count_B != 1
         return int(longer.argmax()) if longer.any() else len(longer)
 
     @property
     def query_start_B1(self) -> Words:
         """Where each run's tokens begin in the step; at the end the number of tokens."""
+        if self.is_decode:
+            return np.arange(len(self.count_B) + 1, dtype=np.int32)
         query_start_B1 = np.zeros(len(self.count_B) + 1, np.int32)
         np.cumsum(self.count_B, out=query_start_B1[1:])
         return query_start_B1

@@ -20,6 +20,27 @@ from sailfish.models.decoder import Decoder, KvCache, StepInputs
 from sailfish.plan.memory import SCORED_ROWS
 
 
+class _On:
+    """Make a stream of the current device the current one; None: change nothing.
+
+    `torch.cuda.stream` looks up both streams' devices too, in every step.
+    """
+
+    __slots__ = ("_before", "_stream")
+
+    def __init__(self, stream: torch.cuda.Stream | None) -> None:
+        self._stream = stream
+
+    def __enter__(self) -> None:
+        if self._stream is not None:
+            self._before = torch.cuda.current_stream()
+            torch.cuda.set_stream(self._stream)
+
+    def __exit__(self, *_: object) -> None:
+        if self._stream is not None:
+            torch.cuda.set_stream(self._before)
+
+
 class Step:
     """A launched step; `result` waits for its tokens."""
 
@@ -30,6 +51,7 @@ class Step:
         logprobs: _DrawnLogprobs | None,
         prompt_logprobs: list[list[_Logprobs]],
     ) -> None:
+        """Take what is on its way to the host; `prompt_logprobs`: of each span."""
         self._plan = plan
         self._draws = draws
         self._logprobs = logprobs
@@ -41,7 +63,7 @@ class Step:
         return StepResult(
             step_id=self._plan.step_id,
             token_ids=token_S.tolist(),
-            finite=finite_S.astype(bool).tolist(),
+            finite=[True] * len(finite_S) if finite_S.all() else finite_S.astype(bool).tolist(),
             logprobs=[None] * len(token_S) if self._logprobs is None else self._logprobs.rows(len(token_S)),
             prompt_logprobs=[
                 [row for part in parts for row in part.rows()] if parts else []
@@ -72,23 +94,23 @@ class Runner:
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> Step:
         """Launch one step: send its differences, run its tokens, draw for the runs that sample."""
-        table, batch = self._table, Batch.of(plan.runs)
+        table, batch = self._table, Batch.of(plan)
         table.note(plan.starts)
-        with torch.cuda.stream(self._stream):
-            n_runs = self._graphs.fitting(len(plan.runs)) if batch.is_decode else None
+        with _On(self._stream):
+            n_runs = self._graphs.fitting(plan.n_runs) if batch.is_decode else None
             if n_runs is None:
                 return self._run(plan, batch)
             table.send(plan, batch, pad_to=n_runs)
             wanted = self._wanted(self._graphs.replay(n_runs), batch)
-            # A decode predicts no token of its prompt.
-            return self._launched(plan, len(plan.runs), wanted, [[]] * len(plan.runs))
+            # One token of a prompt predicts no other of it.
+            return self._launched(plan, batch, wanted, [[]] * len(plan.spans))
 
     @torch.inference_mode()
     def capture(self) -> None:
         """Capture the planned decode steps; nothing else may run meanwhile."""
         nothing = StepPlan(0, [], [], [])
         with torch.cuda.stream(self._stream):
-            self._table.send(nothing, Batch.of(nothing.runs), pad_to=self._graphs.most_runs)
+            self._table.send(nothing, Batch.of(nothing), pad_to=self._graphs.most_runs)
             self._inputs_3T[2] = -1  # no step's cache is written meanwhile
             self._graphs.capture(self._decode, self._forward_alone)
 
@@ -107,7 +129,7 @@ class Runner:
         inputs, made = table.inputs(layout, tuple(range(n_runs + 1)), bounds, n_runs)
         logits_SV = self._logits(self._decoder.forward(inputs, self._kv))
         changed_SV = logits_SV.clone() if logits_SV.dtype == torch.float32 else logits_SV
-        table.append(made, *self._draw(changed_SV, made, []))
+        table.append(made, *self._draw(changed_SV, made, None))
         return logits_SV
 
     def _forward_alone(self, n_tokens: int) -> Tensor:
@@ -127,7 +149,7 @@ class Runner:
 
     def _run(self, plan: StepPlan, batch: Batch) -> Step:
         """Run a step of any kind, its forward pass in pieces if that is captured, else launch by launch."""
-        table, runs = self._table, plan.runs
+        table = self._table
         ends = tuple(batch.query_start_B1.tolist())
         kv_len = tuple((batch.start_B + batch.count_B).tolist())
         n_tokens = None if batch.is_decode else self._graphs.fitting_chunk(ends[-1])
@@ -139,32 +161,31 @@ class Runner:
         else:
             hidden_TD = self._graphs.replay_chunk(n_tokens, inputs.span)
         prompt_logprobs = [
-            self._prompt_logprobs(hidden_TD[ends[i] : ends[i + 1]], run) for i, run in enumerate(runs)
+            self._prompt_logprobs(hidden_TD[ends[i] : ends[i + 1]], run)
+            for i, run in enumerate(plan.spans, plan.n_decodes)
         ]
-        sampled = [run for run in runs if run.samples]
-        if not sampled:
-            return self._launched(plan, 0, None, prompt_logprobs)
+        if not batch.samples_B.any():
+            return self._launched(plan, batch, None, prompt_logprobs)
         logits_SV = self._logits(hidden_TD if made.at_S is None else hidden_TD[made.at_S])
         wanted = self._wanted(logits_SV, batch)
-        table.append(made, *self._draw(logits_SV, made, sampled))
-        return self._launched(plan, len(sampled), wanted, prompt_logprobs)
+        table.append(made, *self._draw(logits_SV, made, batch))
+        return self._launched(plan, batch, wanted, prompt_logprobs)
 
     def _launched(
         self,
         plan: StepPlan,
-        n_samples: int,
+        batch: Batch,
         wanted: tuple[list[int], Tensor] | None,
         prompt_logprobs: list[list[_Logprobs]],
     ) -> Step:
         """Send the draws to the host, with the log-probabilities of those that want them."""
-        table, logprobs = self._table, None
+        table, row_S, logprobs = self._table, batch.sampled_row_S, None
         if wanted is not None:
             at, logits_bV = wanted
-            sampled = [run for run in plan.runs if run.samples]
-            n_top = [table.sampling_of(sampled[i]).logprobs or 0 for i in at]
+            n_top = [table.sampling_of(row).logprobs or 0 for row in row_S[at].tolist()]
             logprobs = _DrawnLogprobs(at, n_top, logits_bV, table.drawn(upload(at, table.device)))
         # The draws go last: who waits for them finds the log-probabilities on the host.
-        return Step(plan, table.take_draws(n_samples), logprobs, prompt_logprobs)
+        return Step(plan, table.take_draws(len(row_S)), logprobs, prompt_logprobs)
 
     def _wanted(self, logits_SV: Tensor, batch: Batch) -> tuple[list[int], Tensor] | None:
         """Return which samples want log-probabilities, and a copy of their logits in float32."""
@@ -178,25 +199,27 @@ class Runner:
         logits_SV = self._decoder.logits(hidden_SD)
         return logits_SV if logits_SV.is_cuda else logits_SV.float()
 
-    def _draw(self, logits_SV: Tensor, made: StepTensors, sampled: list[RowRun]) -> tuple[Tensor, Tensor]:
-        """Return (token_S int64, finite_S bool). May mutate logits_SV."""
+    def _draw(self, logits_SV: Tensor, made: StepTensors, batch: Batch | None) -> tuple[Tensor, Tensor]:
+        """Return (token_S int64, finite_S bool); only a CPU needs `batch`. May mutate logits_SV."""
         table = self._table
         if logits_SV.is_cuda:
             return pick(logits_SV, made.row_S, made.length_S, table.rows)
+        assert batch is not None, "steps are captured on a GPU only"
+        rows: list[int] = batch.sampled_row_S.tolist()
         return sample(
             logits_SV,
             made.row_S,
             made.length_S,
             table.rows,
-            [table.sampling_of(run) for run in sampled],
-            [run.row for run in sampled],
-            [run.start + run.count for run in sampled],
-            [table.n_prompt[run.row] for run in sampled],
+            [table.sampling_of(row) for row in rows],
+            rows,
+            (batch.start_B + batch.count_B)[batch.samples_B].tolist(),
+            [table.n_prompt[row] for row in rows],
         )
 
     def _prompt_logprobs(self, hidden_QD: Tensor, run: RowRun) -> list[_Logprobs]:
         """Score the prompt tokens that this run's positions predict: start + 1 .. start + count."""
-        n_top = self._table.sampling_of(run).prompt_logprobs
+        n_top = self._table.sampling_of(run.row).prompt_logprobs
         n_scored = min(run.start + run.count, self._table.n_prompt[run.row] - 1) - run.start
         if n_top is None or n_scored <= 0:
             return []

@@ -5,7 +5,8 @@ that closes it draws the next token, which makes the gap one again. Chunked pref
 the recompute after a preemption differ only in the size of the gap.
 
 Results come late: a step may be planned before the tokens of the one before it are known. Whatever voids a
-sequence's planned work (its end, a preemption) raises its epoch, and results of older epochs are ignored.
+sequence's planned work (its end, a preemption) is noted in the steps in flight, so that their results of it
+are ignored.
 Steps run in the order they are planned, so a block or row may be given away while a voided step uses it.
 Every row and block written by a plan belongs to a sequence that the same plan runs: when a step fails, no
 other sequence has lost anything.
@@ -14,37 +15,21 @@ other sequence has lost anything.
 from __future__ import annotations
 
 from bisect import insort
-from dataclasses import dataclass
 from math import inf
 
-from sailfish.base.errors import (
-    DeadlineExceeded,
-    RequestAborted,
-    RequestError,
-    SailfishError,
-)
+from sailfish.base.errors import DeadlineExceeded, RequestAborted, RequestError, SailfishError
 from sailfish.engine.admission import Admission
 from sailfish.engine.api import EngineStats, TokenLogprob
+from sailfish.engine.flight import Flight
 from sailfish.engine.kv.blocks import BlockPool
 from sailfish.engine.kv.holdings import Holdings
 from sailfish.engine.ledger import Ledger
 from sailfish.engine.limits import SchedulerLimits
-from sailfish.engine.sequence import Sequence, SequenceEvent, SequenceKey
-from sailfish.engine.step import RowRun, RowStart, StepPlan, StepResult
+from sailfish.engine.sequence import Draws, Sequence, SequenceEvent, SequenceKey
+from sailfish.engine.step import RowStart, StepPlan, StepResult
 from sailfish.engine.wire import Finish
 
 _MAX_PASSED = 16  # waiting sequences that a step examines in vain, which bounds its cost
-
-
-@dataclass(slots=True, kw_only=True)
-class _Step:
-    """A step in flight: each run's sequence, and the epoch in which it was planned."""
-
-    plan: StepPlan
-    sequences: list[Sequence]
-    epochs: list[int]
-    planned_s: float
-    n_tokens: int = 0
 
 
 class Scheduler:
@@ -63,7 +48,7 @@ class Scheduler:
         self._running: list[Sequence] = []
         self._waiting_tokens = 0
         self._free_rows = list(range(limits.max_sequences - 1, -1, -1))
-        self._in_flight: dict[int, _Step] = {}
+        self._in_flight: dict[int, Flight] = {}
         self._n_submitted = 0
         self._n_planned = 0
         self._next_deadline_s = inf  # no live sequence expires before this
@@ -143,90 +128,99 @@ class Scheduler:
         """Plan the next step, None when nothing can run; the events are of expired sequences."""
         assert len(self._in_flight) <= self.limits.lag, "a step is planned before the last one is committed"
         events = self._expire(now_s) if now_s >= self._next_deadline_s else []
-        plan = StepPlan(step_id=self._n_planned, starts=[], appended=[], runs=[])
-        step = _Step(plan=plan, sequences=[], epochs=[], planned_s=now_s)
+        step = Flight(planned_s=now_s)
         budget, prefills = self._plan_decodes(step)
         if budget > 0:
             self._plan_prefills(step, prefills, budget, now_s)
-        if not plan.runs:
+        if not step.decodes and not step.spans:
             return None, events
+        plan = step.plan(self._n_planned)
         step.n_tokens = plan.n_tokens
         self._n_planned += 1
         self._in_flight[plan.step_id] = step
         self._ledger.plan(step.n_tokens)
         return plan, events
 
-    def commit(self, result: StepResult, now_s: float) -> list[SequenceEvent]:
-        """Take a step's tokens: one event for each sequence that got one and still lives."""
+    def commit(self, result: StepResult, now_s: float) -> tuple[Draws, list[SequenceEvent]]:
+        """Take a step's tokens: a draw or an event of each sequence that got one and still lives."""
         step = self._in_flight.pop(result.step_id)
-        runs = step.plan.runs
         elapsed_s = now_s - max(step.planned_s, self._last_commit_s)
-        self._admission.forecast.observe(step.n_tokens, len(runs), elapsed_s)
+        self._admission.forecast.observe(step.n_tokens, step.n_runs, elapsed_s)
         self._last_commit_s = now_s
-        page_tokens = self.limits.page_tokens
         events: list[SequenceEvent] = []
-        drawn: list[Sequence] = []
-        token_ids: list[int] = []
-        logprobs: list[TokenLogprob | None] = []
-        at = 0  # in the result's arrays, which know only the runs that sample
-        for i, (run, sequence, epoch) in enumerate(zip(runs, step.sequences, step.epochs, strict=True)):
-            sample, at = at, at + run.samples
-            if sequence.epoch != epoch:
-                continue
-            if run.samples and not result.finite[sample]:
-                events.append(self._end_not_finite(sequence, now_s))
-                continue
-            n_full = (run.start + run.count) // page_tokens
-            if n_full > sequence.n_indexed:
-                self._holdings.index(sequence, n_full)
-            if sequence.prompt_scores is not None:
-                sequence.prompt_scores += result.prompt_logprobs[i]
-            if run.samples:
-                drawn.append(sequence)
-                token_ids.append(result.token_ids[sample])
-                logprobs.append(result.logprobs[sample])
-        self._ledger.draw(drawn, now_s)
-        for sequence, token_id, logprob in zip(drawn, token_ids, logprobs, strict=True):
-            events.append(self._deliver(sequence, token_id, logprob, now_s))
-        return events
+        sequences, token_ids = step.decodes, result.token_ids[: len(step.decodes)]
+        told: dict[Sequence, TokenLogprob | None] = dict.fromkeys(step.told)
+        if step.voided or not all(result.finite) or result.logprobs.count(None) < len(result.logprobs):
+            sequences, token_ids, not_finite = step.sift(result, told)
+            step.voided.update(not_finite)
+            events += [self._end_not_finite(sequence, now_s) for sequence in not_finite]
+        for sequence in step.filled:
+            if sequence not in step.voided:
+                self._holdings.index(sequence, len(sequence.token_ids) // self.limits.page_tokens)
+        if step.spanned:
+            self._commit_spans(step, result, sequences, token_ids, told, events, now_s)
+        for sequence, token_id in zip(sequences, token_ids, strict=True):
+            sequence.token_ids.append(token_id)
+            if token_id in sequence.stop_ids and sequence not in told:
+                told[sequence] = None
+        self._ledger.draw(sequences, now_s)
+        if not told:
+            return Draws([s.key for s in sequences], token_ids), events
+        plain = [(s.key, t) for s, t in zip(sequences, token_ids, strict=True) if s not in told]
+        events += [self._tell(sequence, logprob, now_s) for sequence, logprob in told.items()]
+        return Draws([key for key, _ in plain], [token_id for _, token_id in plain]), events
 
     def fail(self, step_id: int, code: str, message: str, now_s: float) -> list[SequenceEvent]:
         """End the sequences of a step that raised. The others live on."""
         step = self._in_flight.pop(step_id)
         self.stats.step_errors += 1
         finish = Finish("error", code=code, message=message)
-        pairs = zip(step.sequences, step.epochs, strict=True)
-        return [self._end(s, finish, now_s) for s, epoch in pairs if s.epoch == epoch]
+        return [self._end(s, finish, now_s) for s in step.sequences if s not in step.voided]
 
     # Planning.
 
-    def _plan_decodes(self, step: _Step) -> tuple[int, list[Sequence]]:
+    def _plan_decodes(self, step: Flight) -> tuple[int, list[Sequence]]:
         """Run every sequence that is one position behind; return the budget left and the other ones."""
-        plan, page_tokens = step.plan, self.limits.page_tokens
-        runs, sequences, epochs = plan.runs, step.sequences, step.epochs
+        rows, starts, sequences = step.rows, step.positions, step.decodes
         budget = self.limits.step_tokens
         prefills: list[Sequence] = []
         for sequence in self._running:  # a preemption removes from the end only, never a planned one
             start = sequence.n_computed
-            n_wanted = sequence.n_wanted
-            if n_wanted - start > 1:
-                prefills.append(sequence)
-                continue
-            if n_wanted >= sequence.limit_tokens or budget == 0:
-                continue
-            if sequence.needs_host and sequence.n_pending:
-                continue
-            if start == len(sequence.block_ids) * page_tokens and not self._grow(sequence, plan):
-                continue
-            runs.append(RowRun(sequence.row, start, 1, True))  # type: ignore[arg-type]
+            if len(sequences) == budget:
+                break
+            if start >= sequence.quiet_until:
+                if sequence.n_wanted - start > 1:
+                    prefills.append(sequence)
+                    continue
+                if not self._can_decode(sequence, step):
+                    continue
+            rows.append(sequence.row)  # type: ignore[arg-type]
+            starts.append(start)
             sequences.append(sequence)
-            epochs.append(sequence.epoch)
             sequence.n_computed = start + 1
-            sequence.n_wanted = n_wanted + 1
-            budget -= 1
-        return budget, prefills
+            sequence.n_wanted = start + 2
+        return budget - len(sequences), prefills
 
-    def _plan_prefills(self, step: _Step, prefills: list[Sequence], budget: int, now_s: float) -> None:
+    def _can_decode(self, sequence: Sequence, step: Flight) -> bool:
+        """Make a sequence that is one position behind ready to run; False if it must wait.
+
+        Notes what the step's commit has to do besides adding a token, and how long nothing of that comes.
+        """
+        start = sequence.n_computed
+        last = sequence.limit_tokens - 2  # the position whose draw is the last one
+        if start > last or (sequence.needs_host and sequence.n_pending):
+            return False
+        if start == len(sequence.block_ids) * self.limits.page_tokens and not self._grow(sequence, step):
+            return False
+        block_end = len(sequence.block_ids) * self.limits.page_tokens - 1
+        if start == block_end:
+            step.filled.append(sequence)
+        if start == last or start == sequence.n_prompt - 1:
+            step.told.append(sequence)
+        sequence.quiet_until = 0 if sequence.needs_host else min(block_end, last)
+        return True
+
+    def _plan_prefills(self, step: Flight, prefills: list[Sequence], budget: int, now_s: float) -> None:
         """Share what the decodes left: half to the first in order, the rest to the shortest.
 
         The half lets the first one advance whatever arrives after it; the rest lets short prompts pass long
@@ -255,7 +249,7 @@ class Scheduler:
             if count <= 0:
                 n_passed += 1
                 continue
-            if not self._admit(sequence, matched, step.plan, now_s):
+            if not self._admit(sequence, matched, step, now_s):
                 break
             counts[sequence] = count
             budget -= count
@@ -267,18 +261,9 @@ class Scheduler:
             budget -= extra
         for sequence, count in counts.items():
             if count:
-                self._run(sequence, count, step)
+                step.advance(sequence, count)
 
-    def _run(self, sequence: Sequence, count: int, step: _Step) -> None:
-        assert sequence.row is not None
-        samples = count == sequence.n_left
-        step.plan.runs.append(RowRun(sequence.row, sequence.n_computed, count, samples))
-        step.sequences.append(sequence)
-        step.epochs.append(sequence.epoch)
-        sequence.n_computed += count
-        sequence.n_wanted += samples
-
-    def _grow(self, sequence: Sequence, plan: StepPlan) -> bool:
+    def _grow(self, sequence: Sequence, step: Flight) -> bool:
         """Give a running sequence one more block; False if it was preempted itself.
 
         Preempts the last in order while there is none. The first in order therefore always advances, since
@@ -292,10 +277,10 @@ class Scheduler:
             if victim is sequence:
                 return False
         assert sequence.row is not None
-        plan.appended.append((sequence.row, len(sequence.block_ids) - 1, sequence.block_ids[-1]))
+        step.appended.append((sequence.row, len(sequence.block_ids) - 1, sequence.block_ids[-1]))
         return True
 
-    def _admit(self, sequence: Sequence, matched: list[int], plan: StepPlan, now_s: float) -> bool:
+    def _admit(self, sequence: Sequence, matched: list[int], step: Flight, now_s: float) -> bool:
         """Give a waiting sequence a row and the blocks of all its known tokens, if there are enough."""
         reserve_blocks = self.limits.watermark_blocks if self._running else 0
         if not self._holdings.take(sequence, matched, reserve_blocks):
@@ -304,18 +289,45 @@ class Scheduler:
         insort(self._running, sequence, key=_order)
         sequence.row = self._free_rows.pop()
         token_ids, block_ids = list(sequence.token_ids), list(sequence.block_ids)
-        plan.starts.append(RowStart(sequence.row, token_ids, sequence.n_prompt, block_ids, sequence.sampling))
+        step.starts.append(RowStart(sequence.row, token_ids, sequence.n_prompt, block_ids, sequence.sampling))
         self._ledger.start(sequence, now_s, prefix_cache=self.limits.prefix_cache)
         return True
 
     # Ends and results.
 
-    def _deliver(
-        self, sequence: Sequence, token_id: int, logprob: TokenLogprob | None, now_s: float
-    ) -> SequenceEvent:
-        """Append a drawn token to its sequence and tell, ending the sequence if it is the last one."""
+    def _commit_spans(
+        self,
+        step: Flight,
+        result: StepResult,
+        sequences: list[Sequence],
+        token_ids: list[int],
+        told: dict[Sequence, TokenLogprob | None],
+        events: list[SequenceEvent],
+        now_s: float,
+    ) -> None:
+        """Index and score what the step's spans computed; add those that drew to the first three."""
+        sample = len(step.decodes) - 1  # in the result's arrays, which know only the runs that sample
+        for i, (run, sequence) in enumerate(zip(step.spans, step.spanned, strict=True)):
+            sample += run.samples
+            if sequence in step.voided:
+                continue
+            if run.samples and not result.finite[sample]:
+                events.append(self._end_not_finite(sequence, now_s))
+                continue
+            n_full = (run.start + run.count) // self.limits.page_tokens
+            if n_full > sequence.n_indexed:
+                self._holdings.index(sequence, n_full)
+            if sequence.prompt_scores is not None:
+                sequence.prompt_scores += result.prompt_logprobs[i]
+            if run.samples:
+                sequences.append(sequence)
+                token_ids.append(result.token_ids[sample])
+                told[sequence] = result.logprobs[sample]
+
+    def _tell(self, sequence: Sequence, logprob: TokenLogprob | None, now_s: float) -> SequenceEvent:
+        """Return all news that comes with a sequence's newest token, ending it if that is the last one."""
         known = sequence.token_ids
-        known.append(token_id)
+        token_id = known[-1]
         prompt_logprobs = sequence.prompt_scores
         sequence.prompt_scores = None
         finish = None
@@ -360,6 +372,8 @@ class Scheduler:
     def _take_back(self, sequence: Sequence) -> None:
         """Free a running sequence's row and blocks, and void what is planned of it."""
         assert sequence.row is not None
+        for step in self._in_flight.values():
+            step.voided.add(sequence)
         self._free_rows.append(sequence.row)
         self._holdings.give_back(sequence)
         sequence.forget_work()

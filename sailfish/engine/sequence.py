@@ -32,6 +32,13 @@ class SequenceEvent(msgspec.Struct, frozen=True):
     finish: Finish | None = None
 
 
+class Draws(msgspec.Struct, frozen=True):
+    """One more token of each of some sequences that go on, and nothing else to tell of them."""
+
+    keys: list[SequenceKey]
+    token_ids: list[int]
+
+
 @dataclass(slots=True, kw_only=True, eq=False)
 class Sequence:
     """A prompt and the tokens generated so far. `n_computed` chases `n_wanted`."""
@@ -64,8 +71,9 @@ class Sequence:
     """Tokens that exist: the known ones, and those drawn but not yet seen."""
     n_computed: int = field(init=False, default=0)
     """Positions whose KV is written by the steps planned so far."""
-    epoch: int = field(init=False, default=0)
-    """Goes up whenever results of earlier steps become void."""
+    quiet_until: int = field(init=False, default=0)
+    """While it decodes, positions before this one change nothing but the counters: no block begins or is
+    filled, and no draw is the first or the last."""
     row: int | None = field(init=False, default=None)
     block_ids: list[int] = field(init=False, default_factory=list)
     cache_root: bytes | None = field(init=False, default=None)
@@ -121,8 +129,8 @@ class Sequence:
             yield chain[i]
 
     def forget_work(self) -> None:
-        """Void every result still to come and everything computed; known tokens stay."""
-        self.epoch += 1
+        """Forget everything computed and every draw not yet seen; known tokens stay."""
+        self.quiet_until = 0
         self.row = None
         self.n_computed = 0
         self.n_wanted = len(self.token_ids)

@@ -1,14 +1,19 @@
 """What the scheduler tells the runner to do in one step, and what comes back: plain ints, typed bytes.
 
 A plan holds differences only. The runner keeps a device table with one row per live sequence; a plan
-writes the rows that begin, appends blocks to rows, and lists the spans of tokens to run.
+writes the rows that begin, appends blocks to rows, and lists the rows that decode and the spans of tokens
+to run.
 """
 
 from __future__ import annotations
 
+from array import array
+
 import msgspec
 
 from sailfish.engine.api import TokenLogprob
+
+_INT_BYTES = array("i").itemsize
 
 
 class RowSampling(msgspec.Struct, frozen=True, array_like=True):
@@ -54,18 +59,42 @@ class RowRun(msgspec.Struct, frozen=True, array_like=True):
 
 
 class StepPlan(msgspec.Struct, frozen=True, array_like=True):
-    """One step. Rows run in the order of `runs`."""
+    """One step: the decodes in their order, then `spans` in theirs.
+
+    A decode computes one position and draws; most runs are such, and two arrays hold them all.
+    """
 
     step_id: int
     starts: list[RowStart]
     appended: list[tuple[int, int, int]]
     """(row, index in the row's block list, block id)."""
-    runs: list[RowRun]
+    spans: list[RowRun]
+    """Runs of any length, after the decodes."""
+    decode_rows: bytes = b""
+    """The decodes' rows, int32 of this machine."""
+    decode_starts: bytes = b""
+    """The positions that they compute, likewise."""
+
+    @property
+    def n_decodes(self) -> int:
+        """Runs that are in the arrays."""
+        return len(self.decode_rows) // _INT_BYTES
+
+    @property
+    def n_runs(self) -> int:
+        """Runs in all (B)."""
+        return self.n_decodes + len(self.spans)
 
     @property
     def n_tokens(self) -> int:
         """Tokens computed in this step (T)."""
-        return sum(run.count for run in self.runs)
+        return self.n_decodes + sum(run.count for run in self.spans)
+
+    @property
+    def runs(self) -> list[RowRun]:
+        """Every run in the step's order, one object each: for reading, not for every step."""
+        rows, starts = array("i", self.decode_rows), array("i", self.decode_starts)
+        return [RowRun(row, start, 1, True) for row, start in zip(rows, starts, strict=True)] + self.spans
 
 
 class StepResult(msgspec.Struct, frozen=True, array_like=True):
@@ -77,7 +106,8 @@ class StepResult(msgspec.Struct, frozen=True, array_like=True):
     """False where the row's logits were not finite; its token is meaningless."""
     logprobs: list[TokenLogprob | None]
     prompt_logprobs: list[list[TokenLogprob]]
-    """One list for each run (sampling or not): the prompt tokens that its positions predict."""
+    """One list for each of the plan's `spans` (sampling or not): the prompt tokens that its positions
+    predict. A decode predicts none."""
 
 
 def encode(value: StepPlan | StepResult) -> bytes:

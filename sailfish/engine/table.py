@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sailfish.engine.packing import Batch, pack_runs, pack_starts, start_words
-from sailfish.engine.step import RowRun, RowSampling, RowStart, StepPlan
+from sailfish.engine.step import RowSampling, RowStart, StepPlan
 from sailfish.engine.transfer import ArraysDown, Pending, WordsUp
 from sailfish.kernels.contract import AttentionSpan
 from sailfish.kernels.cuda import step_inputs as cuda_step
@@ -44,7 +44,7 @@ class DeviceTable:
         )
         self._words = WordsUp(n_words, device)
         self._drawn_S2 = torch.zeros(n_rows, 2, dtype=torch.int32, device=device)
-        self._draws = ArraysDown((n_rows, 2), device)
+        self._draws = ArraysDown(self._drawn_S2)
         self._step = cuda_step if device.type == "cuda" else plain_step
 
     @property
@@ -61,13 +61,13 @@ class DeviceTable:
 
     def wanting_logprobs(self, batch: Batch) -> list[int]:
         """Return which of the step's samples want the log-probabilities of their draw."""
-        at: list[int] = self._wants_logprobs_R[batch.row_B[batch.samples_B]].nonzero()[0].tolist()
+        at: list[int] = self._wants_logprobs_R[batch.sampled_row_S].nonzero()[0].tolist()
         return at
 
-    def sampling_of(self, run: RowRun) -> RowSampling:
-        """Return the sampling parameters of a run's row."""
-        sampling = self.row_sampling[run.row]
-        assert sampling is not None, f"row {run.row} runs but was never started"
+    def sampling_of(self, row: int) -> RowSampling:
+        """Return the sampling parameters of a row that runs."""
+        sampling = self.row_sampling[row]
+        assert sampling is not None, f"row {row} runs but was never started"
         return sampling
 
     def send(self, plan: StepPlan, batch: Batch, pad_to: int = 0) -> StepLayout:
@@ -128,4 +128,4 @@ class DeviceTable:
 
     def take_draws(self, n_samples: int) -> Pending:
         """Send the step's first draws to the host: [S, 2] of token and whether its logits were finite."""
-        return self._draws.take(self._drawn_S2[:n_samples])
+        return self._draws.take(n_samples)

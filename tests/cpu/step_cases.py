@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from sailfish.engine.packing import Batch, pack_runs, pack_starts, start_words
-from sailfish.engine.step import RowRun, RowSampling, RowStart
+from sailfish.engine.step import RowRun, RowSampling, RowStart, StepPlan
 from sailfish.kernels.rows import Rows, StepTensors
 from sailfish.kernels.step_words import StepLayout
 
@@ -126,6 +126,6 @@ def packed(
 ) -> tuple[np.ndarray, StepLayout, int]:
     """Return a step's words, its layout, and where the rows that begin lie."""
     words = np.full(500 + 4 * pad_to + sum(map(start_words, starts)), 0x5A5A5A5A, np.int32)
-    layout, at = pack_runs(words, Batch.of(runs), appended, pad_to, N_ROWS)
+    layout, at = pack_runs(words, Batch.of(StepPlan(0, [], [], runs)), appended, pad_to, N_ROWS)
     pack_starts(words, at, starts)
     return words, layout, at

@@ -62,7 +62,8 @@ def test_rows_that_do_not_fit_into_one_copy_begin_in_several() -> None:
         for row in range(n_rows)
     ]
     runs = [RowRun(row, 29_999, 1, True) for row in range(n_rows)]
-    layout = table.send(StepPlan(0, starts, [], runs), Batch.of(runs))
+    plan = StepPlan(0, starts, [], runs)
+    layout = table.send(plan, Batch.of(plan))
     _, made = table.inputs(layout, (0, 1, 2, 3, 4, 5), (30_000,) * n_rows, n_rows)
     assert made.token_T.tolist() == [start.token_ids[-1] for start in starts]
     assert made.slot_T.tolist() == [(3749 + row) * 8 + 7 for row in range(n_rows)]
@@ -82,7 +83,8 @@ def test_the_largest_row_and_the_most_runs_fit_together(n_rows: int, context: in
     table = DeviceTable(n_rows, context, blocks, 2, CPU)
     runs = [RowRun(row, 0, 1, True) for row in range(n_rows)]
     appended = [(row, 0, 5) for row in range(n_rows)]
-    table.send(StepPlan(0, [start], appended, runs), Batch.of(runs))
+    plan = StepPlan(0, [start], appended, runs)
+    table.send(plan, Batch.of(plan))
     assert table.n_bytes == table_bytes(max_sequences=n_rows, context_tokens=context, page_tokens=2)
     assert max_words(max_sequences=n_rows, context_tokens=context, blocks_per_sequence=blocks) < 1 << 20
 

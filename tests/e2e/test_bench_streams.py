@@ -37,8 +37,8 @@ def test_every_token_of_every_stream_arrives(engine_dir: Path, n_processes: int)
 def test_paced_steps_draw_for_the_runs_that_sample_and_follow_each_other() -> None:
     runner = PacedRunner(step_s=0.001, vocab_size=10)
     runs = [RowRun(0, 0, 4, True), RowRun(1, 0, 4, False), RowRun(2, 3, 1, True)]
-    first = runner.execute(StepPlan(step_id=0, starts=[], appended=[], runs=runs))
-    second = runner.execute(StepPlan(step_id=1, starts=[], appended=[], runs=runs[:1]))
+    first = runner.execute(StepPlan(step_id=0, starts=[], appended=[], spans=runs))
+    second = runner.execute(StepPlan(step_id=1, starts=[], appended=[], spans=runs[:1]))
     result = first.result()
     assert (len(result.token_ids), result.finite, len(result.prompt_logprobs)) == (2, [True, True], 3)
     assert all(0 <= token_id < 10 for token_id in result.token_ids)

@@ -128,6 +128,7 @@ class FakeRunner:
             is_bad = fails or (run.samples and run.row in bad_rows)
             content, scores = self._compute(run, is_bad)
             prompt_logprobs.append(scores)
+            assert not scores or run in plan.spans, "a decode predicts no token of its prompt"
             if run.samples:
                 params = self._row(run.row).sampling
                 token_id = self._sample(run, content)
@@ -136,7 +137,8 @@ class FakeRunner:
                 logprobs.append(None if params.logprobs is None else score(content, token_id))
         if fails:
             raise StepFault(f"step {plan.step_id}")
-        result = StepResult(plan.step_id, token_ids, finite, logprobs, prompt_logprobs)
+        scored = prompt_logprobs[plan.n_decodes :]
+        result = StepResult(plan.step_id, token_ids, finite, logprobs, scored)
         assert decode_result(encode(result)) == result
         return encode(result)
 
@@ -248,7 +250,12 @@ class Rig:
             if data is None:
                 self.take(self.scheduler.fail(step_id, "step_failed", "it failed", self.now_s))
             else:
-                self.take(self.scheduler.commit(decode_result(data), self.now_s))
+                draws, events = self.scheduler.commit(decode_result(data), self.now_s)
+                assert not set(draws.keys) & {event.key for event in events}, "each is told of once"
+                for key, token_id in zip(draws.keys, draws.token_ids, strict=True):
+                    assert self.answers[key].tokens, "all news of the first token is told"
+                    self.take([SequenceEvent(key, [token_id])])
+                self.take(events)
         self.check()
 
     def run(self, n_steps: int = 1000) -> None:
