@@ -48,3 +48,35 @@ def compiling(request: pytest.FixtureRequest) -> Iterator[Compiling]:
 def test_a_source_compiles_without_spills(case: tuple[str, Variant], compiling: Compiling) -> None:
     """Local memory in an inner loop costs more than any trick around it saves."""
     assert compiling[case].result().spill_bytes == 0
+
+
+LET_NEXT, WAIT = "griddepcontrol.launch_dependents", "griddepcontrol.wait"
+IN_TURN = {"build_inputs"}
+"""Kernels that are never launched early, and so need not wait."""
+
+
+def _entries(file: str) -> dict[str, str]:
+    """Return the PTX of each kernel of a file's first variant, by name."""
+    variant = next(variant for variant in _variants() if variant.file == file)
+    text = compile_source(file, "compute_90a", dict(variant.defines)).code.decode()
+    return dict(entry.split("(", 1) for entry in text.split(".entry ")[1:])
+
+
+@pytest.mark.parametrize("file", sorted(path.name for path in SOURCE_DIR.glob("*.cu")))
+def test_who_lets_the_next_begin_waits_too(file: str) -> None:
+    """Else the next one's wait, which is for us alone, would not cover what is ahead of us."""
+    entries = _entries(file)
+    assert entries
+    assert {name for name, text in entries.items() if LET_NEXT in text and WAIT not in text} <= IN_TURN
+
+
+def test_nobody_behind_the_embedding_begins_before_the_tables_are_written() -> None:
+    """Decode attention reads them before its own wait, and kernels between let the next begin at once."""
+    entries = _entries("embed.cu")
+    for name in ("embed", "embed_int8"):
+        assert 0 <= entries[name].find(WAIT) < entries[name].find(LET_NEXT), name
+
+
+def test_code_that_cannot_wait_is_for_the_cards_before_hopper() -> None:
+    variant = next(variant for variant in _variants() if variant.file == "embed.cu")
+    assert b"griddepcontrol" not in compile_source("embed.cu", "compute_80", dict(variant.defines)).code

@@ -23,8 +23,8 @@ def attention(
     """Meet `contract.Attention`. A span of single queries can be captured and replayed for other lengths.
 
     The tables, and all tokens but a step's own, may be read before the wait for `rope_write`: between what
-    wrote them and that stands the product that made q, k and v, which lets nobody begin before it has
-    waited itself. Rows of out_THE that no sequence owns stay as they are.
+    wrote them and that stands the embedding, which lets nobody begin before it has waited itself. Rows of
+    out_THE that no sequence owns stay as they are.
     """
     if out_THE is None:
         out_THE = torch.empty(q_THE.shape, dtype=q_THE.dtype, device=q_THE.device)

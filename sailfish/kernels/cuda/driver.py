@@ -38,11 +38,15 @@ class _Config(ctypes.Structure):
 class Kernel:
     """One kernel of loaded machine code, launched on a stream with plain values."""
 
-    def __init__(self, library: Library, name: str, label: str) -> None:
-        """Find `name` in the library; `label` is what its launches are counted under."""
+    def __init__(self, library: Library, name: str, label: str, *, can_wait: bool = False) -> None:
+        """Find `name` in the library; `label` is what its launches are counted under.
+
+        can_wait: the code was compiled for cards on which kernels may begin early, and waits where it must.
+        """
         self._library = library  # keeps the code loaded
         self._handle = ctypes.c_void_p()
         self._label = label
+        self._can_wait = can_wait
         self._shared_bytes = _DEFAULT_SHARED_BYTES
         _check(_driver().cuLibraryGetKernel(ctypes.byref(self._handle), library.handle, name.encode()))
 
@@ -62,7 +66,8 @@ class Kernel:
         arguments: a tensor or None is passed as a pointer, an int as 32 bits, a float as 32 bits, a
         ctypes value as it is. `after`: the kernel begins before the one ahead of it on the stream has
         ended, and itself waits for it (`griddepcontrol.wait`) before it reads that one's results: a
-        kernel that never waits must not ask for this. `cluster`: blocks of grid x that form a cluster.
+        kernel that never waits must not ask for this; one whose code cannot wait begins in its turn.
+        `cluster`: blocks of grid x that form a cluster.
         """
         if shared_bytes > self._shared_bytes:
             self._allow(shared_bytes)
@@ -70,7 +75,7 @@ class Kernel:
         pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
         attributes = (_Attribute * _MAX_ATTRIBUTES)()
         n = 0
-        if after:
+        if after and self._can_wait:
             attributes[n].id, attributes[n].value[0] = _PROGRAMMATIC_STREAM_SERIALIZATION, 1
             n += 1
         if cluster > 1:

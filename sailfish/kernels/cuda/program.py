@@ -41,7 +41,8 @@ class Variant:
 @cache
 def kernel(file: str, name: str, defines: Defines = ()) -> Kernel:
     """Return kernel `name` of `source/file` for the current device, compiled with `defines`."""
-    return Kernel(_library(file, architecture(), defines), name, name)
+    arch = architecture()
+    return Kernel(_library(file, arch, defines), name, name, can_wait=arch == "sm_90a")
 
 
 @cache

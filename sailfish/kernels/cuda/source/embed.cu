@@ -1,12 +1,14 @@
 // Rows of the embedding by token, plain or in int8, and the soft-cap of logits: the two ends of a model. TYPE: bf16 or float.
+// The embedding lets nobody begin before it has waited itself: whatever comes behind it, however early it begins,
+// finds the step's tables written.
 #include "rows.cuh"
 
 // Eight elements a thread. Grid: tokens, parts of a row.
 extern "C" __global__ void __launch_bounds__(256)
 embed(const int64_t* token, const TYPE* weight, TYPE* out, int width, float scale, int is_whole) {
     const int i = (blockIdx.y * blockDim.x + threadIdx.x) * 8, n = width - i;
-    let_next_begin();
     wait_for_previous();
+    let_next_begin();
     if (n <= 0) return;
     const TYPE* from = weight + token[blockIdx.x] * width + i;
     TYPE* to = out + int64_t(blockIdx.x) * width + i;
@@ -30,8 +32,8 @@ extern "C" __global__ void __launch_bounds__(256)
 embed_int8(const int64_t* token, const int8_t* values, const float* row_scale, TYPE* out, int width, float scale,
            int is_whole) {
     const int i = (blockIdx.y * blockDim.x + threadIdx.x) * 8, n = width - i;
-    let_next_begin();
     wait_for_previous();
+    let_next_begin();
     if (n <= 0) return;
     const int64_t row = token[blockIdx.x];
     const int8_t* from = values + row * width + i;
