@@ -80,16 +80,10 @@ def keep_mask(score_OI: Tensor, sparsity: Sparsity, within: Literal["row", "matr
     Counts are exact; of equal scores the first are dropped. Blocks lie within a row in either case.
     ConfigError if a row is not whole blocks, BuildError if a score is not a number.
     """
+    _refuse_odd_rows(score_OI.shape[1], sparsity)
     if bool(score_OI.isnan().any()):
-        raise BuildError("some weights or statistics to prune by are not finite")
-    n_in = score_OI.shape[1]
-    if isinstance(sparsity, Blocks):
-        if n_in % sparsity.of:
-            raise ConfigError(f"a row of {n_in} weights is not whole blocks of {sparsity.of}")
-        return _highest(score_OI.reshape(-1, sparsity.of), sparsity.keep).view_as(score_OI)
-    rows = score_OI if within == "row" else score_OI.reshape(1, -1)
-    n_all = rows.shape[1]
-    return _highest(rows, n_all - round(sparsity.zeros_frac * n_all)).view_as(score_OI)
+        raise BuildError("some weights or statistics to prune by are not numbers")
+    return _mask(score_OI, sparsity, within)
 
 
 def magnitude_mask(weight_OI: Tensor, sparsity: Sparsity) -> Tensor:
@@ -123,6 +117,8 @@ def sparsegpt(
     """
     n_in = weight_OI.shape[1]
     _refuse_misfits(n_in, block, sparsity, rounding)
+    if not bool(weight_OI.isfinite().all()):
+        raise BuildError("some weights to prune are not finite")
     u_II, damp_frac = _inverse_factor(hessian_II, damp_frac)
     walk = _Walk(weight_OI, u_II, sparsity, rounding)
     walk.w_IO[hessian_II.diagonal() == 0] = 0
@@ -175,7 +171,7 @@ class _Walk:
         return (self.w_IO[start:end] / self._u_II.diagonal()[start:end, None]).square()
 
     def _best(self, start: int, end: int) -> Tensor:
-        return keep_mask(self._score(start, end).T, self._sparsity, "matrix").T
+        return _mask(self._score(start, end).T, self._sparsity, "matrix").T
 
     def _share(self, start: int, end: int) -> Tensor:
         """Keep so many that all columns up to `end` together have their exact share of zeros."""
@@ -184,6 +180,15 @@ class _Walk:
         score_JO = self._score(start, end)
         n_zeros = round(each * end) - round(each * start)
         return _highest(score_JO.reshape(1, -1), score_JO.numel() - n_zeros).view_as(score_JO)
+
+
+def _mask(score_OI: Tensor, sparsity: Sparsity, within: Literal["row", "matrix"]) -> Tensor:
+    """Do what keep_mask does, of scores that are known to be numbers: nothing here waits for a GPU."""
+    if isinstance(sparsity, Blocks):
+        return _highest(score_OI.reshape(-1, sparsity.of), sparsity.keep).view(score_OI.shape)
+    rows = score_OI if within == "row" else score_OI.reshape(1, -1)
+    n_all = rows.shape[1]
+    return _highest(rows, n_all - round(sparsity.zeros_frac * n_all)).view(score_OI.shape)
 
 
 def _highest(rows: Tensor, n: int) -> Tensor:
@@ -214,10 +219,16 @@ def _inverse_factor(hessian_II: Tensor, damp_frac: float) -> tuple[Tensor, float
         damp_frac = min(max(10 * damp_frac, 1e-4), _MOST_DAMPING)
 
 
+def _refuse_odd_rows(n_in: int, sparsity: Sparsity) -> None:
+    if isinstance(sparsity, Blocks) and n_in % sparsity.of:
+        raise ConfigError(f"a row of {n_in} weights is not whole blocks of {sparsity.of}")
+
+
 def _refuse_misfits(n_in: int, block: int, sparsity: Sparsity, rounding: Rounding | None) -> None:
+    _refuse_odd_rows(n_in, sparsity)
     of = sparsity.of if isinstance(sparsity, Blocks) else 1
-    if n_in % of or block % of:
-        raise ConfigError(f"blocks of {of} weights do not fit rows of {n_in} and steps of {block}")
+    if block < 1 or block % of:
+        raise ConfigError(f"steps of {block} columns are not whole blocks of {of} weights")
     group = n_in if rounding is None or rounding.group is None else rounding.group
     if group < n_in and ((block % group and group % block) or group % of):
         raise ConfigError(f"groups of {group} inputs do not fit steps of {block} and blocks of {of} weights")

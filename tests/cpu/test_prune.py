@@ -242,11 +242,15 @@ def test_what_cannot_be_is_refused_in_a_line() -> None:
             refused()
     with pytest.raises(ConfigError, match="row of 30 weights is not whole blocks of 4"):
         magnitude_mask(w_OI, TWO_OF_FOUR)
-    with pytest.raises(ConfigError, match="blocks of 4"):
+    with pytest.raises(ConfigError, match="row of 30 weights is not whole blocks of 4"):
         sparsegpt(w_OI, h_II, TWO_OF_FOUR)
+    with pytest.raises(ConfigError, match="steps of 6 columns"):
+        sparsegpt(torch.ones(4, 64), torch.eye(64), TWO_OF_FOUR, block=6)
     with pytest.raises(ConfigError, match="groups of 24"):
         sparsegpt(torch.ones(4, 64), torch.eye(64), TWO_OF_FOUR, block=16, rounding=Int4Groups(24))
     with pytest.raises(BuildError, match="not finite"):
+        sparsegpt(w_OI * torch.nan, h_II, Share(0.5))
+    with pytest.raises(BuildError, match="not numbers"):
         keep_mask(torch.tensor([[1.0, torch.nan]]), Share(0.5), "row")
     with pytest.raises(BuildError, match="not finite"):
         sparsegpt(w_OI, h_II * torch.inf, Share(0.5))
