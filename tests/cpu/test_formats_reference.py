@@ -15,6 +15,7 @@ from sailfish.checkpoint.files import read_json
 from sailfish.checkpoint.formats.codec import layer_tensors, quantised_modules, read_linear, write_linear
 from sailfish.checkpoint.formats.config import read_quant_config
 from sailfish.checkpoint.formats.config_writer import write_quant_config
+from sailfish.checkpoint.formats.convert import convert
 from sailfish.checkpoint.formats.scheme import LinearScheme, QuantConfig, Rule
 from sailfish.checkpoint.formats.tensors import StoredTensor
 from sailfish.checkpoint.safetensors_reader import Checkpoint
@@ -129,3 +130,32 @@ def test_transformers_reads_the_configs_that_we_write(layout: Any) -> None:
         assert theirs.modules_to_not_convert == ["visual"] and theirs.zero_point
     else:
         assert not theirs.sym and not theirs.desc_act
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("folder", ["gptq-w4", "ct-w4a16-gptq"])
+def test_transformers_runs_a_checkpoint_that_we_converted(folder: str, tmp_path: Path) -> None:
+    library()
+    if not INTERCHANGE.is_dir():
+        pytest.skip("shared/models/interchange is not beside this checkout")
+    transformers = pytest.importorskip("transformers")
+    convert(INTERCHANGE / folder, tmp_path / "first", "gptq_v2", lambda done, total: None)
+    config = convert(tmp_path / "first", tmp_path / "out", "pack-quantized", lambda done, total: None)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    checkpoint = Checkpoint.open(tmp_path / "out")
+    dense = transformers.AutoModelForCausalLM.from_pretrained(
+        INTERCHANGE.parent / "books-4m", dtype=torch.float32
+    )
+    with torch.no_grad():
+        for name in checkpoint.tensors:  # norms may have taken up scales
+            if name.endswith("norm.weight"):
+                dense.get_parameter(name).copy_(as_torch(StoredTensor.from_checkpoint(checkpoint, name)))
+        for module in quantised_modules(checkpoint.tensors):
+            scheme = config.scheme_of(module)
+            assert scheme is not None
+            linear = read_linear(layer_tensors(checkpoint, module), scheme, module)
+            dense.get_parameter(f"{module}.weight").copy_(torch.from_numpy(linear.dequantise()))
+        tokens = torch.arange(1, 65)[None]
+        ours, truth = dense(tokens).logits, theirs(tokens).logits
+    assert torch.allclose(ours, truth, atol=2e-4)
