@@ -22,9 +22,9 @@ class Flight:
     spanned: list[Sequence] = field(default_factory=list)
     """The sequences of `spans`."""
     decodes: list[Sequence] = field(default_factory=list)
-    rows: list[int] = field(default_factory=list)
-    positions: list[int] = field(default_factory=list)
-    """What each of `decodes` computes."""
+    decode_rows: bytes = b""
+    decode_starts: bytes = b""
+    """Of `decodes`, as the plan has them."""
     filled: list[Sequence] = field(default_factory=list)
     """Decodes that fill a block."""
     told: list[Sequence] = field(default_factory=list)
@@ -42,6 +42,15 @@ class Flight:
         """Sequences that the step runs."""
         return len(self.decodes) + len(self.spanned)
 
+    def decode(self, sequences: list[Sequence]) -> None:
+        """Run one position of sequences that are one behind, each of which draws."""
+        self.decodes = sequences
+        self.decode_rows = array("i", [s.row for s in sequences if s.row is not None]).tobytes()
+        self.decode_starts = array("i", [sequence.n_computed for sequence in sequences]).tobytes()
+        for sequence in sequences:
+            sequence.n_computed += 1
+            sequence.n_wanted += 1
+
     def advance(self, sequence: Sequence, count: int) -> None:
         """Run the next positions of a sequence; it draws if nothing of it is left to compute."""
         assert sequence.row is not None
@@ -53,8 +62,7 @@ class Flight:
 
     def plan(self, step_id: int) -> StepPlan:
         """Return what the runner is to do."""
-        rows, positions = array("i", self.rows).tobytes(), array("i", self.positions).tobytes()
-        return StepPlan(step_id, self.starts, self.appended, self.spans, rows, positions)
+        return StepPlan(step_id, self.starts, self.appended, self.spans, self.decode_rows, self.decode_starts)
 
     def sift(
         self, result: StepResult, told: dict[Sequence, TokenLogprob | None]

@@ -37,17 +37,24 @@ class Ledger:
     def draw(self, sequences: list[Sequence], now_s: float) -> None:
         """Count one new token for each of the sequences."""
         self.stats.generated_tokens += len(sequences)
-        gaps: dict[float, int] = {}  # nearly all of them had their last token in the same step
+        gaps: dict[float, int] = {}
+        usual_s = sequences[0].last_token_s if sequences else None
+        n_usual = 0  # nearly all of them had their last token in the same step
         for sequence in sequences:
             last_s = sequence.last_token_s
             sequence.last_token_s = now_s
             if last_s is not None:
-                gaps[last_s] = gaps.get(last_s, 0) + 1
+                if last_s == usual_s:
+                    n_usual += 1
+                else:
+                    gaps[last_s] = gaps.get(last_s, 0) + 1
                 continue
             sequence.first_token_s = now_s
             self.stats.time_to_first_token_s.observe(now_s - sequence.arrival_s)
             if sequence.scheduled_s is not None:
                 self.stats.prefill_s.observe(now_s - sequence.scheduled_s)
+        if usual_s is not None:
+            gaps[usual_s] = n_usual
         for last_s, count in gaps.items():
             self.stats.inter_token_s.observe(now_s - last_s, count)
 

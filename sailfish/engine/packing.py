@@ -84,20 +84,19 @@ def pack_runs(
     runs are of `padding_row`.
     """
     n = len(batch.row_B)
-    query_start_B1 = batch.query_start_B1
-    n_tokens = int(query_start_B1[n])
+    n_tokens = n if batch.is_decode else int(batch.count_B.sum())
     n_padding = max(pad_to - n_tokens, 0)  # tokens
     n_runs = n + (n_padding if batch.is_decode else n_padding > 0)
     run_words = words[RUNS_AT : RUNS_AT + RUN_WORDS * (n_runs + 1)].reshape(-1, RUN_WORDS)
     run_words[:n, 0] = batch.row_B
     run_words[:n, 1] = batch.start_B
-    run_words[: n + 1, 2] = query_start_B1
     run_words[n:, 0] = padding_row
     if batch.is_decode:
         run_words[n:, 1] = -1
-        run_words[n:, 2] = np.arange(n, n_runs + 1)
+        run_words[:, 2] = np.arange(n_runs + 1, dtype=np.int32)
         layout = StepLayout.decode(n_runs)
     else:
+        run_words[: n + 1, 2] = batch.query_start_B1
         run_words[n:, 1] = -n_padding
         run_words[n_runs, 2] = n_tokens + n_padding
         sample_S = batch.samples_B.nonzero()[0]
@@ -106,7 +105,7 @@ def pack_runs(
     words[0] = len(appended)
     end = layout.appended_at + APPENDED_WORDS * len(appended)
     if appended:
-        words[layout.appended_at : end].reshape(-1, APPENDED_WORDS)[:] = appended
+        words[layout.appended_at : end] = [word for block in appended for word in block]
     return layout, end
 
 

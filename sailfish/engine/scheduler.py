@@ -181,25 +181,22 @@ class Scheduler:
 
     def _plan_decodes(self, step: Flight) -> tuple[int, list[Sequence]]:
         """Run every sequence that is one position behind; return the budget left and the other ones."""
-        rows, starts, sequences = step.rows, step.positions, step.decodes
-        budget = self.limits.step_tokens
+        running, budget = self._running, self.limits.step_tokens
         prefills: list[Sequence] = []
-        for sequence in self._running:  # a preemption removes from the end only, never a planned one
-            start = sequence.n_computed
-            if len(sequences) == budget:
+        idle: set[Sequence] = set()
+        due = [(i, s) for i, s in enumerate(running) if s.n_computed >= s.quiet_until]
+        for i, sequence in due:
+            if i - len(idle) >= budget:
                 break
-            if start >= sequence.quiet_until:
-                if sequence.n_wanted - start > 1:
-                    prefills.append(sequence)
-                    continue
-                if not self._can_decode(sequence, step):
-                    continue
-            rows.append(sequence.row)  # type: ignore[arg-type]
-            starts.append(start)
-            sequences.append(sequence)
-            sequence.n_computed = start + 1
-            sequence.n_wanted = start + 2
-        return budget - len(sequences), prefills
+            if sequence.row is None:  # preempted for one before it
+                continue
+            if sequence.n_left > 1:
+                prefills.append(sequence)
+                idle.add(sequence)
+            elif not self._can_decode(sequence, step):
+                idle.add(sequence)
+        step.decode([sequence for sequence in running if sequence not in idle][:budget])
+        return budget - len(step.decodes), prefills
 
     def _can_decode(self, sequence: Sequence, step: Flight) -> bool:
         """Make a sequence that is one position behind ready to run; False if it must wait.

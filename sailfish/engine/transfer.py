@@ -12,6 +12,9 @@ from torch import Tensor
 _RING = 4
 """Buffers in turn: of the steps in flight, two at most, each has its own."""
 
+_COPY_WORDS = 1024
+"""A step's words are sent in multiples of this many, so that few sizes occur."""
+
 
 def upload(values: Any, device: torch.device, dtype: Any = np.int64) -> Tensor:
     """Return host numbers (a list or array) as a device tensor, through pinned memory on CUDA."""
@@ -45,6 +48,8 @@ class WordsUp:
         self.device_words = torch.zeros(n_words, dtype=torch.int32, device=device)
         self._ring = [_Pinned((n_words,)) for _ in range(_RING)] if device.type == "cuda" else []
         self._at = 0
+        self._views: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        """By buffer and number of words: the first ones, on the device and here."""
 
     def begin(self) -> NDArray[np.int32]:
         """Return words to write, which the device does not read any more."""
@@ -55,11 +60,19 @@ class WordsUp:
         return self._ring[self._at].array
 
     def send(self, begin: int, end: int) -> None:
-        """Copy the words begin .. end of those written last."""
-        if self._ring:
-            pinned = self._ring[self._at]
-            self.device_words[begin:end].copy_(pinned.tensor[begin:end], non_blocking=True)
-            pinned.done.record()
+        """Copy the words begin .. end of those written last, and maybe some after them."""
+        if not self._ring:
+            return
+        pinned = self._ring[self._at]
+        if begin:
+            to, words = self.device_words[begin:end], pinned.tensor[begin:end]
+        else:
+            end += -end % _COPY_WORDS
+            if (self._at, end) not in self._views:
+                self._views[self._at, end] = (self.device_words[:end], pinned.tensor[:end])
+            to, words = self._views[self._at, end]
+        to.copy_(words, non_blocking=True)
+        pinned.done.record()
 
 
 class Pending:
