@@ -1,7 +1,7 @@
-"""Reads a linear layer in the layout of GPTQ checkpoints.
+"""Reads a linear layer in the layout of GPTQ checkpoints from torch tensors, for the kernels of 4 bits.
 
-Codes lie 8 to an int32 word, lowest bits first: those of the weight along the inputs (qweight [I/8, O]),
-zero points along the outputs (qzeros [G, O/8]). Input i belongs to group g_idx[i].
+The layout itself is `checkpoint.formats.gptq`'s; here the group size, which tensors alone do not state, is
+found from their sizes, and groups longer than kernels know are cut into several with the same scale.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from sailfish.base.errors import CheckpointError, ConfigError
-from sailfish.kernels.int4 import GROUPS, MIDDLE
+from sailfish.checkpoint.formats.codec import read_linear
+from sailfish.checkpoint.formats.scheme import LinearScheme
+from sailfish.checkpoint.formats.tensors import StoredTensor
+from sailfish.kernels.int4 import GROUPS
 
 _PER_WORD = 8
-_LARGEST = 15
 
 
 def read_gptq(
@@ -25,21 +27,33 @@ def read_gptq(
     inputs of a group lie apart: order holds, for each column of code_OI, the input that it multiplies.
     """
     _check(qweight, qzeros, scales, g_idx)
-    n_in, (n_groups, n_out) = len(qweight) * _PER_WORD, scales.shape
+    n_in, n_groups = len(qweight) * _PER_WORD, len(scales)
     group = _group(g_idx, n_in, n_groups)
-    code_OI = _nibbles(qweight).permute(1, 0, 2).reshape(n_out, n_in)
-    order = None if g_idx is None else _order(g_idx, group)
+    scheme = LinearScheme(
+        layout="gptq" if zero_offset else "gptq_v2",
+        bits=4,
+        strategy="group",
+        group=group,
+        symmetric=False,
+        act_order=g_idx is not None,
+    )
+    whole = {"qweight": qweight, "qzeros": qzeros} | ({} if g_idx is None else {"g_idx": g_idx})
+    stored = {name: StoredTensor(dtype="I32", array=x.cpu().int().numpy()) for name, x in whole.items()}
+    stored["scales"] = StoredTensor(dtype="F32", array=scales.detach().cpu().float().numpy())
+    linear = read_linear(stored, scheme, "the GPTQ layer")
+    on = scales.device
+    code_OI = torch.from_numpy(linear.code_OI).to(on)
+    scale_OG, zero_OG = scales.T, None
+    if linear.zero_OG is not None:
+        zero_OG = torch.from_numpy(linear.zero_OG).to(on)
+    order = None if linear.order is None else torch.from_numpy(linear.order).to(on)
     if order is not None:
         code_OI = code_OI[:, order]
-    scale_OG = scales.T
-    zero_OG: Tensor | None = (_nibbles(qzeros).flatten(1).T + zero_offset) & _LARGEST
-    assert zero_OG is not None
     parts = max(1, group // GROUPS[-1]) if n_groups > 1 else 1
-    if parts > 1:  # several of the longest groups that kernels know, with the same scale
+    if parts > 1:
         n_parts = -(-n_in * parts // group)
-        scale_OG, zero_OG = (x.repeat_interleave(parts, 1)[:, :n_parts] for x in (scale_OG, zero_OG))
-    if bool((zero_OG == MIDDLE).all()):
-        zero_OG = None
+        scale_OG = scale_OG.repeat_interleave(parts, 1)[:, :n_parts]
+        zero_OG = None if zero_OG is None else zero_OG.repeat_interleave(parts, 1)[:, :n_parts]
     return code_OI.contiguous(), scale_OG.contiguous(), zero_OG, order
 
 
@@ -77,18 +91,3 @@ def _group(g_idx: Tensor | None, n_in: int, n_groups: int) -> int:
         f"{n_groups} GPTQ groups of {n_in} inputs are not supported",
         hint=f"groups of {GROUPS[0]} inputs, twice as many and so on are, and whole rows",
     )
-
-
-def _order(g_idx: Tensor, group: int) -> Tensor | None:
-    """Return the inputs sorted by group, None where they are so already."""
-    inputs = torch.arange(len(g_idx), device=g_idx.device)
-    order = g_idx.argsort(stable=True)
-    if not torch.equal(g_idx[order].long(), inputs // group):
-        raise CheckpointError(f"g_idx does not give {group} inputs to each group but the last")
-    return None if torch.equal(order, inputs) else order
-
-
-def _nibbles(words: Tensor) -> Tensor:
-    """Return the 8 codes of each word, uint8, along a new last axis."""
-    shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=words.device)
-    return (words[..., None] >> shifts & _LARGEST).to(torch.uint8)

@@ -237,17 +237,17 @@ class Gptq:
             self.group_I = draw.permutation(self.group_I)
         self.weight_OI = np.empty((n_out, n_in))
         qweight = np.zeros((n_in // 8, n_out), dtype=np.uint32)
-        qzeros = np.zeros((n_groups, n_out // 8), dtype=np.uint32)
+        self.qzeros_v2 = np.zeros((n_groups, n_out // 8), dtype=np.uint32)
         for i in range(n_in):
             g = self.group_I[i]
             self.weight_OI[:, i] = (code_IO[i] - zero_GO[g]) * self.scale_GO[g].astype(np.float64)
             for o in range(n_out):
                 qweight[i // 8, o] |= np.uint32(int(code_IO[i, o]) << 4 * (i % 8))
-        self.qzeros_v2 = qzeros.copy()
         for g in range(n_groups):
             for o in range(n_out):
-                qzeros[g, o // 8] |= np.uint32((int(zero_GO[g, o]) - 1) % 16 << 4 * (o % 8))
                 self.qzeros_v2[g, o // 8] |= np.uint32(int(zero_GO[g, o]) << 4 * (o % 8))
+        # GPTQModel takes the ones from whole words: a zero point of 0 borrows from the next.
+        qzeros = self.qzeros_v2 - np.uint32(0x11111111)
         self.qweight, self.qzeros = qweight.view(np.int32), qzeros.view(np.int32)
 
     @property

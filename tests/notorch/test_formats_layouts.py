@@ -106,6 +106,16 @@ def test_a_zero_point_of_0_survives_the_layout_that_takes_one_away(bits: int) ->
     assert read.zero_OG is not None and np.array_equal(read.zero_OG, linear.zero_OG)
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_a_symmetric_layer_under_the_wrong_layouts_name_is_still_symmetric(bits: int) -> None:
+    scheme = replace(GPTQ, bits=bits)
+    linear = random_linear(scheme, 32, 64, bits)
+    tensors = write_linear(linear, replace(scheme, layout="gptq_v2"), "a layer")
+    assert is_same(read_linear(tensors, scheme, "a layer"), linear)
+    as_said = read_linear(tensors, replace(scheme, symmetric=False), "a layer")
+    assert as_said.zero_OG is not None and set(as_said.zero_OG.ravel().tolist()) == {(1 << (bits - 1)) + 1}
+
+
 def test_awq_packs_along_the_outputs_in_its_own_order() -> None:
     linear = random_linear(AWQ, 16, 64, 2)
     tensors = write_linear(linear, AWQ, "a layer")

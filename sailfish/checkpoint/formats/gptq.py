@@ -33,6 +33,9 @@ def read_gptq(parts: Parts, scheme: LinearScheme) -> QuantisedLinear:
     scale_GO, scale_dtype = parts.floats("scales", n_groups, n_out)
     qzeros = parts.array("qzeros", "I32", n_groups, n_out * bits // WORD_BITS)
     zero_OG = np.ascontiguousarray(_zeros(qzeros, scheme, n_out).T)
+    middle = 1 << (bits - 1)
+    # Some symmetric checkpoints say "gptq" and hold the zero points of "gptq_v2", which read as one too many.
+    is_mislabelled = scheme.layout == "gptq" and scheme.symmetric and bool((zero_OG == middle + 1).all())
     g_idx = None
     if scheme.act_order or parts.has("g_idx"):
         stored = parts.array("g_idx", "I32", n_in)
@@ -42,7 +45,7 @@ def read_gptq(parts: Parts, scheme: LinearScheme) -> QuantisedLinear:
     return QuantisedLinear(
         code_OI=unpack(np.ascontiguousarray(packed.T), bits, n_in),
         scale_OG=np.ascontiguousarray(scale_GO.T),
-        zero_OG=None if bool((zero_OG == 1 << (bits - 1)).all()) else zero_OG,
+        zero_OG=None if is_mislabelled or bool((zero_OG == middle).all()) else zero_OG,
         g_idx=g_idx,
         group=group,
         bits=bits,

@@ -89,9 +89,7 @@ def check_g_idx(g_idx: NDArray[np.int32], group: int, n_groups: int, where: str)
     if np.array_equal(g_idx, usual):
         return None
     if not np.array_equal(np.sort(g_idx), usual) or usual[-1] >= n_groups:
-        raise CheckpointError(
-            f"{where}: g_idx does not give {group} inputs to each of {n_groups} groups but the last"
-        )
+        raise CheckpointError(f"{where}: g_idx does not give {group} inputs to each group but the last")
     return np.ascontiguousarray(g_idx, np.int32)
 
 
