@@ -383,6 +383,8 @@ def _orders(product: Product, card: Card) -> Iterator[Split]:
         yield from _divided(product, card, (2, 8), ((4, 1) if per_block >= 8 else (2, 1),), (5, 4, 3))
     small = (*wide, (4, 2), (4, 4), (8, 8), (8, 32), (8, 64))
     yield from _divided(product, card, (1, 2, 4, 8, 16, 32, 64), small, (5, 4, 3, 2))
+    # Very many outputs beside very many inputs: blocks of a few strips each.
+    yield from _divided(product, card, (8, 16, 32, 64), ((8, 128), (8, 256)), (2,))
 
 
 def _divided(
