@@ -8,8 +8,6 @@ from dataclasses import dataclass
 
 from sailfish.base.errors import ConfigError
 
-TEXT_SEPARATOR = "\n\n"
-"""Stands between two texts of a file when they are read as one stream."""
 WINDOW_TOKENS = 1024
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import itertools
 import json
 import lzma
@@ -37,6 +38,7 @@ from sailfish.quality.intervals import bootstrap_interval, normal_interval, quan
 from sailfish.quality.metrics import compare_tokens, token_nll
 from sailfish.quality.model import WindowModel
 from sailfish.quality.scores import Comparison, Scores, difference
+from sailfish.quality.text import read_text
 from sailfish.quality.windows import Window, calibration_windows, evaluation_windows
 
 SHARED = Path(__file__).parents[2].parent / "shared"
@@ -48,9 +50,8 @@ def book_windows(model: Path, n_windows: int, window_tokens: int = 1024) -> list
     """Return the first windows of the validation books."""
     if not BOOKS.exists() or not model.exists():
         pytest.skip("the validation books or the model are not here")
-    with lzma.open(BOOKS, "rt", encoding="utf-8") as file:
-        first = json.loads(file.readline())["text"]
-    ids = Tokenizer.load(model).encode(first[: 8 * 1024 * (n_windows + 1)], add_special=False)
+    text = read_text(BOOKS, max_chars=8 * 1024 * (n_windows + 1))
+    ids = Tokenizer.load(model).encode(text, add_special=False)
     return evaluation_windows(ids, window_tokens=window_tokens, n_windows=n_windows)
 
 
@@ -133,6 +134,44 @@ def test_the_expected_acceptance_is_how_often_speculative_sampling_keeps_a_token
     drawn_T = torch.multinomial(q, 200_000, replacement=True)
     kept = (torch.rand(len(drawn_T)) < (p / q)[drawn_T]).double().mean()
     assert float(kept) == pytest.approx(expected, abs=4 * 0.5 / math.sqrt(len(drawn_T)))
+
+
+# Texts
+
+
+@pytest.mark.parametrize("suffix", ["", ".xz", ".gz"])
+def test_texts_of_a_file_are_joined_by_a_blank_line(suffix: str, tmp_path: Path) -> None:
+    texts = ["One.\n", "zwei: \u00fc", "\u2028drei"]
+    lines = "".join(json.dumps({"title": "-", "text": text}) + "\n" for text in texts)
+    pack = {"": bytes, ".xz": lzma.compress, ".gz": gzip.compress}[suffix]
+    for name, content in (("a.jsonl", lines), ("a.txt", "\n\n".join(texts))):
+        path = tmp_path / (name + suffix)
+        path.write_bytes(pack(content.encode()))
+        assert read_text(path) == "\n\n".join(texts)
+        for n_chars in (0, 3, 5, 8, 99):
+            assert read_text(path, max_chars=n_chars) == "\n\n".join(texts)[:n_chars]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.jsonl", b'{"text": "x"}\n[1]\n', 'line 2 of .* is not an object with a "text"'),
+        ("a.jsonl", b'{"text": 3}\n', "line 1 of"),
+        ("a.jsonl", b"{" * 100_000, "line 1 of"),
+        ("a.txt", b"good\n\xff\n", "line 2 of .* is not UTF-8"),
+        ("a.txt.xz", b"no", "is damaged"),
+        ("a.txt.gz", gzip.compress(b"text")[:-4], "is damaged"),
+        ("a.txt.gz", b"no", "is damaged"),
+        ("absent.txt", None, "No such file"),
+    ],
+)
+def test_a_text_that_cannot_be_read_is_refused_in_a_line(
+    name: str, content: bytes | None, words: str, tmp_path: Path
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=words):
+        read_text(tmp_path / name)
 
 
 # Windows

@@ -1,0 +1,65 @@
+"""Reads the text that a measurement or a calibration is made of: plain, or JSON lines, compressed or not."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import lzma
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO
+
+from sailfish.base.errors import ConfigError
+
+TEXT_SEPARATOR = "\n\n"
+"""Stands between two texts of a file when they are read as one stream."""
+_OPENERS: dict[str, Callable[[Path], IO[bytes]]] = {".xz": lzma.open, ".gz": gzip.open}
+
+
+def read_text(path: Path, *, max_chars: int | None = None) -> str:
+    """Return a file's text: as it stands, or of JSON lines each "text", joined by a blank line.
+
+    The name says how it is read: ".jsonl" for JSON lines, ".xz" or ".gz" behind it for compressed files.
+    Reading stops at `max_chars`, so that the start of a long file costs little. Raises ConfigError.
+    """
+    packed = path.suffix in _OPENERS
+    is_lines = (path.with_suffix("") if packed else path).suffix == ".jsonl"
+    parts: list[str] = []
+    left = max_chars
+    try:
+        with _OPENERS[path.suffix](path) if packed else path.open("rb") as file:
+            for line in file:
+                if left is not None and left <= 0:
+                    break
+                part = line.decode("utf-8")
+                if is_lines:
+                    part = _text(part, path, len(parts) + 1) + TEXT_SEPARATOR
+                parts.append(part)
+                left = None if left is None else left - len(part)
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+        why = error.strerror if isinstance(error, OSError) and error.strerror else "it is damaged"
+        raise ConfigError(f"{path} cannot be read: {why}", param="text") from None
+    except UnicodeDecodeError:
+        raise ConfigError(
+            f"line {len(parts) + 1} of {path} is not UTF-8", hint="convert the text", param="text"
+        ) from None
+    text = "".join(parts)
+    if is_lines:
+        text = text.removesuffix(TEXT_SEPARATOR)
+    return text if max_chars is None else text[:max_chars]
+
+
+def _text(line: str, path: Path, number: int) -> str:
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        entry = None
+    text = entry.get("text") if isinstance(entry, dict) else None
+    if not isinstance(text, str):
+        raise ConfigError(
+            f'line {number} of {path} is not an object with a "text"',
+            hint='write one {"text": "..."} a line',
+            param="text",
+        )
+    return text
