@@ -6,7 +6,8 @@ from sailfish.kernels.contract import Case, StepBounds
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
 PAGE_TOKENS = (16, 32, 64)
-_MOST_PROCESSORS = 264
+_MOST_PARTS = 5 * 132
+"""Of a head's result: on an H200 four a multiprocessor for many sequences, and one more for few."""
 
 
 def rejects_paged(case: Case) -> str | None:
@@ -28,6 +29,6 @@ def rejects_paged(case: Case) -> str | None:
 
 
 def paged_bytes(case: Case, bounds: StepBounds) -> int:
-    """Return what the blocks of a decode exchange: two parts of a head's result each, on any card."""
+    """Return what the blocks of a decode exchange, on any card."""
     rows = 8 * -(-case.n_heads // case.n_kv_heads // 8)
-    return 2 * _MOST_PROCESSORS * rows * (case.head_dim + 2) * 4
+    return _MOST_PARTS * rows * (case.head_dim + 2) * 4
