@@ -97,7 +97,7 @@ def quantise_gptq(
     scale_OG = weight_OI.new_empty((n_out, n_groups), dtype=dtype)
     zero_OG = None if symmetric else torch.empty_like(scale_OG)
     error = size = hessian_II.new_zeros((), dtype=torch.float64)
-    for rows in _chunks(weight_OI, max(n_in, n_groups * n_groups)):
+    for rows in _chunks(n_out, n_in, weight_OI.device):
         w_IO = weight_OI[rows].T.to(hessian_II.dtype).contiguous()
         fit = _round(w_IO, metric, grid, block, act_order)
         if refit:
@@ -310,25 +310,37 @@ def _sweep(w_IO: Tensor, fit: _Fit, damped_II: Tensor, grid: _Grid, block: int) 
 
 def _refit(w_IO: Tensor, fit: _Fit, damped_II: Tensor, grid: _Grid) -> None:
     """Give each row the scales of least squared error for its codes, unless rounding them undoes the gain."""
-    (n_in, n_out), n_groups = w_IO.shape, len(fit.scale_GO)
     steps_IO = fit.steps(grid.group)
-    short = n_groups * grid.group - n_in
-    product_OGG = w_IO.new_empty(n_out, n_groups, n_groups)
-    for g in range(n_groups):
-        its = slice(g * grid.group, min((g + 1) * grid.group, n_in))
-        seen_IO = (damped_II[:, its] @ steps_IO[its]).mul_(steps_IO)
-        product_OGG[:, g] = F.pad(seen_IO, (0, 0, 0, short)).view(n_groups, grid.group, n_out).sum(1).T
-    target_IO = (damped_II @ w_IO).mul_(steps_IO)
-    target_OG = F.pad(target_IO, (0, 0, 0, short)).view(n_groups, grid.group, n_out).sum(1).T
-    empty_OG = product_OGG.diagonal(dim1=1, dim2=2) <= 0  # all of a group's weights are 0: any scale will do
-    product_OGG.diagonal(dim1=1, dim2=2).add_(empty_OG)
-    lower, info = torch.linalg.cholesky_ex(product_OGG)
-    solved_GO = torch.cholesky_solve(target_OG[..., None], lower).squeeze(2).T
-    refitted = _Fit(fit.code_IO, grid.stored(torch.where(empty_OG.T, fit.scale_GO, solved_GO)), fit.zero_GO)
+    scale_GO = torch.empty_like(fit.scale_GO)
+    n_groups, n_out = scale_GO.shape
+    for rows in _chunks(n_out, n_groups * n_groups, w_IO.device):
+        scale_GO[:, rows] = _least_squares(w_IO[:, rows], steps_IO[:, rows], damped_II, grid.group)
+    scale_GO = torch.where(scale_GO.isfinite(), scale_GO, fit.scale_GO)
+    refitted = _Fit(fit.code_IO, grid.stored(scale_GO), fit.zero_GO)
     before = _weigh(fit.restored(grid.group) - w_IO, damped_II)
     after = _weigh(refitted.restored(grid.group) - w_IO, damped_II)
-    is_better = (after < before) & (info == 0)
-    fit.scale_GO = torch.where(is_better, refitted.scale_GO, fit.scale_GO)
+    fit.scale_GO = torch.where(after < before, refitted.scale_GO, fit.scale_GO)
+
+
+def _least_squares(w_IO: Tensor, steps_IO: Tensor, damped_II: Tensor, group: int) -> Tensor:
+    """Return the scales [G, O] of least weighed error of steps * scale; nan where any will do, or none."""
+    n_groups = -(-len(w_IO) // group)
+    product_OGG = w_IO.new_empty(w_IO.shape[1], n_groups, n_groups)
+    for g in range(n_groups):
+        its = slice(g * group, (g + 1) * group)
+        product_OGG[:, g] = _summed(steps_IO * (damped_II[:, its] @ steps_IO[its]), group).T
+    target_OG = _summed(steps_IO * (damped_II @ w_IO), group).T
+    empty_OG = product_OGG.diagonal(dim1=1, dim2=2) <= 0  # all of a group's steps are 0
+    product_OGG.diagonal(dim1=1, dim2=2).add_(empty_OG)
+    lower, info = torch.linalg.cholesky_ex(product_OGG)
+    solved_OG = torch.cholesky_solve(target_OG[..., None], lower).squeeze(2)
+    return solved_OG.masked_fill(empty_OG | (info != 0)[:, None], torch.nan).T
+
+
+def _summed(x_IO: Tensor, group: int) -> Tensor:
+    """Return the sum of each group [G, O]."""
+    padded = F.pad(x_IO, (0, 0, 0, -len(x_IO) % group))
+    return padded.view(-1, group, x_IO.shape[1]).sum(1)
 
 
 def _weigh(wrong_IO: Tensor, hessian_II: Tensor) -> Tensor:
@@ -351,7 +363,7 @@ def _spread(x_GO: Tensor, group: int, n_in: int) -> Tensor:
     return x_GO.repeat_interleave(group, 0)[:n_in]
 
 
-def _chunks(weight_OI: Tensor, row_elements: int) -> Iterator[slice]:
-    n_rows = max(1, _CHUNK_ELEMENTS[weight_OI.device.type] // row_elements)
-    for start in range(0, len(weight_OI), n_rows):
-        yield slice(start, start + n_rows)
+def _chunks(n_rows: int, row_elements: int, device: torch.device) -> Iterator[slice]:
+    n_at_once = max(1, _CHUNK_ELEMENTS[device.type] // row_elements)
+    for start in range(0, n_rows, n_at_once):
+        yield slice(start, start + n_at_once)

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import lzma
+from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from sailfish.base.errors import BuildError, ConfigError
@@ -129,17 +134,26 @@ def test_codes_are_those_of_the_textbook(
     assert facts.damp == facts.asked_damp == 0.01 and facts.n_dead == 1
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", [2, 3, 8])
-def test_other_widths_have_codes_of_the_textbook_too(bits: int) -> None:
+def test_other_widths_have_codes_of_the_textbook_too(bits: int, symmetric: bool) -> None:
     w, x = torch.randn(6, 48), _inputs(150, 48)
     for order, search in itertools.product(ORDERS, (True, False)):
-        code, scale, _, _ = quantise_gptq(
-            w, _square(x), 16, act_order=order, search=search, refit=False, bits=bits
+        code, scale, zero, _ = quantise_gptq(
+            w,
+            _square(x),
+            16,
+            symmetric=symmetric,
+            act_order=order,
+            search=search,
+            refit=False,
+            bits=bits,
         )
-        its_code, its_scale, _ = _textbook(
-            w, _square(x), 16, symmetric=True, order=order, bits=bits, search=search
+        its_code, its_scale, its_zero = _textbook(
+            w, _square(x), 16, symmetric=symmetric, order=order, bits=bits, search=search
         )
         assert torch.equal(code, its_code) and torch.equal(scale.double(), its_scale)
+        assert zero is None or torch.equal(zero.double(), its_zero)
         assert int(code.max()) < 2**bits
 
 
@@ -168,6 +182,35 @@ def test_outputs_are_nearer_than_those_of_weights_rounded_to_the_nearest(
     code, scale, zero, _ = quantise_gptq(w, _square(x).float(), 64, symmetric=symmetric, act_order=order)
     ours, theirs = _error(_restored(code, scale, zero, 64), w, x), _error(rounded, w, x)
     assert float(ours.sum()) < 0.5 * float(theirs.sum()) and bool((ours < theirs).all())
+
+
+def test_a_real_layer_fed_with_real_text_keeps_its_outputs_better() -> None:
+    """The first projections of a model of books: their inputs are known without running the model."""
+    shared = Path(__file__).parents[2].parent / "shared"
+    if not (shared / "models" / "books-4m").is_dir() or not (shared / "data").is_dir():
+        pytest.skip("the models and texts in shared/ are not here")
+    tensors = load_file(shared / "models" / "books-4m" / "model.safetensors")
+    layer = "model.layers.0."
+    w = torch.cat([tensors[f"{layer}self_attn.{name}_proj.weight"] for name in "qkv"])
+    with lzma.open(shared / "data" / "books-calibration.txt.xz", "rt", encoding="utf-8") as stream:
+        text = stream.read(60_000)
+    tokenizer = Tokenizer.from_file(str(shared / "models" / "books-4m" / "tokenizer.json"))
+    tokens = torch.tensor(tokenizer.encode(text).ids)
+    x = F.rms_norm(tensors["model.embed_tokens.weight"][tokens].float(), (w.shape[1],), eps=1e-5)
+    x = x * tensors[f"{layer}input_layernorm.weight"].float()
+    n_seen = len(x) * 3 // 4
+    hessian, held_out = Hessian(w.shape[1]), Hessian(w.shape[1])
+    hessian.add(x[:n_seen])
+    held_out.add(x[n_seen:])
+    errors = []
+    restored = [restore_int4(*quantise_int4(w, 128), 128)]
+    for settings in ({"refit": False}, {}, {"sweeps": 3}):
+        code, scale, zero, _ = quantise_gptq(w, hessian.mean_II, 128, **settings)
+        restored.append(restore_int4(code, scale, zero, 128))
+    for weight in restored:
+        wrong = weight.double() - w.double()
+        errors.append(float((wrong @ held_out.mean_II.double() * wrong).sum()))
+    assert errors[1] < 0.7 * errors[0] and errors[3] < errors[2] < errors[1]
 
 
 def test_weighty_inputs_first_lowers_the_error_where_inputs_differ() -> None:
