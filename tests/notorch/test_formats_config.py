@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from typing import Any
 
@@ -145,6 +146,47 @@ def test_what_is_not_read_is_refused_in_one_line(values: dict[str, Any], said: s
         read(values)
     assert said in str(caught.value) and "config.json" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_keys_that_say_nothing_are_passed_over() -> None:
+    dense = {"format": "dense", "global_sparsity": 0.1, "registry_requires_subclass": False}
+    for more in (
+        {"sparsity_config": dense},
+        {"sparsity_config": {}, "transform_config": {"config_groups": None}},
+    ):
+        assert read(packed() | more) == read(packed())
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=4,
+)
+PATHS = [
+    (values, path)
+    for values in (GPTQ | {"dynamic": {"+:x": {"bits": 4}}, "checkpoint_format": "gptq"}, AWQ,
+                   packed(input_activations={"num_bits": 8, "dynamic": True, "strategy": "token"}))
+    for path in (*((key,) for key in values), ("dynamic", "+:x"), ("config_groups", "group_0"),
+                 *(("config_groups", "group_0", key) for key in ("targets", "weights", "input_activations")),
+                 *(("config_groups", "group_0", "weights", key) for key in (*WEIGHTS, "actorder", "dynamic")))
+]  # fmt: skip
+
+
+@settings(max_examples=300, deadline=None)
+@given(where=st.sampled_from(PATHS), value=JSON)
+def test_whatever_a_config_holds_it_is_read_or_refused_in_one_line(where: Any, value: Any) -> None:
+    values, path = where
+    values = copy.deepcopy(values)
+    inner = values
+    for key in path[:-1]:
+        inner = inner.setdefault(key, {})
+    inner[path[-1]] = value
+    try:
+        config = read(values)
+    except CheckpointError as error:
+        assert "\n" not in str(error)
+    else:
+        config.scheme_of(UP)
 
 
 @pytest.mark.parametrize(

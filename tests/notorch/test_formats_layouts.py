@@ -264,6 +264,29 @@ def test_tensors_that_do_not_fit_are_refused_in_one_line(
     assert "model.layers.0.mlp.up_proj" in str(caught.value) and "\n" not in str(caught.value)
 
 
+@settings(max_examples=300, deadline=None)
+@given(
+    scheme=schemes(LAYOUTS),
+    seed=st.integers(0, 9),
+    name=st.integers(0, 9),
+    shape=st.lists(st.sampled_from([0, 1, 2, 3, 8, 16, 64]), max_size=3),
+    dtype=st.sampled_from([("I32", "<i4"), ("I64", "<i8"), ("I8", "i1"), ("F16", "<f2"), ("F8_E4M3", "u1")]),
+    fill=st.integers(-128, 127),
+)
+def test_whatever_a_tensor_holds_it_is_read_or_refused_in_one_line(
+    scheme: LinearScheme, seed: int, name: int, shape: list[int], dtype: tuple[str, str], fill: int
+) -> None:
+    tensors = dict(write_linear(random_linear(scheme, 32, 128, seed), scheme, "a layer"))
+    bad = np.full(shape, fill).astype(np.int64).astype(dtype[1], casting="unsafe")
+    tensors[sorted(tensors)[name % len(tensors)]] = StoredTensor(dtype=dtype[0], array=bad)
+    try:
+        linear = read_linear(tensors, scheme, "a layer")
+    except CheckpointError as error:
+        assert "\n" not in str(error)
+    else:
+        assert linear.dequantise().shape == linear.shape
+
+
 def test_a_layer_of_another_size_than_the_models_is_refused() -> None:
     with pytest.raises(CheckpointError, match=r"8 outputs and 128 inputs, the model has \(8, 256\)"):
         read_linear(PACKED_PARTS, PACKED, "up_proj", (8, 256))

@@ -16,13 +16,11 @@ from sailfish.checkpoint.formats.linear import QuantisedLinear
 from sailfish.checkpoint.formats.parts import Parts
 from sailfish.checkpoint.formats.scheme import LinearScheme
 from sailfish.checkpoint.formats.tensors import StoredTensor
-from sailfish.checkpoint.formats.words import pack, unpack
 
 BITS = 4
 _MIDDLE = 8
 _PER_WORD = 8
-_OUTPUT_OF_NIBBLE = np.array([0, 2, 4, 6, 1, 3, 5, 7])
-_NIBBLE_OF_OUTPUT = np.argsort(_OUTPUT_OF_NIBBLE)
+_OUTPUT_OF_NIBBLE = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
 def read_awq(parts: Parts, scheme: LinearScheme) -> QuantisedLinear:
@@ -69,11 +67,16 @@ def rejects_awq(linear: QuantisedLinear) -> str | None:
 def _unpack(words_KW: NDArray[np.int32]) -> NDArray[np.uint8]:
     """Return [O, K] codes of the words [K, O / 8]."""
     n_rows, n_words = words_KW.shape
-    nibbles = unpack(words_KW, BITS, n_words * _PER_WORD).reshape(n_rows, n_words, _PER_WORD)
-    return np.ascontiguousarray(nibbles[..., _NIBBLE_OF_OUTPUT].reshape(n_rows, -1).T)
+    words_WK = np.ascontiguousarray(words_KW.T).view("<u4")
+    code_OK = np.empty((n_words * _PER_WORD, n_rows), np.uint8)
+    for nibble, output in enumerate(_OUTPUT_OF_NIBBLE):
+        code_OK[output::_PER_WORD] = words_WK >> np.uint32(BITS * nibble) & np.uint32(0xF)
+    return code_OK
 
 
 def _pack(code_OK: NDArray[np.uint8]) -> NDArray[np.int32]:
     n_out, n_rows = code_OK.shape
-    by_word = np.ascontiguousarray(code_OK.T).reshape(n_rows, n_out // _PER_WORD, _PER_WORD)
-    return pack(by_word[..., _OUTPUT_OF_NIBBLE].reshape(n_rows, n_out), BITS)
+    words_WK = np.zeros((n_out // _PER_WORD, n_rows), "<u4")
+    for nibble, output in enumerate(_OUTPUT_OF_NIBBLE):
+        words_WK |= code_OK[output::_PER_WORD].astype("<u4") << np.uint32(BITS * nibble)
+    return np.ascontiguousarray(words_WK.T).view("<i4")

@@ -31,7 +31,8 @@ def read_compressed_config(keys: Keys) -> QuantConfig:
     if status != "compressed":
         raise _unsupported(keys, "quantization_status", status, "compressed")
     for key in _LEFT_EMPTY:
-        if (other := keys.object_or(key)) and any(v not in (None, "dense") for v in other.values.values()):
+        other = keys.object_or(key)
+        if other and any(other.has(part) for part in other.values) and other.values.get("format") != "dense":
             raise UnsupportedModelError(
                 f"{keys.where}: {key} is {shown(dict(other.values))}; only weights without it are read",
                 param="quantization_config",

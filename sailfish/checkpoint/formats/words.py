@@ -26,8 +26,9 @@ def pack(codes: NDArray[np.uint8], bits: int) -> NDArray[np.int32]:
         n_bytes = -(-n_codes // per_byte)
         whole = np.zeros((*leading, n_bytes * per_byte), np.uint8)
         whole[..., :n_codes] = codes
-        shifts = np.arange(0, 8, bits, dtype=np.uint8)
-        raw = np.bitwise_or.reduce(whole.reshape(*leading, n_bytes, per_byte) << shifts, axis=-1)
+        raw = np.zeros((*leading, n_bytes), np.uint8)
+        for place in range(per_byte):  # a new last axis of two codes would be 10 times as slow
+            raw |= whole[..., place::per_byte] << np.uint8(place * bits)
     data = np.zeros((*leading, padded), np.uint8)
     data[..., : raw.shape[-1]] = raw
     return data.view("<i4")
@@ -44,6 +45,9 @@ def unpack(words: NDArray[np.int32], bits: int, n_codes: int, *, dense: bool = T
     if 8 % bits:
         stream = np.unpackbits(raw.view(np.uint8), axis=-1, count=n_codes * bits, bitorder="little")
         return np.packbits(stream.reshape(*leading, n_codes, bits), axis=-1, bitorder="little")[..., 0]
-    by_byte = raw.view(np.uint8)[..., None] >> np.arange(0, 8, bits, dtype=np.uint8)
-    codes = by_byte & np.uint8((1 << bits) - 1)
-    return np.ascontiguousarray(codes.reshape(*leading, -1)[..., :n_codes])
+    per_byte = 8 // bits
+    data = raw.view(np.uint8)
+    out = np.empty((*leading, data.shape[-1] * per_byte), np.uint8)
+    for place in range(per_byte):
+        out[..., place::per_byte] = data >> np.uint8(place * bits) & np.uint8((1 << bits) - 1)
+    return np.ascontiguousarray(out[..., :n_codes])
