@@ -43,7 +43,7 @@ class _Paced:
         time.sleep(max(0.0, self.ends_s - time.monotonic()))
         n = len(self._token_ids)
         return StepResult(
-            self._plan.step_id, self._token_ids, [True] * n, [None] * n, [[]] * len(self._plan.runs)
+            self._plan.step_id, self._token_ids, [True] * n, [None] * n, [[]] * len(self._plan.spans)
         )
 
 
@@ -58,7 +58,7 @@ class PacedRunner:
 
     def execute(self, plan: StepPlan) -> _Paced:
         """Begin a step when the one before it has ended."""
-        n = sum(run.samples for run in plan.runs)
+        n = plan.n_decodes + sum(run.samples for run in plan.spans)
         self._at = (self._at + n) % (_POOL - n) if n < _POOL else 0
         self._last_end_s = max(self._last_end_s, time.monotonic()) + self._step_s
         return _Paced(plan, self._last_end_s, self._pool[self._at : self._at + n])
