@@ -6,15 +6,14 @@ import gzip
 import json
 import lzma
 import zlib
-from collections.abc import Callable
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 from sailfish.base.errors import ConfigError
 
 TEXT_SEPARATOR = "\n\n"
 """Stands between two texts of a file when they are read as one stream."""
-_OPENERS: dict[str, Callable[[Path], IO[bytes]]] = {".xz": lzma.open, ".gz": gzip.open}
+_PACKED = (".xz", ".gz")
 
 
 def read_text(path: Path, *, max_chars: int | None = None) -> str:
@@ -23,12 +22,11 @@ def read_text(path: Path, *, max_chars: int | None = None) -> str:
     The name says how it is read: ".jsonl" for JSON lines, ".xz" or ".gz" behind it for compressed files.
     Reading stops at `max_chars`, so that the start of a long file costs little. Raises ConfigError.
     """
-    packed = path.suffix in _OPENERS
-    is_lines = (path.with_suffix("") if packed else path).suffix == ".jsonl"
+    is_lines = (path.with_suffix("") if path.suffix in _PACKED else path).suffix == ".jsonl"
     parts: list[str] = []
     left = max_chars
     try:
-        with _OPENERS[path.suffix](path) if packed else path.open("rb") as file:
+        with _opened(path) as file:
             for line in file:
                 if left is not None and left <= 0:
                     break
@@ -48,6 +46,12 @@ def read_text(path: Path, *, max_chars: int | None = None) -> str:
     if is_lines:
         text = text.removesuffix(TEXT_SEPARATOR)
     return text if max_chars is None else text[:max_chars]
+
+
+def _opened(path: Path) -> IO[bytes]:
+    if path.suffix == ".xz":
+        return lzma.open(path)
+    return cast("IO[bytes]", gzip.open(path)) if path.suffix == ".gz" else path.open("rb")
 
 
 def _text(line: str, path: Path, number: int) -> str:
