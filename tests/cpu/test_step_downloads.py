@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 from local_engine import LocalEngine, greedy
-from twins import TWINS, VOCAB_SIZE, make_twin
 
 from sailfish.base.config import EngineConfig
+from sailfish.data import demo_model
 from sailfish.engine import runner as runner_module
 from sailfish.engine.table import DeviceTable
 
@@ -29,10 +29,9 @@ def test_the_draws_are_the_last_that_a_step_sends(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(runner_module, "download", note_download)
     monkeypatch.setattr(DeviceTable, "take_draws", note_draws)
-    checkpoint = make_twin(next(iter(TWINS)), tmp_path)
     config = EngineConfig(page_tokens=8, step_tokens=16, max_sequences=2, context_tokens=64)
-    engine = LocalEngine.build(checkpoint, tmp_path / "engine", config)
-    engine.submit(0, [1, 2, 3, 4, 5], greedy(VOCAB_SIZE, logprobs=2, prompt_logprobs=1), 4)
+    engine = LocalEngine.build(demo_model(), tmp_path / "engine", config)
+    engine.submit(0, [1, 2, 3, 4, 5], greedy(8192, logprobs=2, prompt_logprobs=1), 4)
     ends: list[str] = []
     execute = engine.loop.runner.execute
 
