@@ -10,14 +10,14 @@ from local_engine import LocalEngine, greedy
 
 from sailfish.base.config import EngineConfig
 from sailfish.data import demo_model
-from sailfish.engine import runner as runner_module
 from sailfish.engine.table import DeviceTable
+from sailfish.engine.transfer import download
 
 
 def test_the_draws_are_the_last_that_a_step_sends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The host waits for the draws alone, and then reads the log-probabilities too."""
     sent: list[str] = []
-    download, take_draws = runner_module.download, DeviceTable.take_draws
+    take_draws = DeviceTable.take_draws
 
     def note_download(tensor: Any) -> Any:
         sent.append("log-probabilities")
@@ -27,7 +27,7 @@ def test_the_draws_are_the_last_that_a_step_sends(tmp_path: Path, monkeypatch: p
         sent.append("draws")
         return take_draws(table, n_samples)
 
-    monkeypatch.setattr(runner_module, "download", note_download)
+    monkeypatch.setattr("sailfish.engine.runner.download", note_download)
     monkeypatch.setattr(DeviceTable, "take_draws", note_draws)
     config = EngineConfig(page_tokens=8, step_tokens=16, max_sequences=2, context_tokens=64)
     engine = LocalEngine.build(demo_model(), tmp_path / "engine", config)
