@@ -52,7 +52,9 @@ def test_attention_is_the_same_however_small_its_memory(
     check("attention", scenario, small, "float32", "cpu")
 
 
-@pytest.mark.parametrize("name", [impl.name for impl in implementations("attention")])
+@pytest.mark.parametrize(
+    "name", [impl.name for impl in implementations("attention") if ".cuda." not in impl.entry]
+)
 @pytest.mark.parametrize("lengths", [[(1, 9), (1, 30), (1, 12)], [(4, 9), (1, 30), (6, 12)]])
 def test_a_sequence_of_nan_poisons_no_other(name: str, lengths: list[tuple[int, int]]) -> None:
     impl = next(impl for impl in implementations("attention") if impl.name == name)
