@@ -358,14 +358,8 @@ class AsyncEngine:
                 admission = self._admissions.get(key)
                 if admission is not None and not admission.done():
                     admission.set_result(None)
-            case wire.Refused(key=key):
-                admission = self._admissions.get(key)
-                if admission is not None and not admission.done():
-                    error = error_from_code(
-                        message.code, message.message, retry_after_s=message.retry_after_s
-                    )
-                    error.param = message.param
-                    admission.set_exception(error)
+            case wire.Refused():
+                self._refuse(message)
             case wire.Beat():
                 self._beat = message
                 self._beat_at_s = asyncio.get_running_loop().time()
@@ -373,6 +367,13 @@ class AsyncEngine:
                 reply = self._stats.get(nonce)
                 if reply is not None and not reply.done():
                     reply.set_result(stats)
+
+    def _refuse(self, message: wire.Refused) -> None:
+        admission = self._admissions.get(message.key)
+        if admission is not None and not admission.done():
+            error = error_from_code(message.code, message.message, retry_after_s=message.retry_after_s)
+            error.param = message.param
+            admission.set_exception(error)
 
     def _lose_connection(self, why: str) -> None:
         """Give every waiting caller its one final word."""

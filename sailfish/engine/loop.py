@@ -205,8 +205,12 @@ def _by_client(draws: Draws) -> dict[int, tuple[list[int], list[int]]]:
     clients, keys = zip(*draws.keys, strict=True)
     if clients.count(clients[0]) == len(clients):  # most often: saves a tenth of a microsecond a token
         return {clients[0]: (list(keys), draws.token_ids)}
+    return _parted(draws)
+
+
+def _parted(draws: Draws) -> dict[int, tuple[list[int], list[int]]]:
     found: dict[int, tuple[list[int], list[int]]] = {}
-    for client, key, token_id in zip(clients, keys, draws.token_ids, strict=True):
+    for (client, key), token_id in zip(draws.keys, draws.token_ids, strict=True):
         own_keys, token_ids = found.setdefault(client, ([], []))
         own_keys.append(key)
         token_ids.append(token_id)

@@ -160,9 +160,10 @@ class Runner:
             hidden_TD = self._decoder.forward(inputs, self._kv)
         else:
             hidden_TD = self._graphs.replay_chunk(n_tokens, inputs.span)
+        n_top = [table.sampling_of(run.row).prompt_logprobs for run in plan.spans]
         prompt_logprobs = [
-            self._prompt_logprobs(hidden_TD[ends[i] : ends[i + 1]], run)
-            for i, run in enumerate(plan.spans, plan.n_decodes)
+            [] if n is None else self._prompt_logprobs(hidden_TD[ends[i] : ends[i + 1]], run, n)
+            for i, (run, n) in enumerate(zip(plan.spans, n_top, strict=True), plan.n_decodes)
         ]
         if not batch.samples_B.any():
             return self._launched(plan, batch, None, prompt_logprobs)
@@ -179,13 +180,14 @@ class Runner:
         prompt_logprobs: list[list[_Logprobs]],
     ) -> Step:
         """Send the draws to the host, with the log-probabilities of those that want them."""
-        table, row_S, logprobs = self._table, batch.sampled_row_S, None
-        if wanted is not None:
-            at, logits_bV = wanted
-            n_top = [table.sampling_of(row).logprobs or 0 for row in row_S[at].tolist()]
-            logprobs = _DrawnLogprobs(at, n_top, logits_bV, table.drawn(upload(at, table.device)))
+        logprobs = None if wanted is None else self._drawn_logprobs(batch, *wanted)
         # The draws go last: who waits for them finds the log-probabilities on the host.
-        return Step(plan, table.take_draws(len(row_S)), logprobs, prompt_logprobs)
+        return Step(plan, self._table.take_draws(len(batch.sampled_row_S)), logprobs, prompt_logprobs)
+
+    def _drawn_logprobs(self, batch: Batch, at: list[int], logits_bV: Tensor) -> _DrawnLogprobs:
+        table = self._table
+        n_top = [table.sampling_of(row).logprobs or 0 for row in batch.sampled_row_S[at].tolist()]
+        return _DrawnLogprobs(at, n_top, logits_bV, table.drawn(upload(at, table.device)))
 
     def _wanted(self, logits_SV: Tensor, batch: Batch) -> tuple[list[int], Tensor] | None:
         """Return which samples want log-probabilities, and a copy of their logits in float32."""
@@ -217,12 +219,9 @@ class Runner:
             [table.n_prompt[row] for row in rows],
         )
 
-    def _prompt_logprobs(self, hidden_QD: Tensor, run: RowRun) -> list[_Logprobs]:
+    def _prompt_logprobs(self, hidden_QD: Tensor, run: RowRun, n_top: int) -> list[_Logprobs]:
         """Score the prompt tokens that this run's positions predict: start + 1 .. start + count."""
-        n_top = self._table.sampling_of(run.row).prompt_logprobs
-        n_scored = min(run.start + run.count, self._table.n_prompt[run.row] - 1) - run.start
-        if n_top is None or n_scored <= 0:
-            return []
+        n_scored = max(0, min(run.start + run.count, self._table.n_prompt[run.row] - 1) - run.start)
         token_Q = self._table.rows.token_RC[run.row, run.start + 1 : run.start + 1 + n_scored].to(torch.int64)
         return [
             _Logprobs(

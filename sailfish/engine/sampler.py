@@ -32,19 +32,13 @@ def sample(
     that no stage reads the device.
     """
     finite_S = torch.isfinite(logits_SV.sum(dim=1))
-    penalised = [i for i, r in enumerate(rows) if _is_penalised(r)]
-    if penalised:
-        for i in penalised:  # one row at a time bounds the workspace to a few rows of counts
-            _penalise(logits_SV[i], table.token_RC[row_ids[i], : lengths[i]], n_prompts[i], rows[i])
+    for i, row in enumerate(rows):  # one at a time bounds the workspace to a few rows of counts
+        if row.repetition_penalty != 1.0 or row.presence_penalty != 0.0 or row.frequency_penalty != 0.0:
+            _penalise(logits_SV[i], table.token_RC[row_ids[i], : lengths[i]], n_prompts[i], row)
     if any(r.logit_bias for r in rows):
-        is_bias_SB = _ranks(table.bias_id_RB) < table.n_bias_R[row_S, None]
-        bias_SB = torch.where(is_bias_SB, table.bias_RB[row_S], 0.0)
-        logits_SV.scatter_add_(1, table.bias_id_RB[row_S].long(), bias_SB)
+        _add_biases(logits_SV, row_S, table)
     if any(n < p + r.min_tokens for r, n, p in zip(rows, lengths, n_prompts, strict=True)):
-        is_early_S1 = (length_S < table.min_length_R[row_S])[:, None]
-        is_barred_SS = is_early_S1 & (_ranks(table.barred_RS) < table.n_barred_R[row_S, None])
-        bar_SS = torch.where(is_barred_SS, -torch.inf, 0.0)
-        logits_SV.scatter_add_(1, table.barred_RS[row_S].long(), bar_SS)
+        _bar_ends(logits_SV, row_S, length_S, table)
     drawing = [i for i, r in enumerate(rows) if r.temperature > 0.0]
     if not drawing:
         return logits_SV.argmax(dim=1), finite_S
@@ -55,7 +49,10 @@ def sample(
         pick_b = upload(part, logits_SV.device)
         row_b = row_S[pick_b]
         scaled_bV = logits_SV[pick_b] / table.temperature_R[row_b, None]
-        _keep_likely(scaled_bV, row_b, table, [rows[i] for i in part])
+        if any(
+            rows[i].top_k < logits_SV.shape[1] or rows[i].top_p < 1.0 or rows[i].min_p > 0.0 for i in part
+        ):
+            _keep_likely(scaled_bV, row_b, table, [rows[i] for i in part])
         scaled_bV += gumbel(table.seed_R[row_b], length_S[pick_b], logits_SV.shape[1])
         token_S[pick_b] = scaled_bV.argmax(dim=1)
     return token_S, finite_S
@@ -107,8 +104,19 @@ def _ranks(list_RX: Tensor) -> Tensor:
     return torch.arange(list_RX.shape[1], device=list_RX.device)
 
 
-def _is_penalised(row: RowSampling) -> bool:
-    return row.repetition_penalty != 1.0 or row.presence_penalty != 0.0 or row.frequency_penalty != 0.0
+def _add_biases(logits_SV: Tensor, row_S: Tensor, table: Rows) -> None:
+    """Add each row's biases. Mutates logits_SV."""
+    is_bias_SB = _ranks(table.bias_id_RB) < table.n_bias_R[row_S, None]
+    bias_SB = torch.where(is_bias_SB, table.bias_RB[row_S], 0.0)
+    logits_SV.scatter_add_(1, table.bias_id_RB[row_S].long(), bias_SB)
+
+
+def _bar_ends(logits_SV: Tensor, row_S: Tensor, length_S: Tensor, table: Rows) -> None:
+    """Set to -inf what would end a row before its least length. Mutates logits_SV."""
+    is_early_S1 = (length_S < table.min_length_R[row_S])[:, None]
+    is_barred_SS = is_early_S1 & (_ranks(table.barred_RS) < table.n_barred_R[row_S, None])
+    bar_SS = torch.where(is_barred_SS, -torch.inf, 0.0)
+    logits_SV.scatter_add_(1, table.barred_RS[row_S].long(), bar_SS)
 
 
 def _penalise(logit_V: Tensor, token_c: Tensor, n_prompt: int, row: RowSampling) -> None:

@@ -67,19 +67,20 @@ def rope_write(
         q_THE, k_TKE = _norm(q_THE, q_norm_E, eps, plus_one), _norm(k_TKE, k_norm_E, eps, plus_one)
     cos_T1F, sin_T1F = table_C2F.index_select(0, position_T).unsqueeze(1).unbind(2)
     q_THE, k_TKE = (_rotate(x, cos_T1F, sin_T1F, interleaved) for x in (q_THE, k_TKE))
-    for x_TKE, cache_NPKE, scale_NPK in (
-        (k_TKE, kv.k_NPKE, kv.k_scale_NPK),
-        (v_TKE, kv.v_NPKE, kv.v_scale_NPK),
-    ):
-        if scale_NPK is not None:
-            stored = quantise(x_TKE, "int8" if cache_NPKE.dtype == torch.int8 else "fp8")
-            scale_NPK.flatten(0, 1).index_copy_(0, slot_T, stored.scale_T)
-            x_TKE = stored.values_TI
-        cache = cache_NPKE.flatten(0, 1)
-        if x_TKE.dtype == torch.float8_e4m3fn:  # which index_copy_ does not take
-            cache, x_TKE = cache.view(torch.int8), x_TKE.view(torch.int8)
-        cache.index_copy_(0, slot_T, x_TKE)
+    if kv.k_scale_NPK is not None and kv.v_scale_NPK is not None:
+        _write_8(k_TKE, kv.k_NPKE, kv.k_scale_NPK, slot_T)
+        _write_8(v_TKE, kv.v_NPKE, kv.v_scale_NPK, slot_T)
+    else:
+        kv.k_NPKE.flatten(0, 1).index_copy_(0, slot_T, k_TKE)
+        kv.v_NPKE.flatten(0, 1).index_copy_(0, slot_T, v_TKE)
     return q_THE
+
+
+def _write_8(x_TKE: Tensor, cache_NPKE: Tensor, scale_NPK: Tensor, slot_T: Tensor) -> None:
+    """Write values in 8 bits with their scales, as bytes: index_copy_ takes no float8."""
+    stored = quantise(x_TKE, "int8" if cache_NPKE.dtype == torch.int8 else "fp8")
+    scale_NPK.flatten(0, 1).index_copy_(0, slot_T, stored.scale_T)
+    cache_NPKE.flatten(0, 1).view(torch.int8).index_copy_(0, slot_T, stored.values_TI.view(torch.int8))
 
 
 def _rotate(x_THE: Tensor, cos_T1F: Tensor, sin_T1F: Tensor, interleaved: bool) -> Tensor:

@@ -29,9 +29,8 @@ class Linear:
     @property
     def takes(self) -> ActivationFormat:
         """The format of activations that the weight's format multiplies with."""
-        if not isinstance(self.weight_OI, Weight8):
-            return "plain"
-        return "int8" if self.weight_OI.values_OI.dtype == torch.int8 else "fp8"
+        weight = self.weight_OI
+        return _format_8(weight) if isinstance(weight, Weight8) else "plain"
 
     def __call__(self, x_TI: Tensor | Quantised, ops: Ops) -> Tensor:
         weight = self.weight_OI
@@ -49,3 +48,7 @@ def dense(weights: Mapping[str, LinearWeight], name: str) -> Tensor:
     weight = weights[name]
     assert isinstance(weight, Tensor), f"{name} is dense in every engine"
     return weight
+
+
+def _format_8(weight: Weight8) -> ActivationFormat:
+    return "int8" if weight.values_OI.dtype == torch.int8 else "fp8"
