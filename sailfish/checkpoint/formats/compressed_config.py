@@ -48,7 +48,8 @@ def read_compressed_config(keys: Keys) -> QuantConfig:
                 hint="save the checkpoint again with compressed-tensors, which writes the scheme out",
             )
         group = groups.object_or(name)
-        assert group is not None
+        if group is None:
+            raise CheckpointError(f"{groups.where}: {shown(name)} is empty", param="quantization_config")
         rules.append(_rule(group, group.text_or("format", keys.text_or("format", "pack-quantized"))))
     cache = keys.object_or("kv_cache_scheme")
     return QuantConfig(
