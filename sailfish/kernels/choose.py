@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields, replace
+from functools import lru_cache
 from importlib import import_module
 from typing import Any
 
@@ -35,6 +36,7 @@ def choose(case: Case) -> Choice:
     raise AssertionError(f"the reference of {case.op} rejected {case}: {reason}")
 
 
+@lru_cache(maxsize=4096)  # a plan that looks for what fits asks for the same cases hundreds of times
 def choose_by_rows(case: Case) -> tuple[Choice, ...]:
     """Return the choices of one linear by rows, ascending; neighbours that agree are one."""
     choices: list[Choice] = []

@@ -7,7 +7,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from sailfish.base.errors import EngineError, UserError
 from sailfish.kernels.choose import bind_linear, known_target
@@ -101,14 +101,14 @@ def _gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _OP = "sailfish::linear_int4"
-torch.library.define(
+library.define(
     _OP,
     "(Tensor x, Tensor packed, Tensor scale, Tensor? zero, Tensor? bias, int n_out, int n_in, int group) "
     "-> Tensor",
 )
-torch.library.impl(_OP, ("cpu", "cuda"), _linear_int4)
-torch.library.register_fake(_OP, _shape_of_product)
-torch.library.register_autograd(_OP, _gradient, setup_context=_keep)
+library.impl(_OP, ("cpu", "cuda"), _linear_int4)
+library.register_fake(_OP, _shape_of_product)
+library.register_autograd(_OP, _gradient, setup_context=_keep)
 multiply_int4: Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, int, int, int], Tensor]
 multiply_int4 = torch.ops.sailfish.linear_int4.default
 """Return x @ weight.T + bias for any leading axes of x, in x's dtype; the weight comes as its parts.

@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, library
 from torch.nn import Linear
 
 import sailfish
@@ -164,7 +164,7 @@ def test_the_compiler_traces_a_model_of_such_layers_whole() -> None:
     layer = model[0]
     arguments = (layer.packed, layer.scale, layer.zero, layer.bias, 64, 128, 128)
     x = torch.randn(3, 128, requires_grad=True)
-    torch.library.opcheck(torch.ops.sailfish.linear_int4.default, (x, *arguments))
+    library.opcheck(torch.ops.sailfish.linear_int4.default, (x, *arguments))
 
 
 def test_a_layer_is_multiplied_as_an_engine_of_that_shape_would(monkeypatch: pytest.MonkeyPatch) -> None:
