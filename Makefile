@@ -31,7 +31,7 @@ gpu: $(VENV)/.ready-test ## the GPU suite, then the measurements
 	@$(BIN)/sailfish bench engine $(MODEL) --device cuda
 
 quick: $(VENV)/.ready-check
-	@$(BIN)/python -m pytest -q -m "not slow" tests/house tests/notorch
+	@$(BIN)/python -m pytest -q tests/house tests/notorch
 
 static: $(VENV)/.ready-check
 	@$(BIN)/ruff format --check --quiet .
