@@ -206,6 +206,17 @@ class Weight8:
         return n_out, n_in
 
 
+@dataclass(frozen=True, slots=True)
+class SumNorm:
+    """How a product's input is made where the norm before it is its prologue: rms_norm(x + residual)."""
+
+    residual_TD: Tensor
+    weight_D: Tensor
+    eps: float
+    plus_one: bool
+    """The norm multiplies by 1 + weight."""
+
+
 class RmsNorm(Protocol):
     """Return x / rms(x) * weight, or * (1 + weight), over the last axis, computed in float32.
 
