@@ -1,4 +1,4 @@
-"""Rounds weights to the nearest of 16 or 256 numbers, each row or group of a row with its own scale.
+"""Rounds weights to the nearest of 8, 16 or 256 numbers, each row or group of a row with its own scale.
 
 Works on CPU and CUDA tensors of any float dtype, some rows at a time: beside its results it needs little
 memory, however large the matrix.
@@ -20,9 +20,7 @@ Format8 = Literal["int8", "fp8"]
 LARGEST_8: dict[Format8, float] = {"int8": 127.0, "fp8": 448.0}
 """What the largest absolute value of a row is stored as."""
 _DTYPE_8 = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
-_MIDDLE, _TOP = 8, 15
-_WHOLE = 8 / 7
-"""In a symmetric group a range so much wider than its farther side loses nothing of the other side either."""
+_MIDDLE = 8
 _CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 """Ranges tried for a group, as shares of its largest absolute value. Weights are near normal: of 128 of them
 the extremes are so rare that finer steps gain more than cutting them loses."""
@@ -38,11 +36,25 @@ def quantise_int4(
     search: bool = True,
     dtype: torch.dtype = torch.bfloat16,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return (code_OI uint8 of 0..15, scale_OG, zero_OG or None): w is about (code - zero) * scale.
+    """Return (code_OI uint8 of 0..15, scale_OG, zero_OG or None) as `quantise_int` does in 4 bits."""
+    return quantise_int(weight_OI, group, symmetric, search=search, dtype=dtype)
+
+
+def quantise_int(
+    weight_OI: Tensor,
+    group: int | None,
+    symmetric: bool = True,
+    *,
+    bits: int = 4,
+    search: bool = True,
+    dtype: torch.dtype = torch.bfloat16,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return (code_OI uint8 below 2^bits, scale_OG, zero_OG or None): w is about (code - zero) * scale.
 
     `group` inputs share a scale, None: all of a row; the last group of a row may be shorter. Scales are in
-    `dtype` and may be negative: the side of a group that reaches farther gets the code -8, which has no
-    counterpart. Symmetric weights have no zero_OG, 8 means zero; else it holds whole numbers in `dtype`.
+    `dtype` and may be negative: the side of a group that reaches farther gets the code that has no
+    counterpart, -8 of 4 bits. Symmetric weights have no zero_OG, 2^(bits - 1) means zero; else it holds
+    whole numbers in `dtype`.
     With `search` each group takes the scale of least squared error among a few, else the one that cuts
     nothing off. BuildError if a weight is not finite.
     """
@@ -52,12 +64,14 @@ def quantise_int4(
     code_OI = torch.empty_like(weight_OI, dtype=torch.uint8)
     scale_OG = weight_OI.new_empty((n_out, n_groups), dtype=dtype)
     zero_OG = None if symmetric else torch.empty_like(scale_OG)
-    whole, *cut = (_WHOLE, *_CLIPS) if symmetric else _CLIPS
+    top, middle = 2**bits - 1, 2 ** (bits - 1)
+    # In a symmetric group a range so much wider than its farther side loses nothing of the other side either.
+    whole, *cut = (middle / (middle - 1), *_CLIPS) if symmetric else _CLIPS
     ranges = (whole, *cut) if search else (whole,)
     for rows in _chunks(weight_OI):
         w_OGI = F.pad(weight_OI[rows].float(), (0, n_groups * group - n_in)).view(-1, n_groups, group)
-        scale, zero = (_symmetric if symmetric else _asymmetric)(w_OGI, ranges, dtype)
-        code_OGI = _codes(w_OGI, scale, zero, exact=True)
+        scale, zero = (_symmetric if symmetric else _asymmetric)(w_OGI, ranges, top, dtype)
+        code_OGI = _codes(w_OGI, scale, zero, top, exact=True)
         code_OI[rows] = code_OGI.flatten(1)[:, :n_in].to(torch.uint8)
         scale_OG[rows] = scale.squeeze(2).to(dtype)
         if zero_OG is not None:
@@ -66,20 +80,22 @@ def quantise_int4(
     return code_OI, scale_OG, zero_OG
 
 
-def quantise_8(weight_OI: Tensor, to: Format8) -> tuple[Tensor, Tensor]:
-    """Return (values_OI int8 or float8_e4m3fn, scale_O float32): w is about value * scale.
+def quantise_8(
+    weight_OI: Tensor, to: Format8, *, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """Return (values_OI int8 or float8_e4m3fn, scale_O in `dtype`): w is about value * scale.
 
     A row's largest absolute value becomes 127 (int8) or 448 (fp8); a row of zeros has scale 1.
     BuildError if a weight is not finite.
     """
     values_OI = torch.empty_like(weight_OI, dtype=_DTYPE_8[to])
-    scale_O = weight_OI.new_empty(len(weight_OI), dtype=torch.float32)
+    scale_O = weight_OI.new_empty(len(weight_OI), dtype=dtype)
     for rows in _chunks(weight_OI):
         w_OI = weight_OI[rows].float()
         largest_O = w_OI.abs().amax(1)
         # By a tensor: by a number, CUDA multiplies with the reciprocal, which rounds otherwise than the CPU.
-        scale = _not_zero(largest_O / torch.full_like(largest_O, LARGEST_8[to]))
-        scaled = w_OI / scale[:, None]
+        scale = _rounded(largest_O / torch.full_like(largest_O, LARGEST_8[to]), dtype)
+        scaled = (w_OI / scale[:, None]).clamp_(-LARGEST_8[to], LARGEST_8[to])
         values_OI[rows] = (scaled.round() if to == "int8" else scaled).to(_DTYPE_8[to])
         scale_O[rows] = scale
     _refuse_infinite(scale_O)
@@ -99,30 +115,35 @@ def restore_8(values_OI: Tensor, scale_O: Tensor) -> Tensor:
     return values_OI.float() * scale_O[:, None]
 
 
-def _symmetric(w_OGI: Tensor, ranges: tuple[float, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _symmetric(
+    w_OGI: Tensor, ranges: tuple[float, ...], top: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     low, high = w_OGI.amin(2, keepdim=True), w_OGI.amax(2, keepdim=True)
-    farthest = torch.where(-low >= high, low, high) / -_MIDDLE
-    middle = torch.full_like(farthest, _MIDDLE)
-    return _best(w_OGI, [(_rounded(farthest * share, dtype), middle) for share in ranges])
+    zero = (top + 1) // 2
+    farthest = torch.where(-low >= high, low, high) / -zero
+    middle = torch.full_like(farthest, zero)
+    return _best(w_OGI, [(_rounded(farthest * share, dtype), middle) for share in ranges], top)
 
 
-def _asymmetric(w_OGI: Tensor, ranges: tuple[float, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _asymmetric(
+    w_OGI: Tensor, ranges: tuple[float, ...], top: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     low, high = w_OGI.amin(2, keepdim=True).clamp(max=0), w_OGI.amax(2, keepdim=True).clamp(min=0)
     candidates = []
     for share in ranges:
-        scale = _rounded((high - low) * (share / _TOP), dtype)
-        candidates.append((scale, (-low * share / scale).round_().clamp_(0, _TOP)))
-    return _best(w_OGI, candidates)
+        scale = _rounded((high - low) * (share / top), dtype)
+        candidates.append((scale, (-low * share / scale).round_().clamp_(0, top)))
+    return _best(w_OGI, candidates, top)
 
 
-def _best(w_OGI: Tensor, candidates: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def _best(w_OGI: Tensor, candidates: list[tuple[Tensor, Tensor]], top: int) -> tuple[Tensor, Tensor]:
     """Return each group's (scale, zero) of least squared error, of equal ones the first."""
     scale, zero = candidates[0]
     if len(candidates) == 1:
         return scale, zero
-    least = _squared_error(w_OGI, scale, zero)
+    least = _squared_error(w_OGI, scale, zero, top)
     for other, its_zero in candidates[1:]:
-        error = _squared_error(w_OGI, other, its_zero)
+        error = _squared_error(w_OGI, other, its_zero, top)
         is_less = error < least
         least = torch.where(is_less, error, least)
         scale = torch.where(is_less, other, scale)
@@ -130,15 +151,15 @@ def _best(w_OGI: Tensor, candidates: list[tuple[Tensor, Tensor]]) -> tuple[Tenso
     return scale, zero
 
 
-def _squared_error(w_OGI: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    restored = _codes(w_OGI, scale, zero, exact=False).sub_(zero).mul_(scale)
+def _squared_error(w_OGI: Tensor, scale: Tensor, zero: Tensor, top: int) -> Tensor:
+    restored = _codes(w_OGI, scale, zero, top, exact=False).sub_(zero).mul_(scale)
     return restored.sub_(w_OGI).square_().sum(2, keepdim=True)
 
 
-def _codes(w_OGI: Tensor, scale: Tensor, zero: Tensor, *, exact: bool) -> Tensor:
+def _codes(w_OGI: Tensor, scale: Tensor, zero: Tensor, top: int, *, exact: bool) -> Tensor:
     """Return codes as float32; a product with the reciprocal is faster, and off only next to a tie."""
     scaled = w_OGI / scale if exact else w_OGI * scale.reciprocal()
-    return scaled.round_().add_(zero).clamp_(0, _TOP)
+    return scaled.round_().add_(zero).clamp_(0, top)
 
 
 def _rounded(scale: Tensor, dtype: torch.dtype) -> Tensor:
