@@ -10,6 +10,8 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -24,12 +26,13 @@ from sailfish.hardware.replay import replayed_us
 SHAPE = "llama-3.1-8b"
 OUT = Path(__file__).parent / "results" / "compare.jsonl"
 BATCHES = (1, 16, 64, 256)
-N_IN, N_OUT = 128, 32
+GENERATED = (1, 64, 256)
+N_IN, N_OUT, N_WARM = 128, 256, 16
 SEEN, CONTEXT = 256, 512
 
 
-def eager(recorder: Recorder) -> list[Result]:
-    """Return decode rates of transformers' generate, greedy, with its default cache."""
+def eager(recorder: Recorder, repeats: int) -> Iterator[Result]:
+    """Yield the throughput of transformers' generate, greedy, with its default cache: over whole calls."""
     import transformers
 
     config = transformers.LlamaConfig(**{k: v for k, v in SHAPES[SHAPE].items() if k != "torch_dtype"})
@@ -37,24 +40,29 @@ def eager(recorder: Recorder) -> list[Result]:
         torch.set_default_dtype(torch.bfloat16)
         model = transformers.AutoModelForCausalLM.from_config(config).eval()
         torch.set_default_dtype(torch.float32)
-    rows = []
-    for batch in BATCHES:
-        prompt = torch.randint(8, config.vocab_size, (batch, N_IN), device="cuda")
+    for batch in GENERATED:
 
-        def seconds(n_out: int, prompt: Tensor = prompt) -> float:
+        def seconds(n_out: int, batch: int = batch) -> float:
+            prompt = torch.randint(8, config.vocab_size, (batch, N_IN), device="cuda")
             torch.cuda.synchronize()
             start_s = time.perf_counter()
             with torch.inference_mode():
-                model.generate(
-                    prompt, max_new_tokens=n_out, min_new_tokens=n_out, do_sample=False, pad_token_id=0
+                answer = model.generate(
+                    prompt,
+                    attention_mask=torch.ones_like(prompt),
+                    max_new_tokens=n_out,
+                    min_new_tokens=n_out,
+                    do_sample=False,
+                    pad_token_id=0,
                 )
             torch.cuda.synchronize()
+            assert answer.shape == (batch, N_IN + n_out)
             return time.perf_counter() - start_s
 
-        seconds(2)
-        rates = [batch * (N_OUT - 1) / (seconds(N_OUT) - seconds(1)) for _ in range(3)]
-        rows.append(recorder.result(f"transformers {SHAPE} bfloat16: decode B={batch}", rates, "tokens/s"))
-    return rows
+        seconds(N_WARM)
+        rates = [batch * N_OUT / seconds(N_OUT) for _ in range(repeats)]
+        row = f"transformers {SHAPE} bfloat16: generate B={batch} ({N_IN} in, {N_OUT} out)"
+        yield recorder.result(row, rates, "tokens/s")
 
 
 class Layer(nn.Module):
@@ -119,9 +127,8 @@ class Step:
         self.token_B.copy_(logits.argmax(-1))
 
 
-def compiled(recorder: Recorder, mode: str) -> list[Result]:
-    """Return decode rates of a step whose layers are compiled, and captured as one CUDA graph."""
-    rows = []
+def compiled(recorder: Recorder, mode: str, repeats: int) -> Iterator[Result]:
+    """Yield decode rates of a step whose layers are compiled, and captured as one CUDA graph."""
     for batch in BATCHES:
         torch.compiler.reset()
         with torch.device("cuda"), torch.inference_mode():
@@ -130,22 +137,22 @@ def compiled(recorder: Recorder, mode: str) -> list[Result]:
             step()
             torch.cuda.synchronize()
             compile_s = time.perf_counter() - start_s
-            us = replayed_us([step], runs=3)
+            us = replayed_us([step], runs=repeats)
         rates = [batch * 1e6 / each for each in us]
         name = f"torch.compile ({mode}) {SHAPE} bfloat16"
-        rows.append(recorder.result(f"{name}: decode B={batch}", rates, "tokens/s"))
-        rows.append(recorder.result(f"{name}: compilation B={batch}", [compile_s], "s"))
+        yield recorder.result(f"{name}: decode B={batch}", rates, "tokens/s")
+        yield recorder.result(f"{name}: compilation B={batch}", [compile_s], "s")
         del step
         torch.cuda.empty_cache()
-    return rows
 
 
 def main() -> None:
-    """Measure what was not skipped and append the rows."""
+    """Measure what was not skipped and append the rows, each as it comes."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--only", choices=("eager", "compiled"))
     parser.add_argument("--mode", default="default", help="mode of torch.compile")
+    parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     recorder = Recorder(
         suite="compare",
@@ -153,13 +160,14 @@ def main() -> None:
         command=f"python {' '.join(sys.argv)}",
         calibration=calibrate("cuda"),
     )
-    work = [] if args.only == "compiled" else [lambda: eager(recorder)]
-    work += [] if args.only == "eager" else [lambda: compiled(recorder, args.mode)]
-    for measure in work:
-        rows = measure()
-        store(rows, args.out)
-        for row in rows:
-            sys.stdout.write(f"{row.row:70} {row.value:10.5g} {row.unit} ±{row.spread:.2g}\n")
+    rows: list[Iterator[Result]] = []
+    if args.only != "eager":
+        rows.append(compiled(recorder, args.mode, args.repeats))
+    if args.only != "compiled":
+        rows.append(eager(recorder, args.repeats))
+    for row in chain(*rows):
+        store([row], args.out)
+        sys.stdout.write(f"{row.row:70} {row.value:10.5g} {row.unit} ±{row.spread:.2g}\n")
         sys.stdout.flush()
 
 

@@ -11,8 +11,7 @@ from typing import Literal
 from sailfish.bench.asking import ask_together, random_prompt
 from sailfish.engine.client import AsyncEngine
 
-Kind = Literal["decode", "ttft", "prefill", "tput"]
-_UNITS: dict[Kind, str] = {"decode": "tokens/s", "ttft": "ms", "prefill": "tokens/s", "tput": "tokens/s"}
+Kind = Literal["decode", "generate", "ttft", "prefill", "tput"]
 BATCHES = (1, 16, 64, 256)
 _WARM_TOKENS = 8
 _TTFT_RUNS = 5
@@ -22,9 +21,9 @@ _TTFT_RUNS = 5
 class Case:
     """`batch` requests at once, each with `n_in` prompt tokens and `n_out` generated ones.
 
-    decode: tokens per second of the steps alone: the time for one token each is taken off. ttft: until the
-    first token. prefill: prompt tokens per second until all have their first. tput: generated tokens per
-    second over everything.
+    decode: tokens per second of the steps alone: the time for one token each is taken off. generate and
+    tput: generated tokens per second over everything. ttft: until the first token. prefill: prompt tokens per
+    second until all have their first.
     """
 
     kind: Kind
@@ -40,6 +39,8 @@ class Case:
                 usual = (128, 512 if self.batch == 1 else 256)
                 lengths = "" if (self.n_in, self.n_out) == usual else f" ({self.n_in} in, {self.n_out} out)"
                 return f"decode B={self.batch}{lengths}"
+            case "generate":
+                return f"generate B={self.batch} ({self.n_in} in, {self.n_out} out)"
             case "ttft":
                 return f"ttft {self.n_in}"
             case "prefill":
@@ -50,7 +51,7 @@ class Case:
     @property
     def unit(self) -> str:
         """Return the unit of its figure."""
-        return _UNITS[self.kind]
+        return "ms" if self.kind == "ttft" else "tokens/s"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +69,11 @@ def cases_for(context_tokens: int, max_sequences: int, batches: Sequence[int]) -
     n_mixed = min(512, context_tokens // 2)
     cases = [
         Case(kind="decode", batch=b, n_in=n_in, n_out=min(512 if b == 1 else 256, context_tokens - n_in))
+        for b in batches
+        if b <= max_sequences
+    ]
+    cases += [
+        Case(kind="generate", batch=b, n_in=n_in, n_out=min(256, context_tokens - n_in))
         for b in batches
         if b <= max_sequences
     ]
@@ -97,7 +103,7 @@ async def _value(engine: AsyncEngine, case: Case, draw: random.Random) -> float:
             return total_s * 1e3
         case "prefill":
             return case.batch * case.n_in / total_s
-        case "tput":
+        case "generate" | "tput":
             return case.batch * case.n_out / total_s
 
 

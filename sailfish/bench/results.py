@@ -40,6 +40,8 @@ class Result:
     """Launches of each kernel: of one call, or of one step of an engine."""
     downgrades: Sequence[str] = ()
     """Where the engine fell back to less, in words."""
+    kernel_us: Mapping[str, float] = field(default_factory=dict)
+    """Of each kernel in a step, by a profiler's trace; kernels that begin early overlap."""
     device: str
     calibration: Mapping[str, float] = field(default_factory=dict)
     """What the machine itself gave in the same session, such as its read bandwidth."""
@@ -71,6 +73,7 @@ class Recorder:
         implementation: str = "",
         launches: Mapping[str, float] | None = None,
         downgrades: Sequence[str] = (),
+        kernel_us: Mapping[str, float] | None = None,
     ) -> Result:
         """Return the median of `runs` as a row of this suite.
 
@@ -94,6 +97,7 @@ class Recorder:
             implementation=implementation,
             launches=launches or {},
             downgrades=tuple(downgrades),
+            kernel_us=kernel_us or {},
             device=self.device,
             calibration=self.calibration,
             versions=_versions(),

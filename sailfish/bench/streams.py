@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -16,13 +15,13 @@ import msgspec
 
 from sailfish.artifact.reader import Artifact
 from sailfish.base.errors import EngineError
+from sailfish.bench.child import child
 from sailfish.bench.load import Report, Task
 from sailfish.bench.replay import percentile
 from sailfish.bench.server import ServerProcess
 
 _STREAMS_PER_LOAD = 256
 """A load process that holds more would itself be slow."""
-_STOP_S = 20.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,10 +67,10 @@ def paced_server(engine_dir: Path, n_processes: int, n_sequences: int, step_ms: 
             *("--sequences", str(n_sequences), "--step-ms", str(step_ms)),
         ]
         with (
-            _process("sailfish.bench.paced", *flags),
-            _process("sailfish.bench.rig", str(socket_path), str(n_processes)) as said,
+            child("sailfish.bench.paced", *flags),
+            child("sailfish.bench.rig", str(socket_path), str(n_processes)) as said,
         ):
-            url, *pids = said
+            url, *pids = said.words
             yield Server(url=url, api_pids=tuple(map(int, pids)))
 
 
@@ -137,27 +136,3 @@ def _processor_s(pids: Sequence[int]) -> float:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         ticks += int(fields[11]) + int(fields[12])
     return ticks / os.sysconf("SC_CLK_TCK")
-
-
-@contextlib.contextmanager
-def _process(module: str, *flags: str) -> Iterator[list[str]]:
-    """Run one of our modules; yields the words that it says after READY, ends it in the end."""
-    command = [sys.executable, "-m", module, *flags]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None and process.stdin is not None
-    try:
-        words = process.stdout.readline().split()
-        if not words or words[0] != "READY":
-            raise EngineError(
-                f"`python -m {module}` ended before it was ready", hint="see what it wrote above"
-            )
-        yield words[1:]
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.stdin.close()
-        try:
-            process.wait(_STOP_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        process.stdout.close()

@@ -13,7 +13,7 @@ from sailfish.artifact.side import Evidence, append_evidence, read_overlay
 from sailfish.artifact.start import software
 from sailfish.base.config import EngineConfig
 from sailfish.bench import engine as steady
-from sailfish.bench import first_token, kv, memory, prefix
+from sailfish.bench import first_token, kv, memory, prefix, steps
 from sailfish.bench.named import chosen_for, unlaunched
 from sailfish.bench.replay import RATES, replay
 from sailfish.bench.results import Recorder, Result
@@ -55,6 +55,8 @@ class Figure:
     unit: str
     batch: int | None = None
     """Sequences of each step that it measures, if that is one number."""
+    kernel_us: Mapping[str, float] = field(default_factory=dict)
+    """Of each kernel in a traced step."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -80,7 +82,12 @@ class _Rows:
                 log.error("%s: void, its step launches nothing of %s", name, ", ".join(missing))
                 return
         result = self.recorder.result(
-            name, figure.values, figure.unit, launches=launches, downgrades=self.downgrades
+            name,
+            figure.values,
+            figure.unit,
+            launches=launches,
+            downgrades=self.downgrades,
+            kernel_us=figure.kernel_us,
         )
         self.found.append(result)
         self.say(result)
@@ -96,12 +103,18 @@ async def run_suite(
     """Measure what is wanted of an engine in a process of its own, then how fast a new process starts it."""
     rows = _Rows(recorder=recorder, wanted=wanted, say=say)
     async with await AsyncEngine.start(engine_dir, config=config) as engine:
-        rows.downgrades = engine.info.downgrades
+        rows.downgrades, most = engine.info.downgrades, engine.info.max_sequences
         overlay = read_overlay(Artifact.open(engine_dir), wanted.device_key, software())
         if overlay is not None:
             rows.launches = overlay.launches
         async for figure in _measured(engine, wanted):
             rows.add(figure)
+    watched = [b for b in wanted.batches if wanted.has(steps.host_row(b)) or wanted.has(steps.idle_row(b))]
+    if watched := [b for b in watched if b <= most]:
+        async for found in steps.watch(engine_dir, config, watched):
+            for row, values, unit in found.figures():
+                if wanted.has(row):
+                    rows.add(Figure(row, values, unit, found.batch, found.kernel_us))
     if wanted.has("start"):
         times_s = [first_token.seconds(engine_dir, config) for _ in range(wanted.repeats)]
         rows.add(Figure("start", times_s, "s"))

@@ -73,7 +73,7 @@ def _serve(booted: Booted, args: argparse.Namespace, serving: list[EngineLoop]) 
     plan, artifact = booted.plan, booted.artifact
     scheduler = Scheduler(SchedulerLimits.of(plan), engine_digest=artifact.digest, kv_dtype=plan.kv_dtype)
     started_s = time.monotonic() - _BORN_S
-    endpoint = Endpoint(args.socket, _info(booted, args.name, started_s))
+    endpoint = Endpoint(args.socket, info_of(booted, args.name, started_s))
     loop = EngineLoop(scheduler, booted.runner, endpoint.send, plan.lag, _reserved_bytes(plan.device))
 
     def drain(*_: object) -> None:
@@ -105,7 +105,8 @@ def _end_with_parent(serving: list[EngineLoop], socket_path: Path) -> None:
     os._exit(1)  # it still loads, or is stuck in a step; nobody is left to wait for it
 
 
-def _info(booted: Booted, name: str | None, started_s: float) -> EngineInfo:
+def info_of(booted: Booted, name: str | None, started_s: float) -> EngineInfo:
+    """Return what clients are told of this process's engine; `name`: instead of its own."""
     plan, manifest = booted.plan, booted.artifact.manifest
     defaults = {
         field: float(value)

@@ -98,6 +98,7 @@ def test_rows_have_the_peers_names_and_name_their_lengths_where_they_had_to_be_c
     usual = [case.name for case in bench.cases_for(131072, 256, bench.BATCHES)]
     assert usual == [
         *(f"decode B={batch}" for batch in (1, 16, 64, 256)),
+        *(f"generate B={batch} (128 in, 256 out)" for batch in (1, 16, 64, 256)),
         "ttft 2048",
         "prefill 64 x 2048",
         "tput 512 x (512 in, 256 out)",
@@ -106,6 +107,8 @@ def test_rows_have_the_peers_names_and_name_their_lengths_where_they_had_to_be_c
     assert [case.name for case in cut] == [
         "decode B=1 (64 in, 192 out)",
         "decode B=4 (64 in, 192 out)",
+        "generate B=1 (64 in, 192 out)",
+        "generate B=4 (64 in, 192 out)",
         "ttft 128",
         "prefill 4 x 128",
         "tput 8 x (128 in, 128 out)",

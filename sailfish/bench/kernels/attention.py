@@ -64,7 +64,7 @@ def _rows(
             calls=partial(_calls, found.function, n_kv_heads, kv_format, queries, lengths),
             n_bytes=sum(lengths) * token_bytes + 4 * sum(queries) * _HEADS * _WIDTH,
             n_flops=4.0 * pairs * _HEADS * _WIDTH,
-            is_ours=found.is_ours,
+            entry=found.entry,
             can_capture=found.can_capture,
             is_chosen=found.is_chosen,
         )

@@ -66,7 +66,7 @@ def _rows(
             implementation=found.name,
             calls=partial(_calls, found.function, arguments, t, out, n_bytes),
             n_bytes=n_bytes,
-            is_ours=found.is_ours,
+            entry=found.entry,
             can_capture=found.can_capture,
             is_chosen=found.is_chosen,
         )

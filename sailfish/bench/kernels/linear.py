@@ -75,7 +75,7 @@ def _row(name: str, found: Candidate, weights: str, shape: tuple[int, int], m: i
         n_bytes=weight_bytes(weights, shape) + m * n_in * (1 if is_8bit else 2) + 2 * m * n_out,
         n_flops=2.0 * m * n_out * n_in,
         is_8bit=is_8bit,
-        is_ours=found.is_ours,
+        entry=found.entry,
         can_capture=found.can_capture,
         is_chosen=found.is_chosen,
     )

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import Any
 
 from sailfish.base.errors import EngineError
+from sailfish.bench.named import has_kernels, is_of
 from sailfish.hardware.replay import launched_us, replayed_us
 from sailfish.kernels.choose import find
 from sailfish.kernels.contract import Case, Impl
@@ -18,7 +19,6 @@ from sailfish.kernels.table import implementations
 Calls = Sequence[Callable[[], object]]
 ROTATED_BYTES = 256 << 20
 """Data that calls rotate through: several times the largest cache of a card."""
-_OURS = "sailfish.kernels.cuda."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,8 +34,8 @@ class Row:
     n_flops: float = 0.0
     is_8bit: bool = False
     """Whether the tensor cores multiply 8-bit numbers, at twice the rate of 16-bit ones."""
-    is_ours: bool = False
-    """Whether it is made of this package's kernels: void if none was launched."""
+    entry: str = ""
+    """The implementation's `module:function`: void if it has kernels of its own and launched none of them."""
     can_capture: bool = True
     is_chosen: bool = True
     """False: measured for comparison; an engine on this device does not use it."""
@@ -61,13 +61,13 @@ class Measured:
 
 
 def measure(row: Row, runs: int) -> Measured:
-    """Time a row; EngineError if it is to be ours and launches nothing of ours."""
+    """Time a row; EngineError if the kernels of its implementation were not launched."""
     calls = row.calls()
     calls[0]()  # what is compiled or allocated once
     before = launches.copy()
     calls[0]()
     by_call = dict(launches - before)
-    if row.is_ours and not by_call:
+    if has_kernels(row.entry) and not any(is_of(kernel, row.entry) for kernel in by_call):
         raise EngineError(f"{row.name}: void, {row.implementation} launched no kernel of its own")
     timed = replayed_us if row.can_capture else launched_us
     return Measured(row=row, runs_us=tuple(timed(calls, runs=runs)), launches=by_call)
@@ -81,7 +81,8 @@ class Candidate:
     is_chosen: bool
     """Whether an engine would choose it: the first of those that take the case."""
     function: Callable[..., Any]
-    is_ours: bool = False
+    entry: str = ""
+    """Its `module:function`."""
     can_capture: bool = True
 
     @property
@@ -102,7 +103,7 @@ def candidates(case: Case) -> list[Candidate]:
             name=impl.name,
             is_chosen=i == 0,
             function=_load(impl),
-            is_ours=impl.entry.startswith(_OURS),
+            entry=impl.entry,
             can_capture=impl.can_capture,
         )
         for i, impl in enumerate(able)

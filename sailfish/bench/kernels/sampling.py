@@ -32,7 +32,7 @@ def sampling_rows(target: str) -> Iterator[Row]:
                 implementation="pick",
                 calls=partial(_calls, way, batch),
                 n_bytes=n_bytes,
-                is_ours=True,
+                entry="sailfish.kernels.cuda.sampling:pick",
             )
         yield Row(
             name=f"sample greedy B={batch} (torch)",
