@@ -27,6 +27,8 @@ class EngineConfig:
     """Sequences that run at once."""
     step_tokens: int | None = None
     """Token budget of one step, shared by prefill chunks and decodes."""
+    mixed_tokens: int | None = None
+    """Token budget of a step in which sequences decode, who wait for its prompts; at most step_tokens."""
     max_queue: int | None = None
     """Requests that may wait before new ones are refused."""
     memory_bytes: int | None = None

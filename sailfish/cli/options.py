@@ -94,6 +94,12 @@ ENGINE = (
         help="Tokens that one step computes at most.",
     ),
     Setting(
+        field="mixed_tokens",
+        flag="--mixed-tokens",
+        metavar="TOKENS",
+        help="The same while answers are written, which wait for it.",
+    ),
+    Setting(
         field="max_queue",
         flag="--max-queue",
         metavar="N",

@@ -130,6 +130,8 @@ class Scheduler:
         events = self._expire(now_s) if now_s >= self._next_deadline_s else []
         step = Flight(planned_s=now_s)
         budget, prefills = self._plan_decodes(step)
+        if step.decodes:
+            budget = min(budget, self.limits.prompt_tokens_beside(len(step.decodes)))
         if budget > 0:
             self._plan_prefills(step, prefills, budget, now_s)
         if not step.decodes and not step.spans:

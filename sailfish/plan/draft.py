@@ -141,6 +141,7 @@ def _lay_out(
         context_tokens=settings.context_tokens,
         max_sequences=settings.max_sequences,
         step_tokens=settings.step_tokens,
+        mixed_tokens=settings.mixed_tokens,
         max_queue=settings.max_queue,
         n_blocks=n_blocks,
         lag=settings.lag,

@@ -23,6 +23,15 @@ _PAGE_TOKENS = (8, 16, 32, 64, 128, 256)
 _MAX_SEQUENCES = 4096
 _MAX_STEP_TOKENS = 1 << 18
 _MAX_QUEUE = 1 << 20
+_MIXED_S = 0.025
+"""What prompts may add to the time between two tokens of an answer, where the device is known."""
+_MIXED_TOKENS = 512
+"""The same in tokens, where it is not."""
+_MIXED_UNIT = 128
+_LEAST_MIXED_TOKENS = 256
+"""With fewer, each step of a slow device would read the weights for little."""
+_REACHED = {"plain": 0.65, "int4": 0.65, "int8": 1.0, "fp8": 1.0}
+"""What products of many tokens reach of the data sheet's bfloat16 rate on an H200, by the weights' format."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +44,7 @@ class Settings:
     context_tokens: int
     max_sequences: int
     step_tokens: int
+    mixed_tokens: int
     page_tokens: int
     max_queue: int
     lag: Literal[0, 1]
@@ -104,6 +114,11 @@ def settle(
         if is_cpu
         else "fills the device with prefill chunks",
     )
+    mixed_tokens = answers.settle(
+        "mixed_tokens",
+        config.mixed_tokens,
+        *_default_mixed(model, hardware, cast(Dtype, dtype), formats, step_tokens),
+    )
     page_tokens = answers.settle(
         "page_tokens",
         config.page_tokens,
@@ -128,6 +143,7 @@ def settle(
         context_tokens=context_tokens,
         max_sequences=max_sequences,
         step_tokens=step_tokens,
+        mixed_tokens=mixed_tokens,
         page_tokens=page_tokens,
         max_queue=max_queue,
         lag=lag,
@@ -139,6 +155,29 @@ def _default_context(model: ModelConfig, is_cpu: bool) -> tuple[int, str]:
         allowed = format_count(model.context_tokens)
         return CPU_CONTEXT_TOKENS, f"longer prompts take a CPU minutes; ask for up to {allowed} with --ctx"
     return model.context_tokens, "all that the checkpoint allows"
+
+
+def _default_mixed(
+    model: ModelConfig, hardware: HardwareProfile, dtype: Dtype, formats: WeightFormats, step_tokens: int
+) -> tuple[int, str]:
+    if hardware.device == "cpu":
+        return step_tokens, "as step_tokens, which is small"
+    if hardware.bf16_flops_per_s is None or dtype == "float32":
+        return min(_MIXED_TOKENS, step_tokens), "answers wait for it; the device's rate is unknown"
+    rate = _REACHED[formats.layers] * hardware.bf16_flops_per_s
+    tokens = int(_MIXED_S * rate / _flops_per_token(model)) // _MIXED_UNIT * _MIXED_UNIT
+    tokens = min(max(tokens, _LEAST_MIXED_TOKENS), step_tokens)
+    return tokens, f"answers wait for it: about {tokens * _flops_per_token(model) / rate * 1e3:.0f} ms"
+
+
+def _flops_per_token(model: ModelConfig) -> int:
+    """Return the operations of the layers' products for one token."""
+    heads = model.head_dim * (2 * model.n_heads + 2 * model.n_kv_heads)
+    widths = (
+        heads + 3 * (model.d_mlp if layer.moe is None else layer.moe.n_active * layer.moe.d_mlp)
+        for layer in model.layers
+    )
+    return 2 * model.d_model * sum(widths)
 
 
 def _default_dtype(
@@ -200,6 +239,7 @@ def _check(config: EngineConfig, model: ModelConfig, hardware: HardwareProfile) 
     _in_range("context_tokens", config.context_tokens, 2, model.context_tokens, "the checkpoint's own limit")
     _in_range("max_sequences", config.max_sequences, 1, _MAX_SEQUENCES, "rows of the device table")
     _in_range("step_tokens", config.step_tokens, 1, _MAX_STEP_TOKENS, "tokens of one step")
+    _in_range("mixed_tokens", config.mixed_tokens, 1, _MAX_STEP_TOKENS, "tokens of one step")
     _in_range("max_queue", config.max_queue, 1, _MAX_QUEUE, "requests that wait")
     _in_range("lag", config.lag, 0, 1, "steps planned ahead")
     _in_range("memory_bytes", config.memory_bytes, 1, 1 << 50, "bytes")

@@ -77,6 +77,8 @@ class Plan:
     """Rows of the device table: sequences that can run at once."""
     step_tokens: int
     """Token budget of one step."""
+    mixed_tokens: int
+    """The same of a step in which sequences decode, prompts having a quarter of it at least."""
     max_queue: int
     """Requests that may wait before admission refuses."""
     n_blocks: int

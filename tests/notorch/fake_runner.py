@@ -147,6 +147,9 @@ class FakeRunner:
         assert plan.runs, "a step runs something"
         assert len(set(running)) == len(running), "a row runs once a step"
         assert plan.n_tokens <= self.limits.step_tokens, "the token budget is exceeded"
+        if plan.n_decodes and plan.spans:
+            most = self.limits.prompt_tokens_beside(plan.n_decodes)
+            assert plan.n_tokens - plan.n_decodes <= most, "decodes wait for more than they are to"
         changed = {start.row for start in plan.starts} | {row for row, _, _ in plan.appended}
         assert changed <= set(running), "only rows that run are written"
         self.n_tokens += plan.n_tokens

@@ -86,6 +86,7 @@ def test_what_was_asked_for_stays_as_asked() -> None:
         context_tokens=4096,
         max_sequences=7,
         step_tokens=640,
+        mixed_tokens=320,
         max_queue=3,
         page_tokens=32,
         lag=0,
@@ -101,6 +102,7 @@ def test_what_was_asked_for_stays_as_asked() -> None:
         "context_tokens",
         "max_sequences",
         "step_tokens",
+        "mixed_tokens",
         "max_queue",
         "page_tokens",
     ):
@@ -112,6 +114,22 @@ def test_what_was_asked_for_stays_as_asked() -> None:
         "as asked",
         next(d.why for d in plan.decisions if d.name == "kv_bytes"),
     }
+
+
+def test_answers_wait_about_as_long_for_prompts_on_any_device() -> None:
+    """As many tokens as the device computes in 25 ms, in steps of 128, though no fewer than 256."""
+    for model, hardware, asked, tokens in (
+        (LLAMA_8B, H200, {}, 1024),
+        (LLAMA_8B, H200, {"weights": "fp8"}, 1664),
+        (LLAMA_8B, profile("sm_80"), {}, 256),
+        (LLAMA_8B, H200, {"step_tokens": 300}, 300),
+        (LLAMA_8B, H200, {"dtype": "float32"}, 512),
+        (LLAMA_8B, replace(H200, bf16_flops_per_s=None), {}, 512),
+        (BOOKS_4M, H200, {}, 8192),
+        (BOOKS_4M, CPU, {}, 512),
+    ):
+        plan = make_plan(EngineConfig(**asked), model, hardware)
+        assert plan.mixed_tokens == tokens, next(d for d in plan.decisions if d.name == "mixed_tokens")
 
 
 def test_the_cpu_keeps_small_models_in_float32_and_large_ones_in_bfloat16_where_it_has_instructions() -> None:

@@ -236,6 +236,36 @@ def test_no_budget_is_left_while_someone_could_use_it() -> None:
     assert all(plan.n_tokens == 16 for plan in rig.plans[:-1])
 
 
+@both_lags
+def test_a_step_in_which_others_decode_takes_few_tokens_of_prompts(lag: int) -> None:
+    """An answer waits for mixed_tokens at most; nobody waits while no answer is written."""
+    rig = Rig(limits(context_tokens=1024, n_blocks=512, step_tokens=64, mixed_tokens=16, lag=lag))
+    rig.submit(prompt_of(100), max_tokens=30)
+    rig.step()
+    rig.step()
+    rig.submit(prompt_of(200, 2), max_tokens=30)
+    rig.run()
+    assert [run.count for plan in rig.plans[:2] for run in plan.spans] == [64, 36]
+    beside = [plan for plan in rig.plans if plan.n_decodes and plan.spans]
+    assert {plan.n_tokens for plan in beside[:-1]} == {16}
+    check_all(rig)
+
+
+def test_many_decodes_leave_prompts_a_quarter_of_a_mixed_step() -> None:
+    """However many sequences decode, a prompt advances."""
+    rig = Rig(limits(step_tokens=64, mixed_tokens=8, n_blocks=256))
+    for token_id in range(7):
+        rig.submit(prompt_of(2, token_id), max_tokens=40)
+    rig.step()
+    late = rig.submit(prompt_of(20, 9), max_tokens=1)
+    for _ in range(10):
+        rig.step()
+    assert {plan.spans[0].count for plan in rig.plans[1:]} == {2}
+    assert rig.answers[late].reason == "length"
+    rig.run()
+    check_all(rig)
+
+
 def started(rig: Rig) -> list[SequenceKey]:
     """Return the keys in the order in which the sequences left the queue."""
     answers = [a for a in rig.answers.values() if a.sequence.scheduled_s is not None]
@@ -384,7 +414,7 @@ def test_a_pool_smaller_than_a_context_is_refused() -> None:
         limits(n_blocks=15)
 
 
-@pytest.mark.parametrize("field", ["step_tokens", "max_sequences"])
+@pytest.mark.parametrize("field", ["step_tokens", "max_sequences", "mixed_tokens"])
 def test_limits_of_nothing_are_refused(field: str) -> None:
     """A step runs at least one token of one sequence."""
     with pytest.raises(ConfigError, match="at least 1"):
@@ -403,6 +433,7 @@ def test_limits_come_from_the_plan() -> None:
         context_tokens=256,
         max_sequences=4,
         step_tokens=128,
+        mixed_tokens=48,
         max_queue=9,
         n_blocks=640,
         lag=0,
@@ -415,6 +446,7 @@ def test_limits_come_from_the_plan() -> None:
     )
     found = SchedulerLimits.of(plan)
     assert (found.n_blocks, found.watermark_blocks, found.max_queue) == (640, 10, 9)
+    assert found.prompt_tokens_beside(8) == 40 and found.prompt_tokens_beside(48) == 12
 
 
 def test_the_figures_add_up() -> None:

@@ -30,6 +30,7 @@ def some_limits(random: Random, lag: int) -> SchedulerLimits:
         page_tokens=page_tokens,
         n_blocks=needed + random.randint(0, needed),
         lag=lag,
+        mixed_tokens=random.choice([None, 1, 4, 9]),
         prefix_cache=random.random() < 0.7,
         watermark_blocks=random.randint(0, 2),
     )
