@@ -52,6 +52,24 @@ class LayerConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StoredWeights:
+    """What the weights of attention and MLP are in a checkpoint that holds them quantised."""
+
+    format: Literal["plain", "int4", "int8", "fp8"]
+    """What an engine multiplies them in; "plain": all are restored to the engine's dtype."""
+    group: int
+    """Inputs that share a scale, in 4 bits."""
+    zero_points: bool
+    """4-bit weights have a code of their own for zero in each group."""
+    dense: tuple[str, ...]
+    """Engine's names of those that are plain although `format` says otherwise."""
+    words: str
+    """How the checkpoint stores them, as in "gptq, 4 bits in groups of 128"."""
+    restored: str | None
+    """Why some are restored, though the checkpoint has them in fewer bits; None: none are."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
     """One decoder-only model. Families are values of these fields, never subclasses."""
 
@@ -88,6 +106,8 @@ class ModelConfig:
     logit_softcap: float | None = None
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
+    stored: StoredWeights | None = None
+    """None: the checkpoint is not quantised."""
 
     @property
     def n_layers(self) -> int:

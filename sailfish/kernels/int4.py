@@ -42,7 +42,8 @@ class Int4Weight:
     packed: Tensor
     """int32 [O/16, I/64, 32, 4], O and I padded."""
     scale: Tensor
-    """[O/16, G, 16] in bfloat16 or float16, the dtype of the activations; 0 in padded rows and groups."""
+    """[O/16, G, 16] in the dtype of the activations, which CUDA kernels want in bfloat16 or float16; 0 in
+    padded rows and groups."""
     zero: Tensor | None
     """[O/16, G, 16] in scale's dtype: the code that means zero. None: it is 8 everywhere."""
     n_out: int
@@ -66,8 +67,8 @@ def pack(code_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor | None, dtype: torch
     """
     n_out, n_in = code_OI.shape
     n_groups = scale_OG.shape[1]
-    if dtype not in (torch.bfloat16, torch.float16):
-        raise BuildError(f"INT4 scales are bfloat16 or float16, not {dtype}")
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise BuildError(f"INT4 scales are bfloat16, float16 or float32, not {dtype}")
     if code_OI.dtype != torch.uint8:
         raise BuildError(f"INT4 codes come as uint8, not {code_OI.dtype}")
     if scale_OG.shape != (n_out, n_groups) or (zero_OG is not None and zero_OG.shape != scale_OG.shape):

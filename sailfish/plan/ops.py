@@ -15,7 +15,7 @@ from sailfish.kernels.plain.limits import (
     MEMO_FRACTION,
 )
 from sailfish.kernels.table import OPS
-from sailfish.plan.formats import int4_sizes
+from sailfish.plan.formats import int4_sizes, kind_of
 from sailfish.plan.settings import Settings
 from sailfish.plan.types import CacheDtype, Plan, WeightFormat, WeightFormats
 
@@ -135,5 +135,10 @@ def linear_shapes(model: ModelConfig, formats: WeightFormats) -> list[tuple[Weig
             found[formats.layers, d, model.d_mlp] = None
         else:
             found["plain", layer.moe.n_experts, d] = None
+    widths = {"qkv": (model.n_heads + 2 * model.n_kv_heads) * model.head_dim, "gate_up": 2 * model.d_mlp}
+    inputs = {"o": width, "down": model.d_mlp}
+    for name in formats.dense:
+        kind = kind_of(name)
+        found["plain", widths.get(kind, d), inputs.get(kind, d)] = None
     found[formats.head, model.vocab_size, d] = None
     return list(found)

@@ -25,6 +25,12 @@ class WeightFormats:
     """Of the table that tokens are looked up in."""
     group: int = 128
     """Inputs of a row that share a scale, in 4 bits."""
+    stored: bool = False
+    """Layers' weights are as the checkpoint has them: in 4 bits their scales are in the plan's dtype."""
+    zero_points: bool = False
+    """4-bit weights of layers have zero points, in the plan's dtype too."""
+    dense: tuple[str, ...] = ()
+    """Weights of layers that are plain although `layers` says otherwise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
