@@ -307,11 +307,11 @@ def token_ids(prompt: Sequence[int], vocab_size: int) -> list[int]:
     if isinstance(prompt, bytes | bytearray | Mapping):
         raise RequestError("the prompt must be text or token ids", param="prompt")
     try:
-        ids = [operator.index(token_id) for token_id in prompt]
+        ids = list(map(operator.index, prompt))
     except TypeError:
         raise RequestError("the prompt must be text or token ids", param="prompt") from None
-    wrong = next((token_id for token_id in ids if not 0 <= token_id < vocab_size), None)
-    if wrong is not None:
+    if ids and (min(ids) < 0 or max(ids) >= vocab_size):
+        wrong = next(token_id for token_id in ids if not 0 <= token_id < vocab_size)
         raise RequestError(f"the prompt has token id {wrong}; ids are 0 to {vocab_size - 1}", param="prompt")
     return ids
 

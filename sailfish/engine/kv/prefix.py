@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from array import array
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 
@@ -21,8 +22,7 @@ def root_hash(engine_digest: str, kv_dtype: str, tenant_salt: str, adapter: str)
 
 def child_hash(parent: bytes, token_ids: Sequence[int]) -> bytes:
     """Return the hash of a full block that follows `parent` and holds `token_ids`."""
-    data = struct.pack(f"<{len(token_ids)}I", *token_ids)
-    return blake2b(parent + data, digest_size=_DIGEST_BYTES).digest()
+    return blake2b(parent + array("I", token_ids).tobytes(), digest_size=_DIGEST_BYTES).digest()
 
 
 class PrefixIndex:
