@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sailfish.bench.calibrate import calibrate
-from sailfish.bench.results import Recorder, Result, store
+from sailfish.bench.results import Recorder, Result, command, store
 from sailfish.bench.shapes import SHAPES
 from sailfish.hardware.replay import replayed_us
 
@@ -157,7 +157,7 @@ def main() -> None:
     recorder = Recorder(
         suite="compare",
         device=torch.cuda.get_device_name(),
-        command=f"python {' '.join(sys.argv)}",
+        command=command(["python", "benchmarks/compare_torch.py", *sys.argv[1:]]),
         calibration=calibrate("cuda"),
     )
     rows: list[Iterator[Result]] = []

@@ -1,4 +1,9 @@
-"""Writes docs/benchmarks.md, its pictures and the budget of docs/performance.md from what is stored."""
+"""Writes docs/benchmarks.md, its pictures and the budget of docs/performance.md from what is stored.
+
+    python scripts/benchmark_pages.py
+
+Of each row the latest measurement counts; those before it are dropped from benchmarks/results.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +11,14 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from claims import CLAIMS
 from plots import Bars, Lines, bars, lines
 
 from sailfish.bench import peers
 from sailfish.bench.budget import BATCHES, CASES, Rates, budget
 from sailfish.bench.kernels.attention import DECODES, PREFILLS
 from sailfish.bench.kernels.linear import LAYERS, ROWS
-from sailfish.bench.results import Result, latest
+from sailfish.bench.results import Result, latest, prune
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -22,18 +28,23 @@ IMAGES = ROOT / "docs" / "img"
 GPU = "NVIDIA H200"
 _BLOCK = "<!-- {0}: written by scripts/benchmark_pages.py -->"
 _SHAPES = {"llama-3.1-8b": "Llama-3.1-8B", "llama-2-7b": "Llama-2-7B"}
-_EXTRAS = r"(, (int4|int8|fp8) (head|head and embedding|kv))*"
+_EXTRAS = r"(, (int4|int8|fp8) (head|embedding|head and embedding|kv))*"
 """What may stand behind the weights' format in the name of an engine's row."""
 _FORMATS = {"bfloat16": "BF16", "int4": "INT4", "fp8": "FP8", "int8": "INT8"}
+_MOST_KERNELS = 8
+"""Of a traced step, the longest ones; the others are in the stored row."""
 
 
 def main() -> None:
     """Write everything that can be written of what is stored."""
-    rows = {row.row: row for path in sorted(RESULTS.glob("*.jsonl")) for row in latest(path)}
+    paths = sorted(RESULTS.glob("*.jsonl"))
+    for path in paths:
+        prune(path)
+    rows = {row.row: row for path in paths for row in latest(path)}
     of_gpu = {name: row for name, row in rows.items() if row.device == GPU or row.suite == "server"}
     IMAGES.mkdir(exist_ok=True)
-    sections = [*_engines(of_gpu), *_kernels(of_gpu), *_streams(rows)]
-    PAGE.write_text("\n".join([*_head(of_gpu), *sections]) + "\n", encoding="utf-8")
+    sections = [*_engines(of_gpu), *_steps(of_gpu), *_claims(of_gpu), *_kernels(of_gpu), *_streams(rows)]
+    PAGE.write_text("\n".join([*_head(of_gpu), *_verdicts(of_gpu), *sections]) + "\n", encoding="utf-8")
     measured = {name: row.value for name, row in of_gpu.items()}
     text = BUDGET_PAGE.read_text(encoding="utf-8")
     text = _replaced(text, "budget", "\n".join(_budgets(measured)))
@@ -55,11 +66,51 @@ def _head(rows: dict[str, Result]) -> list[str]:
         f"Peers: {peers.source()}. They ran on another card of the same kind, so each run of ours first "
         "measures what its own card reads and multiplies per second, and targets are scaled with that.",
         "",
-        "Reproduce: `sailfish bench kernels`, `sailfish bench engine --shape llama-3.1-8b --weights int4`, "
-        "`sailfish bench server --step-ms 15 --api-processes 8`; `--only` picks rows. How each was made "
-        "fast, and what was predicted before: [performance](performance.md).",
+        "Reproduce: `benchmarks/all_rows.sh`, or a part of it: `sailfish bench kernels`, `sailfish bench "
+        "engine --shape llama-3.1-8b --weights int4`, `sailfish bench server --step-ms 15 --api-processes "
+        "8`; `--only` picks rows. A row is the median of its runs, its spread the largest less the smallest; "
+        "it is void if the kernels that it names were not launched. How each was made fast, and what was "
+        "predicted before: [performance](performance.md).",
         "",
     ]
+
+
+def _verdicts(rows: dict[str, Result]) -> list[str]:
+    """Return how many targets are met, and the rest one by one."""
+    n_met, missed, unmeasured = 0, [], []
+    for name in peers.names():
+        known = peers.peer(name)
+        if known is None or known.target is None:
+            continue
+        row = rows.get(name)
+        if row is None:
+            unmeasured.append(name)
+        elif known.is_met_by(row.value, row.calibration):
+            n_met += 1
+        else:
+            target = known.target * known.scale(row.calibration)
+            ratio = target / row.value if known.better == "lower" else row.value / target
+            off = f"{100 * (1 - ratio):.1f}%"
+            missed.append(f"| {name} | {_number(row.value)} {row.unit} | {_number(target)} | {off} |")
+    for claim in CLAIMS:
+        ratio = claim.ratio(rows)
+        if claim.wanted is None:
+            continue
+        if ratio is None:
+            unmeasured.append(claim.title)
+        elif claim.is_met_by(ratio):
+            n_met += 1
+        else:
+            off = f"{100 * abs(1 - ratio / claim.wanted):.1f}%"
+            missed.append(f"| {claim.title} | {ratio:.3g} | {claim.wanted:.3g} | {off} |")
+    n_measured = n_met + len(missed)
+    found = [f"**{n_met} of {n_measured} targets met.**", ""]
+    if missed:
+        table = ["| missed | figure | target, scaled to the card | short by |", "|---|---|---|---|", *missed]
+        found += [*table, ""]
+    if unmeasured:
+        found += [f"Not measured: {'; '.join(unmeasured)}.", ""]
+    return found
 
 
 # Engines.
@@ -72,7 +123,7 @@ def _engines(rows: dict[str, Result]) -> list[str]:
             picked = _named(rows, rf"{re.escape(shape)} {weights}{_EXTRAS}: ")
             if picked:
                 found += [f"## {name}, {title}", "", *_table(picked), "", *_launches(picked)]
-    return [*_decode_picture(rows), *found, *_claims(rows)] if found else []
+    return [*_decode_picture(rows), *found] if found else []
 
 
 def _named(rows: dict[str, Result], pattern: str) -> list[Result]:
@@ -92,35 +143,38 @@ def _launches(picked: Sequence[Result]) -> list[str]:
     return lines_ + ([f"Downgrades: {'; '.join(downgrades)}.", ""] if downgrades else [])
 
 
+def _steps(rows: dict[str, Result]) -> list[str]:
+    """Return what traced decodes spend their time on."""
+    found = []
+    for name, row in rows.items():
+        if row.kernel_us and "gpu idle" in name:
+            parts = [f"{kernel} {us:.0f}" for kernel, us in list(row.kernel_us.items())[:_MOST_KERNELS]]
+            title, _, what = name.partition(": gpu idle ")
+            found.append(f"| {title}, {what} | {row.value:.2f}% | {', '.join(parts)} |")
+    if not found:
+        return []
+    return [
+        "## Where a decode step's time goes",
+        "",
+        "A profiler's trace of the engine process under requests. A kernel that begins before the last one "
+        "has ended counts from its beginning, so the sum may exceed the step.",
+        "",
+        "| step | GPU idle | us a step of each kernel |",
+        "|---|---|---|",
+        *found,
+        "",
+    ]
+
+
 def _claims(rows: dict[str, Result]) -> list[str]:
     """Return ratios between rows of our own, and to plain PyTorch."""
-    ours = "llama-3.1-8b bfloat16"
-    tput = "tput 512 x (512 in, 256 out)"
-    pairs = [
-        *(
-            (f"INT4 over BF16, decode B={b}", f"llama-3.1-8b int4: decode B={b}", f"{ours}: decode B={b}")
-            for b in BATCHES
-        ),
-        ("INT4 over BF16, throughput", f"llama-3.1-8b int4: {tput}", f"{ours}: {tput}"),
-        (
-            "INT4 over BF16, resident weights",
-            "llama-3.1-8b int4: resident weights",
-            f"{ours}: resident weights",
-        ),
-    ]
-    for other, name in (
-        ("transformers", "transformers generate"),
-        ("torch.compile (default)", "torch.compile"),
-    ):
-        pairs += [
-            (f"ours over {name}, decode B={b}", f"{ours}: decode B={b}", f"{other} {ours}: decode B={b}")
-            for b in BATCHES
-        ]
-    found = ["| claim | ratio | figures |", "|---|---|---|"]
-    for title, a, b in pairs:
-        if a in rows and b in rows:
-            figures = f"{rows[a].value:g} and {rows[b].value:g} {rows[a].unit}"
-            found.append(f"| {title} | {rows[a].value / rows[b].value:.2f} | {figures} |")
+    found = ["| claim | ratio | wanted | | of | to |", "|---|---|---|---|---|---|"]
+    for claim in CLAIMS:
+        ratio = claim.ratio(rows)
+        if ratio is not None:
+            verdict = {None: "", True: "met", False: "missed"}[claim.is_met_by(ratio)]
+            cells = [claim.title, f"{ratio:.3g}", claim.target, verdict, claim.of, claim.to]
+            found.append(f"| {' | '.join(cells)} |")
     return ["## Against ourselves and plain PyTorch", "", *found, ""] if len(found) > 2 else []
 
 
@@ -271,8 +325,8 @@ def _budgets(measured: dict[str, float]) -> list[str]:
     rates = Rates()
     found = [
         f"Rates: {rates.read_gb_per_s:g} GB/s read, {rates.bf16_tflop_per_s:g} TFLOP/s bf16 (twice that in "
-        f"8 bits), {rates.floor_us:g} us for a kernel beyond its bytes. Cells: us of one call, predicted / "
-        "measured.",
+        f"8 bits), {rates.floor_us:g} us for a kernel beyond its bytes. Cells: us of one call, predicted, "
+        "and / measured where it was measured alone.",
         "",
     ]
     for shape, weights in CASES:
@@ -282,7 +336,7 @@ def _budgets(measured: dict[str, float]) -> list[str]:
         found.append("|---|---|" + "---|" * len(BATCHES))
         for ops in zip(*(each.ops for each in budgets), strict=True):
             cells = [
-                f"{op.predicted_us(rates):.1f} / {f'{measured[op.row]:.1f}' if op.row in measured else '-'}"
+                f"{op.predicted_us(rates):.1f}" + (f" / {measured[op.row]:.1f}" if op.row in measured else "")
                 for op in ops
             ]
             found.append(f"| {ops[0].name} | {ops[0].n_calls} | {' | '.join(cells)} |")
@@ -295,6 +349,8 @@ def _budgets(measured: dict[str, float]) -> list[str]:
             ("vLLM 0.26", [each.peer_us for each in budgets]),
         )
         for name, values in sums:
+            if all(value is None for value in values):
+                continue
             cells = ["-" if value is None else f"{value:.0f}" for value in values]
             found.append(f"| **{name}** | | {' | '.join(cells)} |")
         found.append("")

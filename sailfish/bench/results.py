@@ -8,7 +8,7 @@ import platform
 import statistics
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -49,6 +49,14 @@ class Result:
     command: str
     commit: str
     date: str
+
+
+_NOTHING: tuple[object, ...] = (None, "", {}, (), [])
+_OPTIONAL = {
+    known.name
+    for known in fields(Result)
+    if known.default is not MISSING or known.default_factory is not MISSING
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,17 +115,41 @@ class Recorder:
         )
 
 
+def command(words: Sequence[str]) -> str:
+    """Return a command line as a row stores it: without `--out FILE`, other paths by their last part."""
+    kept = [
+        word
+        for before, word in zip(("", *words), words, strict=False)
+        if word != "--out" and before != "--out" and not word.startswith("--out=")
+    ]
+    return " ".join(Path(word).name if word.startswith(("/", "./", "../", "~")) else word for word in kept)
+
+
 def latest(path: Path) -> list[Result]:
     """Read a file of rows and return the last of each name."""
     rows = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
     return list({(row["row"], row["device"]): Result(**row) for row in rows}.values())
 
 
+def prune(path: Path) -> None:
+    """Keep the last row of each name and device in a file of rows, in the order of their names' first."""
+    text = "".join(_line(row) for row in latest(path))
+    if text != path.read_text(encoding="utf-8"):
+        path.write_text(text, encoding="utf-8")
+
+
 def store(results: Sequence[Result], path: Path) -> None:
     """Append rows to a file of JSON lines, making its folder when it is not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(asdict(result)) + "\n" for result in results)
+        file.writelines(map(_line, results))
+
+
+def _line(result: Result) -> str:
+    """Write a row without the fields that say nothing."""
+    known = asdict(result).items()
+    said = {name: value for name, value in known if not (name in _OPTIONAL and value in _NOTHING)}
+    return json.dumps(said) + "\n"
 
 
 @cache

@@ -87,9 +87,11 @@ def _name(model: str, plan: Plan) -> str:
     """Return the model and its formats, as rows are named."""
     formats = plan.formats
     name = f"{model} {plan.dtype if formats.layers == 'plain' else formats.layers}"
-    if formats.head != "plain":
-        both = formats.head == formats.embedding
-        name += f", {formats.head} head{' and embedding' if both else ''}"
+    if formats.head == formats.embedding != "plain":
+        name += f", {formats.head} head and embedding"
+    else:
+        kinds = (("head", formats.head), ("embedding", formats.embedding))
+        name += "".join(f", {to} {what}" for what, to in kinds if to != "plain")
     return name if plan.kv_dtype == plan.dtype else f"{name}, {plan.kv_dtype} kv"
 
 

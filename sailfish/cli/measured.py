@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from sailfish.bench import peers
+from sailfish.bench import peers, results
 from sailfish.bench.results import Result
 
 _ONLY_HELP = "Measure only rows that contain this (* for anything); may be repeated, or comma-separated."
@@ -23,7 +23,7 @@ def patterns(only: Sequence[str] | None) -> list[str]:
 
 def command() -> str:
     """Return the command of this process, as a row stores it."""
-    return "sailfish " + " ".join(sys.argv[1:])
+    return results.command(["sailfish", *sys.argv[1:]])
 
 
 def say_calibration(calibration: Mapping[str, float]) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from sailfish.bench import peers
 from sailfish.bench.budget import BATCHES, CASES, Rates, budget
-from sailfish.bench.results import Recorder, latest, store
+from sailfish.bench.results import Recorder, command, latest, prune, store
 from sailfish.bench.select import is_wanted
 
 RATES = Rates(read_gb_per_s=4300.0, bf16_tflop_per_s=790.0, floor_us=1.5)
@@ -99,6 +99,34 @@ def test_the_latest_row_of_a_name_counts(tmp_path: Path) -> None:
     store([_RECORDER.result("a", [1.0], "us"), _RECORDER.result("b", [2.0], "us")], path)
     store([_RECORDER.result("a", [3.0], "us")], path)
     assert {row.row: row.value for row in latest(path)} == {"a": 3.0, "b": 2.0}
+
+
+def test_what_is_superseded_is_dropped_and_the_rest_stays_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    for value in (1.0, 2.0, 0.0):
+        rows = [_RECORDER.result(row, [value], "us", launches={"kernel": 2}) for row in ("a", "b")]
+        store(rows, path)
+    prune(path)
+    assert len(path.read_text().splitlines()) == 2
+    assert latest(path) == rows
+    before = path.stat().st_mtime_ns
+    prune(path)
+    assert path.stat().st_mtime_ns == before
+
+
+def test_a_stored_command_names_no_folder_of_the_machine() -> None:
+    words = [
+        "sailfish",
+        "bench",
+        "--trace",
+        "/data/azure.csv.xz",
+        "--out",
+        "/tmp/rows.jsonl",
+        "--repeats",
+        "3",
+    ]
+    assert command(words) == "sailfish bench --trace azure.csv.xz --repeats 3"
+    assert command(["python", "benchmarks/compare.py", "--out=x"]) == "python benchmarks/compare.py"
 
 
 def test_only_picks_rows_that_contain_a_pattern() -> None:
