@@ -15,9 +15,9 @@ from sailfish.checkpoint.files import read_json
 from sailfish.checkpoint.formats.codec import layer_tensors, quantised_modules, read_linear, write_linear
 from sailfish.checkpoint.formats.config import read_quant_config
 from sailfish.checkpoint.formats.config_writer import write_quant_config
-from sailfish.checkpoint.formats.convert import convert
-from sailfish.checkpoint.formats.scheme import Layout, LinearScheme, QuantConfig, Rule
-from sailfish.checkpoint.formats.tensors import StoredTensor
+from sailfish.checkpoint.formats.convert import convert, layout_of, restore
+from sailfish.checkpoint.formats.scheme import ActivationScheme, Layout, LinearScheme, QuantConfig, Rule
+from sailfish.checkpoint.formats.tensors import FloatType, StoredTensor
 from sailfish.checkpoint.formats.writer import CheckpointWriter
 from sailfish.checkpoint.safetensors_reader import Checkpoint
 
@@ -116,6 +116,74 @@ def test_what_a_format_cannot_hold_leaves_nothing_behind(tmp_path: Path) -> None
     with pytest.raises(ConfigError, match="act-order"):
         converted(small(tmp_path / "ordered", ordered), tmp_path / "out", "awq")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ordered", "source"]
+
+
+def test_rounded_activations_are_not_lost_in_a_format_without_them(tmp_path: Path) -> None:
+    token = ActivationScheme(kind="int", dynamic=True, strategy="token")
+    scheme = LinearScheme(layout="int-quantized", bits=8, strategy="channel", activations=token)
+    with pytest.raises(ConfigError, match="cannot be stored as gptq: it rounds its inputs to 8 bits"):
+        converted(small(tmp_path / "source", scheme), tmp_path / "out", "gptq")
+
+
+@pytest.mark.parametrize(
+    ("scheme", "layout"),
+    [
+        (SCHEME, "pack-quantized"),
+        (LinearScheme(layout="gptq", bits=8, strategy="channel"), "pack-quantized"),
+        (
+            LinearScheme(
+                layout="int-quantized",
+                bits=8,
+                strategy="channel",
+                activations=ActivationScheme(kind="int", dynamic=True, strategy="token"),
+            ),
+            "int-quantized",
+        ),
+        (LinearScheme(layout="float-quantized", bits=8, strategy="tensor"), "float-quantized"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.layout,
+)
+def test_compressed_tensors_takes_the_layout_that_holds_the_layers(
+    scheme: LinearScheme, layout: Layout, tmp_path: Path
+) -> None:
+    source = small(tmp_path / "source", scheme)
+    assert layout_of("compressed-tensors", source) == layout
+    assert layout_of("awq", source) == "awq"
+    assert np.array_equal(weights(converted(source, tmp_path / "out", layout))[UP], weights(source)[UP])
+
+
+@pytest.mark.parametrize("dtype", ["F32", "BF16", "F16"])
+def test_a_restored_checkpoint_is_dense_and_holds_the_nearest_numbers(
+    dtype: FloatType, tmp_path: Path
+) -> None:
+    source = small(tmp_path / "source")
+    restore(source, tmp_path / "out", dtype, lambda done, total: None)
+    found = Checkpoint.open(tmp_path / "out")
+    assert set(found.tensors) == {f"{UP}.weight", f"{UP}.bias", f"{ROUTER}.weight", f"{NORM}.weight"}
+    values = read_json(tmp_path / "out" / "config.json")
+    assert "quantization_config" not in values
+    names = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+    assert values["dtype"] == names[dtype]
+    stored = StoredTensor.from_checkpoint(found, f"{UP}.weight")
+    expected = weights(source)[UP]
+    if dtype == "F32":
+        assert np.array_equal(stored.floats(), expected)
+    elif dtype == "F16":
+        assert np.array_equal(stored.floats(), expected.astype(np.float16).astype(np.float32))
+    else:  # no bfloat16 number is nearer, and of two the even one is taken
+        bits = stored.array.astype(np.int64)
+        distance = np.abs(stored.floats().astype(np.float64) - expected)
+        for step in (-1, 1):
+            beside = StoredTensor(dtype="BF16", array=(bits + step).astype(np.uint16)).floats()
+            further = np.abs(beside.astype(np.float64) - expected)
+            is_zero_or_edge = (bits & 0x7FFF == 0) | ((bits + step) & 0x7FFF == 0x7FFF)
+            tie = further == distance
+            assert (is_zero_or_edge | (further > distance) | (tie & (bits % 2 == 0))).all()
+
+
+def test_a_weight_too_large_for_half_precision_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="layer has weights too large for F16"):
+        StoredTensor.rounded(np.array([1e5], np.float32), "F16", "layer")
 
 
 def test_sources_that_do_not_convert_are_refused(tmp_path: Path) -> None:

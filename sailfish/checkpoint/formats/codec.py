@@ -70,6 +70,8 @@ def rejects(linear: QuantisedLinear, scheme: LinearScheme) -> str | None:
         return f"it has groups of {linear.group} inputs and the scheme of {group}"
     if linear.g_idx is not None and not scheme.act_order:
         return "its inputs are ordered by act-order and the scheme has none"
+    if scheme.activations is not None and scheme.layout in ("gptq", "gptq_v2", "awq"):
+        return "it rounds its inputs to 8 bits, which the format has no key for"
     is_static = scheme.activations is not None and not scheme.activations.dynamic
     if is_static is not (linear.input_scale is not None):
         return "only one of it and the scheme has a static scale of the inputs"

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 
@@ -18,16 +19,22 @@ from sailfish.checkpoint.formats.config_writer import write_quant_config
 from sailfish.checkpoint.formats.linear import QuantisedLinear
 from sailfish.checkpoint.formats.patterns import LINEAR_CLASSES
 from sailfish.checkpoint.formats.scheme import Layout, LinearScheme, Method, QuantConfig, Rule
+from sailfish.checkpoint.formats.tensors import FloatType, StoredTensor
 from sailfish.checkpoint.formats.writer import CheckpointWriter
 from sailfish.checkpoint.safetensors_reader import Checkpoint
 
+Target = Literal["gptq", "gptq_v2", "awq", "compressed-tensors"]
+"""A format by the name that `quantization_config` has for it."""
+CACHE_SCALE = re.compile(r"\.([kvq]_scale|[kvq]_proj\.output_scale)$")
+"""The static scales of an 8-bit KV cache, which lie beside the linears."""
 _CONFIG = "config.json"
 _HEAD = "lm_head"
-_SMALL_FILES = (
+SMALL_FILES = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
 )  # fmt: skip
-_MAX_SMALL_BYTES = 256 << 20
+"""What is copied beside the weights, where it is there."""
+MAX_SMALL_BYTES = 256 << 20
 
 
 def convert(source: Path, out: Path, layout: Layout, tell: Callable[[int, int], None]) -> QuantConfig:
@@ -47,11 +54,6 @@ def convert(source: Path, out: Path, layout: Layout, tell: Callable[[int, int], 
         raise ConfigError(f"{_HEAD} is quantised, which is not rewritten")
     target = _config_as(config, layout, set(schemes.values()), _dense_linears(checkpoint, schemes))
     values["quantization_config"] = write_quant_config(target)
-    small = {
-        name: read_bytes(source / name, _MAX_SMALL_BYTES)
-        for name in _SMALL_FILES
-        if (source / name).is_file()
-    }
     owner_of = {name: name.rpartition(".")[0] for name in checkpoint.tensors}
     n_done = 0
     with CheckpointWriter(out) as writer:
@@ -68,8 +70,73 @@ def convert(source: Path, out: Path, layout: Layout, tell: Callable[[int, int], 
             if owner not in schemes or name == f"{owner}.bias":
                 writer.copy(checkpoint.tensors[name], checkpoint.bytes(name))
         tell(len(owner_of), len(owner_of))
-        writer.finish({**small, _CONFIG: json.dumps(values, indent=2).encode()})
+        writer.finish({**_small_files(source), _CONFIG: json.dumps(values, indent=2).encode()})
     return target
+
+
+def restore(source: Path, out: Path, dtype: FloatType, tell: Callable[[int, int], None]) -> None:
+    """Write the checkpoint in `source` to the new directory `out` with its quantised linears dense.
+
+    A restored weight is code less zero times scale, rounded to float32 once; to BF16 or F16 from there.
+    Other tensors are copied, scales of an 8-bit KV cache left out. Roundings of activations are lost: a
+    dense checkpoint has none. `tell` is told (tensors done, in all). CheckpointError for a bad or dense
+    source, ConfigError where F16 cannot hold a weight.
+    """
+    values, _, checkpoint, schemes = _opened(source)
+    del values["quantization_config"]
+    values.pop("torch_dtype", None)
+    values["dtype"] = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}[dtype]
+    owner_of = {name: name.rpartition(".")[0] for name in checkpoint.tensors}
+    n_done = 0
+    with CheckpointWriter(out) as writer:
+        for module, scheme in schemes.items():
+            tensors = layer_tensors(checkpoint, module)
+            weight = read_linear(tensors, scheme, module).dequantise()
+            writer.add(f"{module}.weight", StoredTensor.rounded(weight, dtype, module))
+            n_done += len(tensors)
+            tell(n_done, len(owner_of))
+        for name, owner in owner_of.items():
+            if (owner not in schemes or name == f"{owner}.bias") and not CACHE_SCALE.search(name):
+                writer.copy(checkpoint.tensors[name], checkpoint.bytes(name))
+        tell(len(owner_of), len(owner_of))
+        writer.finish({**_small_files(source), _CONFIG: json.dumps(values, indent=2).encode()})
+
+
+def layout_of(target: Target, source: Path) -> Layout:
+    """Return the layout that a target's name means for a checkpoint: compressed-tensors has three.
+
+    Raises CheckpointError for a bad or dense source, ConfigError where its linears would need several.
+    """
+    if target != "compressed-tensors":
+        return target
+    layouts: set[Layout] = {_compressed_layout(scheme) for scheme in _opened(source)[3].values()}
+    if len(layouts) != 1:
+        raise ConfigError(f"{source} would need {' and '.join(sorted(layouts))} at once; one is written")
+    return layouts.pop()
+
+
+def _compressed_layout(scheme: LinearScheme) -> Layout:
+    if scheme.is_float:
+        return "float-quantized"
+    is_plain_8 = scheme.bits == 8 and scheme.group is None and scheme.activations is not None
+    return "int-quantized" if is_plain_8 else "pack-quantized"
+
+
+def _opened(source: Path) -> tuple[dict[str, Any], QuantConfig, Checkpoint, dict[str, LinearScheme]]:
+    """Return config.json, its quantisation, the tensors, and the scheme of every quantised linear."""
+    values = read_json(source / _CONFIG)
+    if not isinstance(values.get("quantization_config"), dict):
+        raise CheckpointError(f"{source} is not quantised", hint="compress it first")
+    config = read_quant_config(values["quantization_config"], str(source / _CONFIG))
+    checkpoint = Checkpoint.open(source)
+    schemes = {module: _scheme_of(config, module) for module in quantised_modules(checkpoint.tensors)}
+    return values, config, checkpoint, schemes
+
+
+def _small_files(source: Path) -> dict[str, bytes]:
+    return {
+        name: read_bytes(source / name, MAX_SMALL_BYTES) for name in SMALL_FILES if (source / name).is_file()
+    }
 
 
 def scheme_as(scheme: LinearScheme, layout: Layout) -> LinearScheme:

@@ -59,12 +59,27 @@ class StoredTensor:
             )
         return stored
 
+    @classmethod
+    def rounded(cls, values: NDArray[np.float32], dtype: FloatType, where: str) -> StoredTensor:
+        """Store float32 values rounded to the nearest of a type, ties to even; ConfigError on overflow."""
+        stored = cls(dtype=dtype, array=_to_bits(_nearest_bf16(values) if dtype == "BF16" else values, dtype))
+        if not np.isfinite(stored.floats()).all():
+            raise ConfigError(f"{where} has weights too large for {dtype}", hint="use another dtype")
+        return stored
+
     def floats(self) -> NDArray[np.float32]:
         """Return the values of a BF16, F16 or F32 tensor, exactly."""
         if self.dtype == "BF16":
             return (self.array.astype(np.uint32) << 16).view(np.float32)
         assert self.dtype in ("F16", "F32"), self.dtype
         return self.array.astype(np.float32)
+
+
+def _nearest_bf16(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Round to 8 bits of mantissa; what then follows them is 0."""
+    bits = np.ascontiguousarray(values, "<f4").view(np.uint32)
+    bits = bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))
+    return (bits & np.uint32(0xFFFF0000)).view(np.float32)
 
 
 def _to_bits(values: NDArray[np.float32], dtype: FloatType) -> NDArray[Any]:
