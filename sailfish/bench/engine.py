@@ -13,7 +13,8 @@ from sailfish.engine.client import AsyncEngine
 
 Kind = Literal["decode", "generate", "ttft", "prefill", "tput"]
 BATCHES = (1, 16, 64, 256)
-_WARM_TOKENS = 8
+_WARM_TOKENS, _WARM_REQUESTS = 8, 64
+_FIRST_RUNS = 3
 _TTFT_RUNS = 5
 
 
@@ -88,16 +89,21 @@ async def measure(engine: AsyncEngine, cases: Sequence[Case], *, repeats: int) -
     """Yield each case measured, after a few tokens that do not count."""
     draw = random.Random(0)
     for case in cases:
-        await _seconds(engine, case, min(case.n_out, _WARM_TOKENS), draw)
+        most = None if case.kind in ("decode", "generate") else _WARM_REQUESTS
+        await _seconds(engine, case, min(case.n_out, _WARM_TOKENS), draw, most=most)
         n_runs = max(repeats, _TTFT_RUNS) if case.kind == "ttft" else repeats
-        yield Measured(case=case, values=tuple([await _value(engine, case, draw) for _ in range(n_runs)]))
+        first_s = 0.0
+        if case.kind == "decode":
+            first_s = statistics.median([await _seconds(engine, case, 1, draw) for _ in range(_FIRST_RUNS)])
+        values = [await _value(engine, case, first_s, draw) for _ in range(n_runs)]
+        yield Measured(case=case, values=tuple(values))
 
 
-async def _value(engine: AsyncEngine, case: Case, draw: random.Random) -> float:
+async def _value(engine: AsyncEngine, case: Case, first_s: float, draw: random.Random) -> float:
+    """Return the figure of one run; `first_s`: what one token each takes, of a decode."""
     total_s = await _seconds(engine, case, case.n_out, draw)
     match case.kind:
         case "decode":
-            first_s = statistics.median([await _seconds(engine, case, 1, draw) for _ in range(3)])
             return case.batch * (case.n_out - 1) / (total_s - first_s)
         case "ttft":
             return total_s * 1e3
@@ -107,8 +113,10 @@ async def _value(engine: AsyncEngine, case: Case, draw: random.Random) -> float:
             return case.batch * case.n_out / total_s
 
 
-async def _seconds(engine: AsyncEngine, case: Case, n_out: int, draw: random.Random) -> float:
-    """Return how long all requests of a case take together, every prompt a new one."""
-    prompts = [random_prompt(draw, engine, case.n_in) for _ in range(case.batch)]
+async def _seconds(
+    engine: AsyncEngine, case: Case, n_out: int, draw: random.Random, *, most: int | None = None
+) -> float:
+    """Return how long all requests of a case, or the first `most`, take together, every prompt a new one."""
+    prompts = [random_prompt(draw, engine, case.n_in) for _ in range(case.batch)][:most]
     total_s, _ = await ask_together(engine, prompts, n_out)
     return total_s

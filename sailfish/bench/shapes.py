@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 _SIGMA = 0.02
 _POOL_ELEMENTS = 1 << 24
-_SHARD_BYTES = 4 << 30
+_SHARD_BYTES = 1 << 30
 
 
 def write_checkpoint(shape: str, directory: Path) -> Path:
@@ -89,10 +90,14 @@ def write_checkpoint(shape: str, directory: Path) -> Path:
     normal = np.random.default_rng(0).standard_normal(_POOL_ELEMENTS, dtype=np.float32) * _SIGMA
     pool = (normal.view(np.uint32) >> 16).astype(np.uint16)
     index: dict[str, str] = {}
-    for number, shard in enumerate(_shards(tensor_specs(load_model_config(directory))), start=1):
-        file = f"model-{number:05d}.safetensors"
-        _write_shard(directory / file, shard, pool)
-        index.update((name, file) for name, _ in shard)
+    with ThreadPoolExecutor() as writers:
+        written = []
+        for number, shard in enumerate(_shards(tensor_specs(load_model_config(directory))), start=1):
+            file = f"model-{number:05d}.safetensors"
+            written.append(writers.submit(_write_shard, directory / file, shard, pool))
+            index.update((name, file) for name, _ in shard)
+        for each in written:
+            each.result()
     total_bytes = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
     (directory / "model.safetensors.index.json").write_text(
         json.dumps({"metadata": {"total_size": total_bytes}, "weight_map": index}), encoding="utf-8"
