@@ -20,7 +20,7 @@ from sailfish.kernels.contract import Choice
 from sailfish.plan.formats import GROUPS, STORED_BYTES, arena_tensors, is_quantised
 from sailfish.plan.types import Plan
 
-FORMAT = 3
+FORMAT = 4
 """Version of the directory's format. A reader takes its own version only."""
 MANIFEST_FILE = "manifest.json"
 DIGEST_FILE = "manifest.sha256"
@@ -58,7 +58,10 @@ class Piece(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 class TensorEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One tensor of the arena: its pieces, concatenated along the first axis."""
+    """One tensor of the arena: its pieces, concatenated along the first axis.
+
+    Where the model's specification says so its halves take turns in memory.
+    """
 
     name: str
     shape: tuple[int, ...]

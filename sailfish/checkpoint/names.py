@@ -10,6 +10,7 @@ from sailfish.base.errors import CheckpointError, UnsupportedModelError
 from sailfish.checkpoint.files import shown
 from sailfish.checkpoint.model_config import LayerConfig, ModelConfig, MoeConfig
 from sailfish.checkpoint.safetensors_reader import Checkpoint
+from sailfish.kernels.contract import gated_run
 
 FLOAT_DTYPES = ("F32", "BF16", "F16")
 
@@ -34,6 +35,8 @@ class TensorSpec:
     """Checkpoint tensors in order. For experts, [X, rows, cols] is read as [X * rows, cols]."""
     source_shapes: tuple[Shape, ...]
     """The shape each source must have."""
+    run: int
+    """Rows of the first half of its sources, then of the second, that follow each other; 0: the halves do."""
 
 
 def tensor_specs(config: ModelConfig) -> list[TensorSpec]:
@@ -99,9 +102,9 @@ def _check_source(checkpoint: Checkpoint, source: str, shape: Shape) -> None:
         )
 
 
-def _spec(name: str, shape: Shape, *sources: Source) -> TensorSpec:
+def _spec(name: str, shape: Shape, *sources: Source, run: int = 0) -> TensorSpec:
     names, shapes = zip(*sources, strict=True)
-    return TensorSpec(name=name, shape=shape, sources=names, source_shapes=shapes)
+    return TensorSpec(name=name, shape=shape, sources=names, source_shapes=shapes, run=run)
 
 
 def _layer_specs(config: ModelConfig, layer: LayerConfig, ours: str, theirs: str) -> Iterator[TensorSpec]:
@@ -155,15 +158,16 @@ def _attention_specs(config: ModelConfig, ours: str, theirs: str) -> Iterator[Te
 
 def _mlp_specs(config: ModelConfig, ours: str, theirs: str) -> Iterator[TensorSpec]:
     d_model, d_mlp = config.d_model, config.d_mlp
+    run = gated_run(d_mlp) % d_mlp
     fused = config.family == "glm4"
     parts = {"gate_up_proj": 2 * d_mlp} if fused else {"gate_proj": d_mlp, "up_proj": d_mlp}
     yield _spec(
         f"{ours}.gate_up.weight", (2 * d_mlp, d_model),
-        *((f"{theirs}.{part}.weight", (n, d_model)) for part, n in parts.items()),
+        *((f"{theirs}.{part}.weight", (n, d_model)) for part, n in parts.items()), run=run,
     )  # fmt: skip
     if config.mlp_bias:
         sources = ((f"{theirs}.{part}.bias", (n,)) for part, n in parts.items())
-        yield _spec(f"{ours}.gate_up.bias", (2 * d_mlp,), *sources)
+        yield _spec(f"{ours}.gate_up.bias", (2 * d_mlp,), *sources, run=run)
     yield _spec(f"{ours}.down.weight", (d_model, d_mlp), (f"{theirs}.down_proj.weight", (d_model, d_mlp)))
     if config.mlp_bias:
         yield _spec(f"{ours}.down.bias", (d_model,), (f"{theirs}.down_proj.bias", (d_model,)))

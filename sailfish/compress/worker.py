@@ -110,7 +110,7 @@ def _quantised(
 
 
 def _load(checkpoint: Checkpoint, spec: TensorSpec, device: torch.device) -> Tensor:
-    """Return the weight as the checkpoint stores it, its sources' rows one after the other."""
+    """Return the weight in the checkpoint's numbers, its sources' rows in the engine's order."""
     refs = [checkpoint.tensors[source] for source in spec.sources]
     pieces = [
         StoredPiece(
@@ -119,7 +119,7 @@ def _load(checkpoint: Checkpoint, spec: TensorSpec, device: torch.device) -> Ten
         for ref in refs
     ]
     dtype: Dtype = "bfloat16" if all(ref.dtype == "BF16" for ref in refs) else "float32"
-    tensor = ArenaTensor(name=spec.name, shape=spec.shape, dtype=None)
+    tensor = ArenaTensor(name=spec.name, shape=spec.shape, dtype=None, run=spec.run)
     memory = torch.empty(tensor.n_bytes(dtype), dtype=torch.uint8, device=device)
     return load_weights([tensor], {spec.name: pieces}, memory, dtype)[spec.name]
 
@@ -153,7 +153,7 @@ class _Files:
 
     def append(self, spec: TensorSpec, to: WeightFormat, group: int, tensors: list[Tensor]) -> None:
         """Write the parts of one weight."""
-        for part, tensor in zip(parts(spec.name, spec.shape, to, group), tensors, strict=True):
+        for part, tensor in zip(parts(spec, to, group), tensors, strict=True):
             assert part.dtype is not None and part.shape == tuple(tensor.shape)
             data = memoryview(tensor.flatten().view(torch.uint8).numpy().data)
             writer = self._writer(len(data))

@@ -315,8 +315,20 @@ class Attention(Protocol):
     ) -> Tensor: ...
 
 
+def gated_run(d_mlp: int) -> int:
+    """Return how many outputs of gate follow each other before as many of up do, in gate_up_T2M.
+
+    In turns of 8, so that who holds output g of a strip of 16 on the tensor cores holds g + 8 too, and
+    with it both factors; where the width is no multiple of 8, all of gate and then all of up.
+    """
+    return 8 if d_mlp % 8 == 0 else d_mlp
+
+
 class ActMul(Protocol):
-    """Return activation(gate) * up; activation is "silu" or "gelu_tanh"."""
+    """Return activation(gate) * up, which alternate as `gated_run` says.
+
+    activation is "silu" or "gelu_tanh"; its result is rounded to the inputs' dtype before the product.
+    """
 
     def __call__(
         self, gate_up_T2M: Tensor, activation: str, out: ActivationFormat = "plain"

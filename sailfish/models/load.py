@@ -53,7 +53,7 @@ class Piece(Protocol):
 def load_weights(
     tensors: Sequence[ArenaTensor], pieces: Mapping[str, Sequence[Piece]], arena: Tensor, dtype: Dtype
 ) -> dict[str, Tensor]:
-    """Copy every tensor, the pieces of its name one after the other, to its place in `arena`.
+    """Copy every tensor, the pieces of its name one after the other or its halves in turns, into `arena`.
 
     `arena` is uint8 on any device, laid out by `arena_layout`; views of it are returned by name. Raises
     ArtifactError if the pieces do not fill a shape, or names differ.
@@ -68,7 +68,7 @@ def load_weights(
         begin = offsets[tensor.name]
         flat = arena[begin : begin + prod(tensor.shape) * to.itemsize].view(to)
         loaded[tensor.name] = flat.view(tensor.shape)
-        copies += _copies(tensor, pieces.get(tensor.name), flat)
+        copies += _copies(tensor, pieces.get(tensor.name), _runs(flat, tensor))
     _run(copies, arena.device)
     return loaded
 
@@ -104,25 +104,45 @@ class _Copy(NamedTuple):
     start: int
     n_bytes: int
     to: Tensor
+    """Elements that follow each other, or several runs of them."""
 
 
-def _copies(tensor: ArenaTensor, pieces: Sequence[Piece] | None, flat: Tensor) -> Iterator[_Copy]:
+def _runs(flat: Tensor, tensor: ArenaTensor) -> Tensor:
+    """Return the tensor's elements [halves, runs of a half, elements of a run], as they are read."""
+    if not tensor.run:
+        return flat.view(1, 1, -1)
+    n_elements = tensor.run * prod(tensor.shape[1:])
+    return flat.view(-1, 2, n_elements).transpose(0, 1)
+
+
+def _copies(tensor: ArenaTensor, pieces: Sequence[Piece] | None, runs: Tensor) -> Iterator[_Copy]:
     if pieces is None:
         raise ArtifactError(f"tensor {tensor.name} is missing", hint="build the engine again")
     n_found = sum(piece.n_bytes // DTYPES[piece.dtype].itemsize for piece in pieces)
-    if n_found != len(flat):
+    if n_found != runs.numel():
         raise ArtifactError(
-            f"tensor {tensor.name} {list(tensor.shape)} needs {len(flat)} elements, "
+            f"tensor {tensor.name} {list(tensor.shape)} needs {runs.numel()} elements, "
             f"its pieces hold {n_found}",
             hint="build the engine again",
         )
+    begin = 0
     for piece in pieces:
         item_bytes = DTYPES[piece.dtype].itemsize
-        for start in range(0, piece.n_bytes, _STAGING_BYTES):
-            n_bytes = min(_STAGING_BYTES, piece.n_bytes - start)
-            n = n_bytes // item_bytes
-            yield _Copy(piece, start, n_bytes, flat[:n])
-            flat = flat[n:]
+        start = 0
+        while start < piece.n_bytes:
+            to = _room(runs, begin, min(_STAGING_BYTES, piece.n_bytes - start) // item_bytes)
+            yield _Copy(piece, start, to.numel() * item_bytes, to)
+            start, begin = start + to.numel() * item_bytes, begin + to.numel()
+
+
+def _room(runs: Tensor, begin: int, n: int) -> Tensor:
+    """Return where elements from `begin` on go: at most n, the rest of a run or whole runs of a half."""
+    _, n_runs, n_elements = runs.shape
+    run, offset = divmod(begin, n_elements)
+    half, run = divmod(run, n_runs)
+    if offset or n < n_elements:
+        return runs[half, run, offset : offset + n]
+    return runs[half, run : run + n // n_elements]
 
 
 def _run(copies: list[_Copy], device: torch.device) -> None:
@@ -148,11 +168,11 @@ def _run(copies: list[_Copy], device: torch.device) -> None:
 
 def _copy_on_cpu(copy: _Copy, staging: Tensor) -> None:
     source = DTYPES[copy.piece.dtype]
-    is_same = copy.to.dtype == source
-    raw = copy.to.view(torch.uint8) if is_same else staging[: copy.n_bytes]
+    is_final = copy.to.dtype == source and copy.to.is_contiguous()
+    raw = copy.to.flatten().view(torch.uint8) if is_final else staging[: copy.n_bytes]
     copy.piece.read_into(raw.numpy().data, copy.start)
-    if not is_same:
-        copy.to.copy_(raw.view(source))
+    if not is_final:
+        copy.to.copy_(raw.view(source).view(copy.to.shape))
 
 
 class _Lane:
@@ -164,7 +184,7 @@ class _Lane:
         self._sent = [torch.Event(device) for _ in range(2)]
         self._turn = 0
         self._on_device: Tensor | None = None
-        """Bytes of another dtype than the arena's, before they are converted."""
+        """Bytes of another dtype than the arena's, or of several runs, before they go to their place."""
 
     def copy(self, copy: _Copy) -> None:
         """Read, and have the device take it when it gets there."""
@@ -173,14 +193,14 @@ class _Lane:
         sent.synchronize()
         copy.piece.read_into(buffer.numpy().data, copy.start)
         source = DTYPES[copy.piece.dtype]
-        if source == copy.to.dtype:
-            copy.to.copy_(buffer.view(source), non_blocking=True)
+        if source == copy.to.dtype and copy.to.is_contiguous():
+            copy.to.copy_(buffer.view(source).view(copy.to.shape), non_blocking=True)
         else:
             if self._on_device is None:
                 self._on_device = torch.empty(_STAGING_BYTES, dtype=torch.uint8, device=self._device)
             raw = self._on_device[: copy.n_bytes]
             raw.copy_(buffer, non_blocking=True)
-            copy.to.copy_(raw.view(source))
+            copy.to.copy_(raw.view(source).view(copy.to.shape))
         sent.record()
 
     def finish(self) -> None:

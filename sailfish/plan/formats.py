@@ -39,6 +39,8 @@ class ArenaTensor:
     shape: tuple[int, ...]
     dtype: str | None
     """As safetensors spells it; None: the plan's dtype."""
+    run: int = 0
+    """Rows of the first half of what is read, then of the second, that follow each other; 0: all do."""
 
     def n_bytes(self, dtype: Dtype) -> int:
         """Return its size where the plan's dtype is `dtype`."""
@@ -150,14 +152,15 @@ def arena_tensors(model: ModelConfig, formats: WeightFormats) -> list[ArenaTenso
     return [
         tensor
         for spec, format in engine_specs(model, formats)
-        for tensor in parts(spec.name, spec.shape, format, formats.group)
+        for tensor in parts(spec, format, formats.group)
     ]
 
 
-def parts(name: str, shape: tuple[int, ...], format: WeightFormat, group: int) -> list[ArenaTensor]:
-    """Return the tensors that hold one weight."""
+def parts(spec: TensorSpec, format: WeightFormat, group: int) -> list[ArenaTensor]:
+    """Return the tensors that hold one weight. Those of a quantised one are stored as they lie in memory."""
+    name, shape = spec.name, spec.shape
     if format == "plain":
-        return [ArenaTensor(name=name, shape=shape, dtype=None)]
+        return [ArenaTensor(name=name, shape=shape, dtype=None, run=spec.run)]
     n_out, n_in = shape
     if format == "int4":
         rows, width, group = int4_sizes(n_out, n_in, group)

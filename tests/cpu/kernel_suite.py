@@ -274,8 +274,9 @@ SCENARIOS: dict[str, dict[str, Make]] = {
     "act_mul": {
         "silu": lambda draw: (draw.normal(9, 74), "silu"),
         "gelu": lambda draw: (draw.normal(9, 74), "gelu_tanh"),
+        "in turns of eight": lambda draw: (draw.normal(9, 80), "silu"),
         "one token": lambda draw: (draw.normal(1, 74), "silu"),
-        "no token": lambda draw: (draw.normal(0, 74), "silu"),
+        "no token": lambda draw: (draw.normal(0, 80), "silu"),
     },
     "moe": {
         "one token": _moe(1, 2, normalise=True),

@@ -13,6 +13,7 @@ from torch import Tensor
 from twins import load_truth
 
 from sailfish.artifact.reader import Artifact
+from sailfish.checkpoint.names import TensorSpec
 from sailfish.compress.rtn import restore_8
 from sailfish.kernels.contract import Weight8
 from sailfish.kernels.int4 import Int4Weight, dequantise
@@ -29,6 +30,15 @@ def restored(weight: LinearWeight) -> Tensor:
             return restore_8(weight.values_OI, weight.scale_O)
         case Tensor():
             return weight
+
+
+def source_rows(spec: TensorSpec) -> Tensor:
+    """Return which row of its sources, one after the other, each row of a weight is."""
+    rows = torch.arange(spec.shape[0])
+    if not spec.run:
+        return rows
+    halves = [torch.split(half, spec.run) for half in rows.chunk(2)]
+    return torch.cat([run for turn in zip(*halves, strict=True) for run in turn])
 
 
 def _as_8_bits_multiply(weight: Weight8, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
@@ -50,13 +60,14 @@ def rounded_truth(path: Path, engine: Artifact) -> Any:
     model = load_truth(path)
     weights = load_engine_weights(engine)
     for spec, format in engine_specs(engine.manifest.model, engine.manifest.plan.formats):
+        order_O = source_rows(spec)
         if format == "plain" and spec.name != "head.weight":
             continue
         sources = ("lm_head.weight",) if spec.name == "head.weight" else spec.sources
         weight, start = weights[spec.name], 0
         for source, shape in zip(sources, spec.source_shapes, strict=True):
             module = model.get_submodule(source.removesuffix(".weight"))
-            rows = slice(start, start + shape[0])
+            rows = order_O.argsort()[start : start + shape[0]]
             module.weight = torch.nn.Parameter(restored(weight)[rows])
             if isinstance(weight, Weight8) and isinstance(module, torch.nn.Linear):
                 part = Weight8(weight.values_OI[rows], weight.scale_O[rows])

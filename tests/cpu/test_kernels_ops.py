@@ -14,6 +14,7 @@ from torch import Tensor
 from sailfish.kernels.contract import Case, Impl
 from sailfish.kernels.plain.attention import cpu_math, cpu_sdpa
 from sailfish.kernels.reference import attention as reference
+from sailfish.kernels.reference import elementwise as reference_elementwise
 from sailfish.kernels.table import OPS, implementations
 
 RUNS = [
@@ -38,6 +39,14 @@ def test_an_implementation_agrees_with_the_reference(impl: Impl, scenario: str, 
 
 def test_every_op_has_scenarios_of_one_and_of_no_token() -> None:
     assert SCENARIOS.keys() == OPS.keys()
+
+
+@pytest.mark.parametrize(("d_mlp", "run"), [(24, 8), (8, 8), (20, 20)])
+def test_gate_and_up_take_turns_of_eight_where_eight_divides_the_width(d_mlp: int, run: int) -> None:
+    gate, up = torch.randn(2, 3, d_mlp).unbind()
+    turns = [x[:, at : at + run] for at in range(0, d_mlp, run) for x in (gate, up)]
+    found = reference_elementwise.act_mul(torch.cat(turns, 1), "silu")
+    torch.testing.assert_close(found, gate * gate.sigmoid() * up)
 
 
 @pytest.mark.parametrize("attention_of", [cpu_sdpa, cpu_math], ids=["sdpa", "math"])

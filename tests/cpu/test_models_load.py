@@ -16,6 +16,7 @@ from sailfish.models.arena import arena_layout
 from sailfish.models.load import ARENA_DTYPES, DTYPES, load_weights
 from sailfish.plan.formats import ArenaTensor
 from sailfish.plan.memory import ARENA_ALIGN_BYTES
+from sailfish.plan.types import Dtype
 
 SOURCES = ("F32", "F16", "BF16")
 
@@ -74,6 +75,30 @@ def test_a_tensor_with_a_dtype_of_its_own_keeps_it_whatever_the_plan_has(stored:
     assert weights["w"].dtype == DTYPES[stored] and weights["w"].shape == (3, 5)
     assert torch.equal(weights["w"].flatten().view(torch.uint8), data)
     assert weights["v"] == torch.ones(1, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", ARENA_DTYPES)
+@pytest.mark.parametrize("staging_bytes", [4, 64, 500, 1 << 20])
+@pytest.mark.parametrize("shape", [(7,), ()], ids=["weight", "bias"])
+def test_halves_take_turns_whatever_pieces_they_come_in(
+    shape: tuple[int, ...], staging_bytes: int, dtype: Dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(load, "_STAGING_BYTES", staging_bytes)
+    draw = random.Random(staging_bytes)
+    for _ in range(10):
+        n_turns = draw.randint(1, 6)
+        whole = torch.randn(n_turns * 16, *shape)
+        cuts = sorted(draw.randint(1, len(whole) - 1) for _ in range(draw.randint(0, 3)))
+        pieces = []
+        for rows in torch.tensor_split(whole, cuts):
+            source = draw.choice(SOURCES)
+            pieces += [BytesPiece(_bytes(rows.to(DTYPES[source])), source)] if len(rows) else []
+            rows.copy_(rows.to(DTYPES[source]).to(ARENA_DTYPES[dtype]))
+        expected = whole.view(2, n_turns, 8, *shape).transpose(0, 1).reshape(whole.shape)
+        tensors = [ArenaTensor(name="w", shape=tuple(whole.shape), dtype=None, run=8)]
+        arena = torch.zeros(arena_layout(tensors, dtype)[1], dtype=torch.uint8)
+        found = load_weights(tensors, {"w": pieces}, arena, dtype)["w"]
+        assert torch.equal(found, expected.to(ARENA_DTYPES[dtype]))
 
 
 def _load_one(pieces: dict[str, list[BytesPiece]]) -> None:

@@ -61,7 +61,7 @@ def test_weights_of_any_source_dtype_reach_the_gpu_exactly(
             part = torch.randint(0, 100, (draw.randint(1, 90), 37)).to(DTYPES[source])
             parts.append(BytesPiece(part.view(torch.uint8).numpy().tobytes(), source))
         n_rows = sum(piece.n_bytes // DTYPES[piece.dtype].itemsize for piece in parts) // 37
-        tensors.append(ArenaTensor(name=f"w{i}", shape=(n_rows, 37), dtype=own))
+        tensors.append(ArenaTensor(name=f"w{i}", shape=(n_rows, 37), dtype=own, run=0 if n_rows % 16 else 8))
         pieces[f"w{i}"] = parts
     _, n_bytes = arena_layout(tensors, dtype)
     arenas = [torch.zeros(n_bytes, dtype=torch.uint8, device=device) for device in ("cpu", "cuda")]

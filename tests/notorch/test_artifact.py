@@ -121,7 +121,7 @@ PLAN = Plan(
 
 
 def test_the_manifest_has_the_golden_bytes(sound: Artifact) -> None:
-    """Format 3 is frozen: a change of these bytes needs a new format number."""
+    """Format 4 is frozen: a change of these bytes needs a new format number."""
     weights = msgspec.structs.replace(sound.manifest.weights[0], path="../tiny/model.safetensors")
     choice = Choice(op="attention", implementation="x", why="best", declined=(("y", "too old"),))
     fixed = msgspec.structs.replace(
@@ -164,7 +164,7 @@ def test_an_edited_manifest_is_refused(engine: Path) -> None:
 
 @pytest.mark.parametrize(
     ("version", "words"),
-    [(4, "upgrade Sailfish"), (2, "build the engine again"), (10**30, "upgrade Sailfish")],
+    [(5, "upgrade Sailfish"), (3, "build the engine again"), (10**30, "upgrade Sailfish")],
 )
 def test_another_format_is_refused_with_the_way_out(engine: Path, version: int, words: str) -> None:
     data = json.loads((engine / MANIFEST_FILE).read_bytes())
@@ -174,7 +174,7 @@ def test_another_format_is_refused_with_the_way_out(engine: Path, version: int, 
 
 def test_a_newer_format_is_recognised_whatever_else_it_holds(engine: Path) -> None:
     seal(engine, b'{"format":7,"all":"different"}')
-    assert "format 7; this Sailfish reads format 3" in refusal(engine)
+    assert "format 7; this Sailfish reads format 4" in refusal(engine)
 
 
 def test_a_missing_file_is_named_with_the_ways_out(engine: Path) -> None:
@@ -291,7 +291,7 @@ def test_a_hostile_manifest_is_refused_by_name(engine: Path, name: str) -> None:
 
 
 def test_deep_nesting_and_huge_manifests_are_refused(engine: Path) -> None:
-    seal(engine, b'{"format":3,"model":' + b"[" * 200_000)
+    seal(engine, b'{"format":4,"model":' + b"[" * 200_000)
     assert "damaged" in refusal(engine)
     with (engine / MANIFEST_FILE).open("wb") as stream:
         stream.truncate(manifest.MAX_MANIFEST_BYTES + 1)

@@ -67,6 +67,15 @@ def test_query_key_and_value_rows_follow_one_another(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(("family", "d_mlp", "run"), [("llama", 48, 8), ("glm4", 48, 8), ("llama", 44, 0)])
+def test_gate_and_up_take_turns_of_eight_rows_where_eight_divides_them(
+    tmp_path: Path, family: str, d_mlp: int, run: int
+) -> None:
+    specs = tensor_specs(load(tmp_path, family, intermediate_size=d_mlp, mlp_bias=True))
+    runs = {spec.name.split(".")[-2]: spec.run for spec in specs if spec.name.startswith("layers.0.")}
+    assert runs.pop("gate_up") == run and set(runs.values()) == {0}
+
+
 def test_experts_follow_one_another_with_gate_before_up(tmp_path: Path) -> None:
     specs = {spec.name: spec for spec in tensor_specs(load(tmp_path, "mixtral"))}
     assert specs["layers.0.experts.gate_up.weight"].shape == (4, 96, 32)

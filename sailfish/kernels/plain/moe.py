@@ -29,8 +29,8 @@ def sorted_moe(
         if n == 0:
             continue
         rows = order_R[start : start + n]
-        mlp_RM = gated(F.linear(x_TD[rows // n_active], gate_up_X2MD[x]), activation)
-        y_RD[rows] = F.linear(mlp_RM, down_XDM[x])
+        gate_RM, up_RM = F.linear(x_TD[rows // n_active], gate_up_X2MD[x]).chunk(2, -1)
+        y_RD[rows] = F.linear(gated(gate_RM, up_RM, activation), down_XDM[x])
         start += n
     y_TAD = y_RD.view(*expert_TA.shape, x_TD.shape[1])
     return torch.einsum("ta,tad->td", weight_TA.to(x_TD.dtype), y_TAD)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sailfish.kernels.contract import ActivationFormat, KvLayer, Quantised
+from sailfish.kernels.contract import ActivationFormat, KvLayer, Quantised, gated_run
 from sailfish.kernels.reference.quantised import formatted, quantise
 
 ACTIVATIONS = {
@@ -97,13 +97,17 @@ def _rotate(x_THE: Tensor, cos_T1F: Tensor, sin_T1F: Tensor, interleaved: bool) 
 
 def act_mul(gate_up_T2M: Tensor, activation: str, out: ActivationFormat = "plain") -> Tensor | Quantised:
     """Meet `contract.ActMul`."""
-    return formatted(gated(gate_up_T2M, activation), out)
+    d_mlp = gate_up_T2M.shape[-1] // 2
+    run = gated_run(d_mlp)
+    gate, up = gate_up_T2M.view(*gate_up_T2M.shape[:-1], d_mlp // run, 2, run).unbind(-2)
+    # Of a copy, for torch is slow at functions of short runs: on a CPU twice as fast, copy included.
+    y = ACTIVATIONS[activation](gate.contiguous()) * up
+    return formatted(y.flatten(-2), out)
 
 
-def gated(gate_up_T2M: Tensor, activation: str) -> Tensor:
+def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """Return activation(gate) * up in the inputs' dtype."""
-    gate_TM, up_TM = gate_up_T2M.chunk(2, -1)
-    return ACTIVATIONS[activation](gate_TM) * up_TM
+    return ACTIVATIONS[activation](gate) * up
 
 
 def embed(token_T: Tensor, weight_VD: Tensor, scale: float) -> Tensor:

@@ -30,6 +30,7 @@ def moe(
     share_TX = torch.zeros_like(router_TX, dtype=torch.float32).scatter_(1, expert_TA, weight_TA)
     out_TD = torch.zeros_like(x_TD, dtype=torch.float32)
     for x, (gate_up_2MD, down_DM) in enumerate(zip(gate_up_X2MD, down_XDM, strict=True)):
-        mlp_TD = gated(x_TD.float() @ gate_up_2MD.float().T, activation) @ down_DM.float().T
+        gate_TM, up_TM = (x_TD.float() @ gate_up_2MD.float().T).chunk(2, -1)
+        mlp_TD = gated(gate_TM, up_TM, activation) @ down_DM.float().T
         out_TD += mlp_TD * share_TX[:, x, None]
     return out_TD.to(x_TD.dtype)

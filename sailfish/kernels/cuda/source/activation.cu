@@ -22,17 +22,36 @@ __device__ __forceinline__ Eight<T> gated(const Eight<T>& gate, const Eight<T>& 
     return y;
 }
 
+// Eight gates of a row from `i` on, and what they are multiplied by. They alternate, eight by eight, unless
+// the width is no multiple of that; then all gates come first.
+template <class T, bool WHOLE>
+__device__ __forceinline__ void load_both(Eight<T>& gate, Eight<T>& up, const T* row, int i, int width) {
+    const bool alternates = WHOLE || width % 8 == 0;
+    const T* from = row + (alternates ? 2 * i : i);
+    const int distance = alternates ? 8 : width, n = width - i;
+    if (!WHOLE) {
+        gate.load_some(from, n);
+        up.load_some(from + distance, n);
+    } else if (n > 0) {
+        gate.load(from);
+        up.load(from + distance);
+    } else {
+        gate.clear();
+        up.clear();
+    }
+}
+
 // A block's row, for results in 8 bits, whose scale needs the whole of it.
 template <class T, int N, bool WHOLE>
 __device__ __forceinline__ void act_mul(const T* gate_up, void* out, float* scale, int width, int activation,
                                         int format) {
     __shared__ float scratch[32];
-    const T* gate = gate_up + int64_t(blockIdx.x) * 2 * width;
+    const T* from = gate_up + int64_t(blockIdx.x) * 2 * width;
     Row<T, N, WHOLE> row, up;
     let_next_begin();
     wait_for_previous();
-    row.load(gate, width);
-    up.load(gate + width, width);
+#pragma unroll
+    for (int n = 0; n < N; ++n) load_both<T, WHOLE>(row.part[n], up.part[n], from, row.begin(n), width);
 #pragma unroll
     for (int n = 0; n < N; ++n) row.part[n] = gated(row.part[n], up.part[n], activation);
     row.store(out, scale, blockIdx.x, width, format, scratch);
@@ -66,12 +85,9 @@ act_mul_cluster(const TYPE* gate_up, void* out, float* scale, int width, int act
     meet_in_cluster();
     wait_for_previous();
     const int64_t row = blockIdx.x / n_blocks;
-    const TYPE* from = gate_up + row * 2 * width + rank * part;
     const int i = threadIdx.x * 8;
     Eight<TYPE> gate, up;
-    gate.clear();
-    up.clear();
-    if (i < part) gate.load(from + i), up.load(from + width + i);
+    load_both<TYPE, true>(gate, up, gate_up + (row * width + rank * part) * 2, i, part);
     const Eight<TYPE> y = gated(gate, up, activation);
     float largest = 0.f;
 #pragma unroll
@@ -93,19 +109,17 @@ act_mul_cluster(const TYPE* gate_up, void* out, float* scale, int width, int act
 extern "C" __global__ void __launch_bounds__(256)
 act_mul_plain(const TYPE* gate_up, TYPE* out, int width, int activation, int is_whole) {
     const int i = (blockIdx.y * blockDim.x + threadIdx.x) * 8, n = width - i;
-    const TYPE* from = gate_up + int64_t(blockIdx.x) * 2 * width + i;
+    const TYPE* from = gate_up + int64_t(blockIdx.x) * 2 * width;
     TYPE* to = out + int64_t(blockIdx.x) * width + i;
     let_next_begin();
     wait_for_previous();
     if (n <= 0) return;
     Eight<TYPE> gate, up;
     if (is_whole) {
-        gate.load(from);
-        up.load(from + width);
+        load_both<TYPE, true>(gate, up, from, i, width);
         gated(gate, up, activation).store(to);
     } else {
-        gate.load_some(from, n);
-        up.load_some(from + width, n);
+        load_both<TYPE, false>(gate, up, from, i, width);
         gated(gate, up, activation).store_some(to, n);
     }
 }
