@@ -37,7 +37,7 @@ def kinds(artifact: Artifact) -> list[Kind]:
     found: dict[str, Kind] = {}
     for spec, format in engine_specs(model, plan.formats):
         name = kind_of(spec.name)
-        tensors = parts(spec, format, plan.formats.group)
+        tensors = parts(spec, format, plan.formats)
         last = found.get(name)
         found[name] = Kind(
             name=name,

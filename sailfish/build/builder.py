@@ -22,6 +22,7 @@ from sailfish.base.errors import CheckpointError
 from sailfish.base.sources import environment
 from sailfish.build.quantise import Quantiser
 from sailfish.checkpoint.files import read_bytes
+from sailfish.checkpoint.formats.kept import StoredLinears
 from sailfish.checkpoint.hf_config import load_generation_defaults, load_model_config
 from sailfish.checkpoint.model_config import ModelConfig
 from sailfish.checkpoint.names import TensorSpec, check_tensors, tensor_specs
@@ -34,7 +35,7 @@ from sailfish.plan import make_plan
 from sailfish.plan.formats import arena_tensors, engine_specs, is_quantised
 from sailfish.plan.ops import choose_ops
 from sailfish.plan.strict import refuse_downgrades
-from sailfish.plan.types import WeightFormats
+from sailfish.plan.types import Plan
 from sailfish.version import __version__
 
 Progress = Callable[[str, int, int], None]
@@ -90,11 +91,9 @@ def build_engine(
     refuse_downgrades(planned_for or config, plan, ops)
     evidence: Done | None = None
     with EngineWriter(out, force=force) as writer:
-        if is_quantised(plan.formats):
+        if is_quantised(plan.formats) or model.stored is not None:
             may_use_gpu = config.device != "cpu"
-            tensors, weights, evidence = _quantised(
-                writer, model, checkpoint, plan.formats, may_use_gpu, tell
-            )
+            tensors, weights, evidence = _quantised(writer, model, checkpoint, plan, may_use_gpu, tell)
         elif bundle:
             tensors, weights = _copied(writer, tensor_specs(model), checkpoint, tell)
         else:
@@ -108,13 +107,13 @@ def build_engine(
             requested=config,
             plan=plan,
             ops=ops,
-            quantised_by=method(plan.formats) if is_quantised(plan.formats) else None,
+            quantised_by=method(plan.formats, model.stored) if is_quantised(plan.formats) else None,
             tensors=tensors,
             weights=weights,
             files=_copy_files(writer, directory),
         )
         artifact = writer.commit(manifest)
-    if evidence is not None:
+    if evidence is not None and evidence.error:
         _remember(artifact, evidence)
     return artifact
 
@@ -185,15 +184,22 @@ def _quantised(
     writer: EngineWriter,
     model: ModelConfig,
     checkpoint: Checkpoint,
-    formats: WeightFormats,
+    plan: Plan,
     may_use_gpu: bool,
     tell: Progress,
 ) -> tuple[tuple[TensorEntry, ...], tuple[WeightFile, ...], Done]:
-    """Copy the plain tensors while another process quantises the others."""
-    plain = [spec for spec, format in engine_specs(model, formats) if format == "plain"]
-    wanted = arena_tensors(model, formats)
+    """Copy the plain tensors while another process quantises the others, or reads those that are already."""
+    stored = StoredLinears.of(checkpoint, model)
+    plain = [
+        spec
+        for spec, format in engine_specs(model, plan.formats)
+        if format == "plain" and (stored is None or not stored.holds(spec))
+    ]
+    wanted = arena_tensors(model, plan.formats)
     writer.require_space(sum(tensor.n_bytes("float32") + ALIGN_BYTES for tensor in wanted))
-    with Quantiser(checkpoint.directory, writer.staging, formats, may_use_gpu=may_use_gpu) as quantiser:
+    with Quantiser(
+        checkpoint.directory, writer.staging, plan.formats, dtype=plan.dtype, may_use_gpu=may_use_gpu
+    ) as quantiser:
         tensors, weights = _copied(writer, plain, checkpoint, tell)
         done = quantiser.finish(partial(tell, "quantise"))
     entries = {tensor.name: tensor for tensor in tensors}

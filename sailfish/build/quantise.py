@@ -13,7 +13,7 @@ import msgspec
 from sailfish.base.errors import BuildError, SailfishError, error_from_code
 from sailfish.base.sources import environment
 from sailfish.compress.job import Done, Failed, Job, Progress
-from sailfish.plan.types import WeightFormats
+from sailfish.plan.types import Dtype, WeightFormats
 
 _decoder = msgspec.json.Decoder(Progress | Done | Failed)
 
@@ -21,9 +21,13 @@ _decoder = msgspec.json.Decoder(Progress | Done | Failed)
 class Quantiser:
     """A process that quantises, from entering the context on; it ends with the context at the latest."""
 
-    def __init__(self, checkpoint: Path, out: Path, formats: WeightFormats, *, may_use_gpu: bool) -> None:
-        """Name what to quantise, and the directory that its files go to."""
-        self._job = Job(checkpoint=str(checkpoint), out=str(out), formats=formats, may_use_gpu=may_use_gpu)
+    def __init__(
+        self, checkpoint: Path, out: Path, formats: WeightFormats, *, dtype: Dtype, may_use_gpu: bool
+    ) -> None:
+        """Name what to quantise, the directory that its files go to, and the dtype of restored weights."""
+        self._job = Job(
+            checkpoint=str(checkpoint), out=str(out), formats=formats, dtype=dtype, may_use_gpu=may_use_gpu
+        )
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Quantiser:

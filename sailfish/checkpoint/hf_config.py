@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from sailfish.base.errors import CheckpointError, UnsupportedModelError
 from sailfish.checkpoint.families import FAMILIES, Family
 from sailfish.checkpoint.files import Keys, read_json, shown
+from sailfish.checkpoint.formats.stored import stored_weights
 from sailfish.checkpoint.model_config import (
     GenerationDefaults,
     LayerConfig,
@@ -63,7 +64,7 @@ def load_model_config(directory: Path | str) -> ModelConfig:
     vocab_size = config.integer("vocab_size", 1, MAX_VOCAB)
     layers = _layers(config, row, head_dim)
     bias = config.flag("attention_bias", row.bias_default) if row.bias == "attention_bias" else False
-    return ModelConfig(
+    model = ModelConfig(
         family=model_type,
         d_model=d_model,
         n_heads=n_heads,
@@ -97,6 +98,9 @@ def load_model_config(directory: Path | str) -> ModelConfig:
         eos_token_ids=tuple(token_id for token_id in eos_token_ids if token_id < vocab_size),
         bos_token_id=bos_token_id,
     )
+    if quantisation := config.object_or("quantization_config"):
+        return replace(model, stored=stored_weights(directory, model, quantisation.values, config.where))
+    return model
 
 
 def load_generation_defaults(directory: Path | str) -> tuple[GenerationDefaults, tuple[int, ...], int | None]:
@@ -143,13 +147,6 @@ def _family(config: Keys) -> tuple[str, Family]:
             "%s names Python code in auto_map; it is ignored, model_type %s is built in",
             config.where,
             model_type,
-        )
-    if quantization := config.object_or("quantization_config"):
-        method = shown(quantization.values.get("quant_method"))
-        raise UnsupportedModelError(
-            f"{config.where}: quantization_config has quant_method {method}; quantised weights are not read",
-            hint="use the unquantised checkpoint",
-            param="quantization_config",
         )
     architectures = config.list_or("architectures", lambda v: isinstance(v, str), "strings") or []
     if architectures and not architectures[0].endswith("ForCausalLM"):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from sailfish.base.errors import CheckpointError, UnsupportedModelError
 from sailfish.checkpoint.files import shown
+from sailfish.checkpoint.formats.codec import quantised_modules
 from sailfish.checkpoint.model_config import LayerConfig, ModelConfig, MoeConfig
 from sailfish.checkpoint.safetensors_reader import Checkpoint
 from sailfish.kernels.contract import gated_run
@@ -19,6 +20,10 @@ _HARMLESS = re.compile(r"(\.rotary_emb\.inv_freq|\.masked_bias|\.attn\.bias)$")
 _QUANTISED = re.compile(
     r"\.(qweight|qzeros|g_idx|scales|weight_packed|weight_scale|weight_zero_point|absmax)(\.|$|_)"
 )
+_CACHE_SCALE = re.compile(r"\.([kvq]_scale|[kvq]_proj\.output_scale)$")
+"""Of an 8-bit KV cache; a cache here has scales of its own."""
+LAYER_WEIGHT = re.compile(r"layers\.\d+\.(qkv|o|gate_up|down)\.weight")
+"""The engine's names of the linears that `weights` sets the format of."""
 _EMBED, _HEAD, _FINAL_NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 
 Shape = tuple[int, ...]
@@ -53,15 +58,30 @@ def tensor_specs(config: ModelConfig) -> list[TensorSpec]:
     return specs
 
 
+def linear_modules(spec: TensorSpec) -> list[str]:
+    """Return the checkpoint's names of the linears whose rows a tensor is made of; none but of linears."""
+    if spec.name == "embed.weight" or len(spec.shape) < 2:
+        return []
+    return [source.removesuffix(".weight") for source in spec.sources]
+
+
 def check_tensors(config: ModelConfig, checkpoint: Checkpoint) -> None:
     """Raise naming the first tensor that is missing, misshapen, of another type, or that would be ignored."""
-    expected: set[str] = set()
-    for spec in tensor_specs(config):
+    specs = tensor_specs(config)
+    # What a quantised linear's tensors must be its reader says.
+    quantised = _quantised_weights(specs, checkpoint) if config.stored is not None else set()
+    owners = {weight.removesuffix(".weight") for weight in quantised}
+    expected = {name for name in checkpoint.tensors if name.rpartition(".")[0] in owners}
+    expected -= {f"{owner}.bias" for owner in owners}
+    for spec in specs:
         for source, shape in zip(spec.sources, spec.source_shapes, strict=True):
-            expected.add(source)
-            _check_source(checkpoint, source, shape)
+            if source not in quantised:
+                expected.add(source)
+                _check_source(checkpoint, source, shape)
     for name in sorted(checkpoint.tensors.keys() - expected):
         if _HARMLESS.search(name) or (name == _HEAD and config.tied_head):
+            continue
+        if config.stored is not None and _CACHE_SCALE.search(name):
             continue
         where = f"{checkpoint.directory / checkpoint.tensors[name].file}: tensor {shown(name)}"
         if _QUANTISED.search(name):
@@ -71,6 +91,12 @@ def check_tensors(config: ModelConfig, checkpoint: Checkpoint) -> None:
             "ignoring it would change the output",
             hint="check config.json, or remove the tensor",
         )
+
+
+def _quantised_weights(specs: list[TensorSpec], checkpoint: Checkpoint) -> set[str]:
+    """Return the sources that a quantised checkpoint holds in parts, or in whole numbers."""
+    modules = set(quantised_modules(checkpoint.tensors))
+    return {f"{module}.weight" for spec in specs for module in linear_modules(spec) if module in modules}
 
 
 def _check_source(checkpoint: Checkpoint, source: str, shape: Shape) -> None:

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import msgspec
 
 from sailfish.artifact.manifest import TensorEntry, WeightFile
-from sailfish.plan.types import WeightFormats
+from sailfish.checkpoint.model_config import StoredWeights
+from sailfish.plan.types import Dtype, WeightFormats
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
-    """Quantise the weights that `formats` asks for, into files of the directory `out`."""
+    """Quantise the weights that `formats` asks for, into files of the directory `out`.
+
+    Those that the checkpoint stores quantised are kept so, or restored where `formats` has them plain.
+    """
 
     checkpoint: str
     out: str
     formats: WeightFormats
+    dtype: Dtype
+    """Of restored weights."""
     may_use_gpu: bool
 
 
@@ -31,7 +39,7 @@ class Done(msgspec.Struct, frozen=True, tag="done"):
     """Their pieces count the files from 0."""
     weights: list[WeightFile]
     error: dict[str, float]
-    """Mean of ||W - Wq|| / ||W|| over the weights of each kind, such as "gate_up"."""
+    """Mean of ||W - Wq|| / ||W|| over the weights of each kind, such as "gate_up", that were rounded."""
     device: str
     """"cpu" or "cuda": where it was done."""
 
@@ -44,8 +52,13 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     hint: str | None = None
 
 
-def method(formats: WeightFormats) -> str:
+def method(formats: WeightFormats, stored: StoredWeights | None = None) -> str:
     """Return in words how weights are quantised."""
+    if stored is not None and formats.stored:
+        rest = {formats.head, formats.embedding} - {"plain"}
+        if not rest:
+            return f"the checkpoint: {stored.words}"
+        return f"the checkpoint: {stored.words}; {method(replace(formats, layers='plain', stored=False))}"
     kinds = {formats.layers, formats.head, formats.embedding}
     parts = [f"int4 with scales of least squared error for {formats.group} inputs"] if "int4" in kinds else []
     parts += [f"{kind} with a scale for each row" for kind in ("int8", "fp8") if kind in kinds]

@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from math import prod
 from pathlib import Path
 
 import msgspec
@@ -21,17 +22,20 @@ from sailfish.artifact.manifest import Piece, TensorEntry, WeightFile
 from sailfish.artifact.reader import StoredPiece
 from sailfish.artifact.writer import WeightsWriter
 from sailfish.base.errors import BuildError, SailfishError
+from sailfish.checkpoint.formats.kept import StoredLinears
 from sailfish.checkpoint.hf_config import load_model_config
 from sailfish.checkpoint.names import TensorSpec
 from sailfish.checkpoint.safetensors_reader import Checkpoint
 from sailfish.compress import rtn
 from sailfish.compress.job import Done, Failed, Job, Progress
+from sailfish.compress.stored import stored_tensors
 from sailfish.kernels import int4
 from sailfish.models.load import load_weights
 from sailfish.plan.formats import ArenaTensor, engine_specs, kind_of, parts
-from sailfish.plan.types import Dtype, WeightFormat
+from sailfish.plan.types import Dtype, WeightFormat, WeightFormats
 
 _FILE_BYTES = 4 << 30
+_SPELLED = {torch.float32: "F32", torch.bfloat16: "BF16"}
 _ERROR_ROWS_ELEMENTS = 1 << 22
 
 
@@ -54,23 +58,31 @@ def quantise(job: Job, tell: Callable[[int, int], None]) -> Done:
     """Quantise weight after weight; the next one is made while the last one is hashed and written."""
     checkpoint = Checkpoint.open(Path(job.checkpoint))
     model = load_model_config(Path(job.checkpoint))
-    specs = [(spec, to) for spec, to in engine_specs(model, job.formats) if to != "plain"]
-    total_bytes = sum(_source_bytes(checkpoint, spec) for spec, _ in specs)
+    stored = StoredLinears.of(checkpoint, model)
+    specs = [
+        (spec, to, stored if stored is not None and stored.holds(spec) else None)
+        for spec, to in engine_specs(model, job.formats)
+    ]
+    specs = [(spec, to, linears) for spec, to, linears in specs if to != "plain" or linears is not None]
+    total_bytes = sum(_source_bytes(checkpoint, spec) for spec, _, _ in specs)
     device = _device(job.may_use_gpu)
     errors: dict[str, list[float]] = {}
     done_bytes = 0
     with _Files(Path(job.out)) as files, ThreadPoolExecutor(1) as pool:
         written: Future[None] | None = None
-        for spec, to in specs:
-            try:
-                tensors, error = _quantised(checkpoint, spec, to, job.formats.group, device)
-            except torch.OutOfMemoryError:  # others use the GPU; the CPU gives the same numbers
-                device = torch.device("cpu")
-                tensors, error = _quantised(checkpoint, spec, to, job.formats.group, device)
-            errors.setdefault(kind_of(spec.name), []).append(error)
+        for spec, to, linears in specs:
+            if linears is not None:
+                tensors = stored_tensors(linears, spec, to, job.formats, job.dtype)
+            else:
+                try:
+                    tensors, error = _quantised(checkpoint, spec, to, job.formats.group, device)
+                except torch.OutOfMemoryError:  # others use the GPU; the CPU gives the same numbers
+                    device = torch.device("cpu")
+                    tensors, error = _quantised(checkpoint, spec, to, job.formats.group, device)
+                errors.setdefault(kind_of(spec.name), []).append(error)
             if written is not None:
                 written.result()
-            written = pool.submit(files.append, spec, to, job.formats.group, tensors)
+            written = pool.submit(files.append, spec, to, job.formats, tensors)
             done_bytes += _source_bytes(checkpoint, spec)
             tell(done_bytes, total_bytes)
         if written is not None:
@@ -151,15 +163,18 @@ class _Files:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def append(self, spec: TensorSpec, to: WeightFormat, group: int, tensors: list[Tensor]) -> None:
+    def append(
+        self, spec: TensorSpec, to: WeightFormat, formats: WeightFormats, tensors: list[Tensor]
+    ) -> None:
         """Write the parts of one weight."""
-        for part, tensor in zip(parts(spec, to, group), tensors, strict=True):
-            assert part.dtype is not None and part.shape == tuple(tensor.shape)
+        for part, tensor in zip(parts(spec, to, formats), tensors, strict=True):
+            assert part.shape == tuple(tensor.shape)
             data = memoryview(tensor.flatten().view(torch.uint8).numpy().data)
             writer = self._writer(len(data))
             writer.align()
             offset = writer.append(data, lambda _: None)
-            piece = Piece(file=len(self._writers) - 1, offset=offset, n_bytes=len(data), dtype=part.dtype)
+            dtype = part.dtype or _SPELLED[tensor.dtype]
+            piece = Piece(file=len(self._writers) - 1, offset=offset, n_bytes=len(data), dtype=dtype)
             self.tensors.append(
                 TensorEntry(name=part.name, shape=part.shape, dtype=part.dtype, pieces=(piece,))
             )
@@ -191,7 +206,9 @@ def _device(may_use_gpu: bool) -> torch.device:
 
 
 def _source_bytes(checkpoint: Checkpoint, spec: TensorSpec) -> int:
-    return sum(checkpoint.tensors[source].n_bytes for source in spec.sources)
+    """Return the bytes of a weight; of one that is stored in parts, what its numbers would take."""
+    refs = [checkpoint.tensors.get(source) for source in spec.sources]
+    return sum(ref.n_bytes for ref in refs if ref is not None) or 2 * prod(spec.shape)
 
 
 def _say(message: Progress | Done | Failed) -> None:

@@ -87,7 +87,7 @@ def assemble(
             weights[name] = Int4Weight(
                 packed=tensors[f"{name}.packed"],
                 scale=tensors[f"{name}.scale"],
-                zero=None,
+                zero=tensors.get(f"{name}.zero"),
                 n_out=n_out,
                 n_in=n_in,
                 group=int4_sizes(n_out, n_in, formats.group)[2],

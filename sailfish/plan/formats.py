@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, replace
 from math import prod
 
 from sailfish.base.config import EngineConfig
 from sailfish.base.errors import ConfigError
-from sailfish.checkpoint.model_config import ModelConfig
-from sailfish.checkpoint.names import TensorSpec, tensor_specs
+from sailfish.checkpoint.model_config import ModelConfig, StoredWeights
+from sailfish.checkpoint.names import LAYER_WEIGHT, TensorSpec, tensor_specs
 from sailfish.plan.types import Decision, Dtype, WeightFormat, WeightFormats
 
 STORED_BYTES: dict[str, int] = {"I32": 4, "F32": 4, "BF16": 2, "F16": 2, "I8": 1, "F8_E4M3": 1}
@@ -25,7 +24,6 @@ _IN_FORMAT: dict[str, tuple[str, ...]] = {
     "embedding": ("plain", "int8"),
     "weight_group": tuple(map(str, GROUPS)),
 }
-_LAYER_WEIGHT = re.compile(r"layers\.\d+\.(qkv|o|gate_up|down)\.weight")
 _EMBED, _HEAD = "embed.weight", "head.weight"
 _STRIP, _UNIT, _ROWS = 16, 64, 64
 
@@ -58,8 +56,35 @@ def formats_of(config: EngineConfig, model: ModelConfig) -> WeightFormats:
     layers = _format(None if config.weights in PLAIN else config.weights)
     embedding = _format(config.embedding)
     head = _format(config.head if config.head is not None or not model.tied_head else config.embedding)
+    if model.stored is not None and config.weights not in PLAIN and model.stored.format != "plain":
+        return _stored_formats(config, model.stored, head, embedding)
     group = WeightFormats().group if config.weight_group is None else config.weight_group
     return WeightFormats(layers=layers, head=head, embedding=embedding, group=group)
+
+
+def _stored_formats(
+    config: EngineConfig, stored: StoredWeights, head: WeightFormat, embedding: WeightFormat
+) -> WeightFormats:
+    """Return the checkpoint's own formats; what else is asked for must not contradict them."""
+    is_int4 = stored.format == "int4"
+    asked = {"weights": config.weights, "weight_group": config.weight_group}
+    for name, there in (("weights", stored.format), ("weight_group", stored.group if is_int4 else None)):
+        if asked[name] not in (None, there) and not (there is None and head == "int4"):
+            raise ConfigError(
+                f"{name} {asked[name]!r} is not what the checkpoint stores: {stored.words}",
+                hint=f"leave {name} to auto, or quantise the unquantised checkpoint",
+                param=name,
+            )
+    group = stored.group if is_int4 or config.weight_group is None else config.weight_group
+    return WeightFormats(
+        layers=stored.format,
+        head=head,
+        embedding=embedding,
+        group=group,
+        stored=True,
+        zero_points=stored.zero_points,
+        dense=stored.dense,
+    )
 
 
 def is_quantised(formats: WeightFormats) -> bool:
@@ -80,6 +105,7 @@ def config_of(formats: WeightFormats) -> EngineConfig:
 def words(formats: WeightFormats) -> str:
     """Return the formats in words, as in "int4 (groups of 128), int8 head"."""
     parts = [_word(formats.layers, formats)] if formats.layers != "plain" else []
+    parts += ["stored"] if formats.stored else []
     parts += [f"{_word(formats.head, formats)} head"] if formats.head != "plain" else []
     parts += [f"{formats.embedding} embedding"] if formats.embedding != "plain" else []
     return ", ".join(parts) or "plain"
@@ -95,10 +121,11 @@ def decisions(
         return Decision(name=name, requested="auto" if value is None else str(value), active=active, why=why)
 
     plain_layers = formats.layers == "plain"
+    stored = model.stored
+    why_weights = "as dtype" if stored is None else f"as the checkpoint stores them: {stored.words}"
+    active = dtype if plain_layers else _word(formats.layers, formats)
     found = [
-        decide(
-            "weights", config.weights, dtype if plain_layers else _word(formats.layers, formats), "as dtype"
-        ),
+        decide("weights", config.weights, active, why_weights),
         decide("head", config.head, _active(formats.head, dtype), _why_head(model, formats)),
         decide(
             "embedding",
@@ -111,6 +138,18 @@ def decisions(
     if not _has_int4(formats):
         group, why = "none", "no weight is in 4 bits"
     found.append(decide("weight_group", config.weight_group, group, why))
+    if stored is not None and stored.restored is not None and config.weights not in PLAIN:
+        many = "all" if plain_layers else f"{len(formats.dense)} of the layers'"
+        why = f"{stored.restored} ({stored.words})"
+        found.append(
+            Decision(
+                name="restored_weights",
+                requested="auto",
+                active=f"{many} in {dtype}",
+                why=why,
+                is_downgrade=True,
+            )
+        )
     n_routed = sum(layer.moe is not None for layer in model.layers)
     if n_routed and not plain_layers:
         why = f"no kernel reads {formats.layers} experts; the {n_routed} layers' experts keep their dtype"
@@ -136,7 +175,7 @@ def format_of(name: str, formats: WeightFormats) -> WeightFormat:
         return formats.embedding
     if name == _HEAD:
         return formats.head
-    return formats.layers if _LAYER_WEIGHT.fullmatch(name) else "plain"
+    return formats.layers if LAYER_WEIGHT.fullmatch(name) and name not in formats.dense else "plain"
 
 
 def kind_of(name: str) -> str:
@@ -150,26 +189,28 @@ def kind_of(name: str) -> str:
 def arena_tensors(model: ModelConfig, formats: WeightFormats) -> list[ArenaTensor]:
     """Return every tensor of the arena in order."""
     return [
-        tensor
-        for spec, format in engine_specs(model, formats)
-        for tensor in parts(spec, format, formats.group)
+        tensor for spec, format in engine_specs(model, formats) for tensor in parts(spec, format, formats)
     ]
 
 
-def parts(spec: TensorSpec, format: WeightFormat, group: int) -> list[ArenaTensor]:
+def parts(spec: TensorSpec, format: WeightFormat, formats: WeightFormats) -> list[ArenaTensor]:
     """Return the tensors that hold one weight. Those of a quantised one are stored as they lie in memory."""
     name, shape = spec.name, spec.shape
     if format == "plain":
         return [ArenaTensor(name=name, shape=shape, dtype=None, run=spec.run)]
     n_out, n_in = shape
     if format == "int4":
-        rows, width, group = int4_sizes(n_out, n_in, group)
+        rows, width, group = int4_sizes(n_out, n_in, formats.group)
         packed = (rows // _STRIP, width // _UNIT, 32, 4)
         scale = (rows // _STRIP, width // group, _STRIP)
-        return [
+        is_stored = formats.stored and name != _HEAD
+        found = [
             ArenaTensor(name=f"{name}.packed", shape=packed, dtype="I32"),
-            ArenaTensor(name=f"{name}.scale", shape=scale, dtype="BF16"),
+            ArenaTensor(name=f"{name}.scale", shape=scale, dtype=None if is_stored else "BF16"),
         ]
+        if is_stored and formats.zero_points:
+            found.append(ArenaTensor(name=f"{name}.zero", shape=scale, dtype=None))
+        return found
     values = "I8" if format == "int8" else "F8_E4M3"
     return [
         ArenaTensor(name=f"{name}.values", shape=shape, dtype=values),

@@ -38,6 +38,7 @@ from sailfish.kernels.contract import Weight8
 from sailfish.kernels.int4 import Int4Weight
 from sailfish.models.layers.linear import LinearWeight
 from sailfish.plan.formats import engine_specs
+from sailfish.plan.types import Dtype
 
 FLOAT32 = EngineConfig(dtype="float32")
 ENGINES: dict[str, tuple[str, EngineConfig]] = {
@@ -58,8 +59,10 @@ ENGINES: dict[str, tuple[str, EngineConfig]] = {
 class InThisProcess:
     """Quantises as the process of its own does, without its start."""
 
-    def __init__(self, checkpoint: Path, out: Path, formats: Any, *, may_use_gpu: bool) -> None:
-        self._job = Job(checkpoint=str(checkpoint), out=str(out), formats=formats, may_use_gpu=may_use_gpu)
+    def __init__(self, checkpoint: Path, out: Path, formats: Any, *, dtype: Dtype, may_use_gpu: bool) -> None:
+        self._job = Job(
+            checkpoint=str(checkpoint), out=str(out), formats=formats, dtype=dtype, may_use_gpu=may_use_gpu
+        )
 
     def __enter__(self) -> InThisProcess:
         return self

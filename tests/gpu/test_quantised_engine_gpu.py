@@ -36,6 +36,7 @@ def test_a_gpu_quantises_to_what_the_cpu_does(format: WeightFormat, tmp_path: Pa
             checkpoint=str(demo_model()),
             out=str(tmp_path / place),
             formats=WeightFormats(layers=format, head=format),
+            dtype="bfloat16",
             may_use_gpu=place == "cuda",
         )
         done[place] = quantise(job, lambda *_: None)

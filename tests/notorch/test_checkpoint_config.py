@@ -282,7 +282,7 @@ def test_values_out_of_range_are_named(tmp_path: Path, extra: dict[str, Any], wo
         ("gpt2", {}, "model_type is 'gpt2'; supported are gemma2, gemma3_text, glm4"),
         ("odd", {"auto_map": {"AutoModel": "m.M"}}, "its auto_map names Python code, which is never run"),
         ("gemma3", {"text_config": {}}, "wraps a text model in text_config"),
-        ("llama", {"quantization_config": {"quant_method": "gptq"}}, "quant_method 'gptq'"),
+        ("llama", {"quantization_config": {"quant_method": "hqq"}}, "quant_method 'hqq'; read are gptq"),
         ("llama", {"hidden_act": "relu"}, "hidden_act is 'relu'; supported are silu"),
         ("gemma2", {"hidden_activation": "gelu"}, "hidden_activation is 'gelu'"),
         ("llama", {"dtype": "float8"}, "dtype is 'float8'"),

@@ -1,0 +1,149 @@
+"""Says what the weights of a quantised checkpoint are in an engine: kept in their bits, or restored."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from sailfish.base.errors import UnsupportedModelError
+from sailfish.checkpoint.formats.codec import schemes_of
+from sailfish.checkpoint.formats.config import read_quant_config
+from sailfish.checkpoint.formats.scheme import LinearScheme, QuantConfig
+from sailfish.checkpoint.model_config import ModelConfig, StoredWeights
+from sailfish.checkpoint.names import LAYER_WEIGHT, linear_modules, tensor_specs
+from sailfish.checkpoint.safetensors_reader import Checkpoint
+
+GROUPS = (128, 64, 32)
+"""Inputs that may share a scale in an engine's 4-bit weights, widest first; wider groups are cut up."""
+
+_Format = Literal["int4", "int8", "fp8"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Kept:
+    """What an engine can multiply a weight in without restoring it."""
+
+    format: _Format
+    group: int = GROUPS[0]
+    zero_points: bool = False
+
+
+def stored_weights(
+    directory: Path, model: ModelConfig, quantisation: Mapping[str, Any], where: str
+) -> StoredWeights:
+    """Return what an engine makes of a checkpoint with this `quantization_config`; `where` names its file.
+
+    An engine has one format for the weights of attention and MLP; those that it does not hold are restored,
+    and `restored` says why. UnsupportedModelError for a config that is not read, CheckpointError where the
+    tensors contradict it.
+    """
+    config, checkpoint = read_quant_config(quantisation, where), Checkpoint.open(directory)
+    schemes = checkpoint_schemes(config, model, checkpoint)
+    reasons: list[str] = []
+    found: dict[str, _Kept | None] = {}
+    for spec in tensor_specs(model):
+        its = [schemes[module] for module in linear_modules(spec)]
+        if not any(its):
+            if LAYER_WEIGHT.fullmatch(spec.name):
+                found[spec.name] = None
+            continue
+        if LAYER_WEIGHT.fullmatch(spec.name):
+            found[spec.name] = _kept_of(its, reasons)
+        else:
+            reasons.append(f"{spec.name.removesuffix('.weight')} has no quantised form in an engine")
+    formats = Counter(kept.format for kept in found.values() if kept is not None)
+    format = formats.most_common(1)[0][0] if formats else None
+    reasons += [f"an engine has one format beside the plain one, here {format}" for other in formats][1:]
+    chosen = [kept for kept in found.values() if kept is not None and kept.format == format]
+    return StoredWeights(
+        format=format or "plain",
+        group=min((kept.group for kept in chosen), default=GROUPS[0]),
+        zero_points=any(kept.zero_points for kept in chosen),
+        dense=tuple(n for n, kept in found.items() if kept is None or kept.format != format)
+        if format
+        else (),
+        words=_words(config, [scheme for scheme in schemes.values() if scheme is not None]),
+        restored="; ".join(dict.fromkeys(reasons)) or None,
+    )
+
+
+def checkpoint_schemes(
+    config: QuantConfig, model: ModelConfig, checkpoint: Checkpoint
+) -> dict[str, LinearScheme | None]:
+    """Return how each linear of the model is stored, by the checkpoint's name for it; None: dense."""
+    modules = [module for spec in tensor_specs(model) for module in linear_modules(spec)]
+    return schemes_of(config, modules, checkpoint.tensors)
+
+
+def keeps(scheme: LinearScheme) -> str | None:
+    """Return why an engine restores a linear of this scheme, None where it multiplies it as it is."""
+    found = _kept(scheme)
+    return found if isinstance(found, str) else None
+
+
+def _kept(scheme: LinearScheme) -> _Kept | str:
+    """Return what a scheme is kept as, or in words why it is not."""
+    activations = scheme.activations
+    if scheme.act_order:
+        return "no kernel reads inputs in act-order"
+    if scheme.bits < 8:
+        if activations is not None:
+            return f"no kernel multiplies {scheme.bits}-bit weights with 8-bit activations"
+        if scheme.bits > 4:
+            return f"no kernel has weights of {scheme.bits} bits"
+        group = next((g for g in GROUPS if (scheme.group or GROUPS[0]) % g == 0), None)
+        if group is None:
+            return f"no kernel has groups of {scheme.group} inputs"
+        return _Kept(format="int4", group=group, zero_points=not scheme.symmetric)
+    if activations is None:
+        return "no kernel multiplies 8-bit weights with activations that stay as they are"
+    if scheme.strategy == "group" or not scheme.symmetric:
+        return "no kernel has 8-bit weights with groups or zero points"
+    if (activations.kind == "float") is not scheme.is_float:
+        return "no kernel multiplies whole numbers with float8"
+    return _Kept(format="fp8" if scheme.is_float else "int8")
+
+
+def _kept_of(schemes: list[LinearScheme | None], reasons: list[str]) -> _Kept | None:
+    """Return what a weight of several linears' rows is kept as; None, with the reason added: restored."""
+    kept: list[_Kept] = []
+    for scheme in schemes:
+        found = "it shares a product with a dense one" if scheme is None else _kept(scheme)
+        if isinstance(found, str):
+            reasons.append(found)
+            return None
+        kept.append(found)
+    if len({one.format for one in kept}) > 1:
+        reasons.append("linears that share a product are in several formats")
+        return None
+    return _Kept(
+        format=kept[0].format,
+        group=min(one.group for one in kept),
+        zero_points=any(one.zero_points for one in kept),
+    )
+
+
+def _words(config: QuantConfig, schemes: list[LinearScheme]) -> str:
+    if not schemes:
+        raise UnsupportedModelError(
+            "quantization_config is there, but no linear is quantised",
+            hint="remove it from config.json if the weights are dense",
+            param="quantization_config",
+        )
+    return f"{config.method}, {' and '.join(dict.fromkeys(map(scheme_words, schemes)))}"
+
+
+def scheme_words(scheme: LinearScheme) -> str:
+    """Return a scheme in words, as in "4 bits in groups of 128, asymmetric, act-order"."""
+    kind = "float8" if scheme.is_float else f"{scheme.bits} bits"
+    share = f"in groups of {scheme.group}" if scheme.group else f"by {scheme.strategy}"
+    words = [f"{kind} {share}"]
+    words += [] if scheme.symmetric else ["asymmetric"]
+    words += ["act-order"] if scheme.act_order else []
+    if scheme.activations is not None:
+        how = "dynamic" if scheme.activations.dynamic else "static"
+        words.append(f"{how} {'float8' if scheme.activations.kind == 'float' else 'int8'} activations")
+    return ", ".join(words)

@@ -1,0 +1,257 @@
+"""Checkpoints that come quantised: engines keep their bits, or restore them and say why; the same numbers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import pytest
+import torch
+from paged import PagedDriver, load_engine_weights
+from rounded import restored
+from stored_twins import Schemes, store_twin, stored_numbers, stored_truth
+from twins import make_twin
+
+from sailfish.artifact.reader import Artifact
+from sailfish.artifact.side import read_evidence
+from sailfish.base.config import EngineConfig
+from sailfish.base.errors import CheckpointError, ConfigError, PlanError, UnsupportedModelError
+from sailfish.build import builder
+from sailfish.build.builder import build_engine
+from sailfish.checkpoint.formats.kept import row_order
+from sailfish.checkpoint.formats.scheme import ActivationScheme, LinearScheme
+from sailfish.checkpoint.hf_config import load_model_config
+from sailfish.checkpoint.names import linear_modules
+from sailfish.compress.job import Done, Job
+from sailfish.compress.worker import quantise
+from sailfish.plan.formats import engine_specs
+from sailfish.plan.types import Dtype
+
+MODELS = Path(__file__).parents[2].parent / "shared" / "models"
+FLOAT32 = EngineConfig(dtype="float32")
+G32 = LinearScheme(layout="pack-quantized", bits=4, strategy="group", group=32)
+G64 = replace(G32, group=64)
+ASYMMETRIC = replace(G32, symmetric=False)
+CHANNEL = replace(G32, strategy="channel", group=None)
+GPTQ = replace(G32, layout="gptq")
+INT8 = LinearScheme(
+    layout="int-quantized",
+    bits=8,
+    strategy="channel",
+    activations=ActivationScheme(kind="int", dynamic=True, strategy="token"),
+)
+FP8 = replace(
+    INT8,
+    layout="float-quantized",
+    activations=ActivationScheme(kind="float", dynamic=True, strategy="token"),
+)
+STATIC = ActivationScheme(kind="int", dynamic=False, strategy="tensor")
+QUANTISED: dict[str, tuple[str, Schemes, str]] = {
+    "groups of 32": ("llama", {"": G32}, "int4"),
+    "groups of 64 and 32": ("qwen2", {"mlp": G64, "": G32}, "int4"),
+    "zero points in some layers": ("llama_tied", {"layers.1": ASYMMETRIC, "": G32}, "int4"),
+    "a scale for each row": ("llama", {"": CHANNEL}, "int4"),
+    "3 and 2 bits": ("llama", {"mlp": replace(G32, bits=3), "": replace(ASYMMETRIC, bits=2)}, "int4"),
+    "gptq": ("llama", {"": GPTQ}, "int4"),
+    "gptq_v2 with zero points": (
+        "llama_tied",
+        {"": replace(GPTQ, layout="gptq_v2", symmetric=False)},
+        "int4",
+    ),
+    "awq": ("llama", {"mlp.down": None, "": replace(ASYMMETRIC, layout="awq")}, "int4"),
+    "a dense layer, and one dense linear of a product": (
+        "llama",
+        {"layers.0.mlp": None, "layers.2.self_attn.k_proj": None, "": G32},
+        "int4",
+    ),
+    "act-order in one layer": (
+        "llama",
+        {"layers.1.mlp.down": replace(G32, act_order=True), "": G32},
+        "int4",
+    ),
+    "act-order": ("llama", {"": replace(GPTQ, act_order=True)}, "plain"),
+    "int8": ("llama", {"": INT8}, "int8"),
+    "int8 with a scale for each matrix": ("llama_tied", {"": replace(INT8, strategy="tensor")}, "int8"),
+    "fp8": ("qwen2", {"": FP8}, "fp8"),
+    "8 bits, activations as they are": ("llama", {"": replace(INT8, activations=None)}, "plain"),
+    "8 bits in groups": ("llama", {"": replace(G32, bits=8)}, "plain"),
+    "experts": ("mixtral", {"block_sparse_moe.gate|mlp.gate$": None, "": G32}, "int4"),
+}
+
+
+class InThisProcess:
+    """Quantises as the process of its own does, without its start."""
+
+    def __init__(self, checkpoint: Path, out: Path, formats: Any, *, dtype: Dtype, may_use_gpu: bool) -> None:
+        self._job = Job(
+            checkpoint=str(checkpoint), out=str(out), formats=formats, dtype=dtype, may_use_gpu=may_use_gpu
+        )
+
+    def __enter__(self) -> InThisProcess:
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        return None
+
+    def finish(self, tell: Callable[[int, int], None]) -> Done:
+        """Do it."""
+        return quantise(self._job, tell)
+
+
+@pytest.fixture(autouse=True)
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(builder, "Quantiser", InThisProcess)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    yield tmp_path_factory.mktemp("stored")
+
+
+def folder(name: str, home: Path) -> Path:
+    twin, schemes, _ = QUANTISED[name]
+    path = home / name.replace(" ", "-")
+    return path if path.exists() else store_twin(make_twin(twin, home / "twins"), path, schemes)
+
+
+def engine_of(source: Path, home: Path) -> Artifact:
+    out = home / "engines" / source.name
+    if not out.exists():
+        build_engine(source, out, config=FLOAT32, target="cpu")
+    return Artifact.open(out)
+
+
+def interchange(name: str, home: Path) -> Path:
+    """Return a folder that another tool wrote, with books-4m's tokenizer beside it."""
+    source = MODELS / "interchange" / name
+    if not source.is_dir():
+        pytest.skip("shared/models/interchange is not beside this checkout")
+    path = home / "interchange" / name
+    if not path.exists():
+        path.mkdir(parents=True)
+        for file in (*source.iterdir(), MODELS / "books-4m" / "tokenizer.json"):
+            (path / file.name).symlink_to(file)
+    return path
+
+
+def check_logits(source: Path, engine: Artifact, *, vocab_size: int) -> None:
+    """Compare a prompt's logits with transformers' of the same numbers, computed in float32."""
+    prompt = torch.randint(0, vocab_size, (150,), generator=torch.Generator().manual_seed(3)).tolist()
+    layers = engine.manifest.plan.formats.layers
+    is_8_bit = layers in ("int8", "fp8")
+    with torch.inference_mode():
+        truth = stored_truth(source, rounds_activations=is_8_bit)
+        expected = truth(torch.tensor([prompt])).logits[0]
+    found = PagedDriver(source, seed=1, engine=engine).prefill({0: prompt}, largest_chunk=40)[0]
+    wrong_Q = (found - expected).norm(dim=1) / expected.norm(dim=1)
+    # One 8-bit activation next to a tie may round the other way, which then reaches all later positions.
+    assert wrong_Q.quantile(0.05 if is_8_bit else 0.5) < 1e-5
+    assert wrong_Q.max() < (0.15 if is_8_bit else 1e-5)
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+def test_an_engine_gives_the_logits_of_transformers_with_the_stored_numbers(name: str, home: Path) -> None:
+    if name == "experts":
+        pytest.skip("transformers joins experts under other names; their numbers are compared below")
+    source = folder(name, home)
+    check_logits(source, engine_of(source, home), vocab_size=256)
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+def test_every_stored_number_is_the_engines_own(name: str, home: Path) -> None:
+    source = folder(name, home)
+    engine = engine_of(source, home)
+    formats, model = engine.manifest.plan.formats, engine.manifest.model
+    assert formats.layers == QUANTISED[name][2]
+    weights, numbers = load_engine_weights(engine), stored_numbers(source)
+    n_compared = 0
+    for spec, _ in engine_specs(model, formats):
+        modules = linear_modules(spec)
+        if modules and all(module in numbers for module in modules):
+            expected = torch.cat([numbers[module][1] for module in modules]).view(spec.shape)
+            order = row_order(spec)
+            expected = expected if order is None else expected[torch.from_numpy(order)]
+            assert torch.equal(restored(weights[spec.name]), expected), spec.name
+            n_compared += len(modules)
+    is_partly_dense = "dense linear" in name
+    assert n_compared == len(numbers) - (2 if is_partly_dense else 0)
+
+
+@pytest.mark.parametrize(
+    "name",
+    (
+        "ct-w4a16-gptq",
+        "ct-w4a16-awq-asym",
+        "ct-w8a8-smoothquant",
+        "ct-fp8-dynamic",
+        "gptq-w4",
+        "gptq-w4-actorder",
+    ),
+)
+def test_what_other_tools_wrote_gives_their_numbers_logits(name: str, home: Path) -> None:
+    source = interchange(name, home)
+    check_logits(source, engine_of(source, home), vocab_size=8000)
+
+
+def test_a_plan_says_what_the_checkpoint_stores_and_what_is_restored(home: Path) -> None:
+    kept = engine_of(folder("groups of 32", home), home).manifest
+    weights = next(decision for decision in kept.plan.decisions if decision.name == "weights")
+    assert weights.active == "int4 (groups of 32)" and "4 bits in groups of 32" in weights.why
+    assert kept.quantised_by == "the checkpoint: compressed-tensors, 4 bits in groups of 32"
+    partly = engine_of(folder("act-order in one layer", home), home)
+    found = next(d for d in partly.manifest.plan.decisions if d.name == "restored_weights")
+    assert found.is_downgrade and found.active.startswith("1 of the layers'") and "act-order" in found.why
+    assert not read_evidence(partly), "nothing was rounded, so there is no error"
+    with pytest.raises(PlanError, match="no kernel reads inputs in act-order"):
+        build_engine(
+            folder("act-order", home), home / "strict", config=replace(FLOAT32, strict=True), target="cpu"
+        )
+
+
+def test_a_plain_dtype_restores_all_and_another_format_is_refused(home: Path) -> None:
+    source = folder("groups of 32", home)
+    config = replace(FLOAT32, weights="float32")
+    engine = build_engine(source, home / "restored", config=config, target="cpu")
+    assert engine.manifest.plan.formats.layers == "plain" and engine.manifest.quantised_by is None
+    check_logits(source, engine, vocab_size=256)
+    with pytest.raises(ConfigError, match="weights 'int8' is not what the checkpoint stores: compressed"):
+        build_engine(source, home / "never", config=replace(FLOAT32, weights="int8"), target="cpu")
+    with pytest.raises(ConfigError, match="weight_group 64 is not what the checkpoint stores"):
+        build_engine(source, home / "never", config=replace(FLOAT32, weight_group=64), target="cpu")
+
+
+def test_a_quantised_head_joins_stored_weights(home: Path) -> None:
+    source = folder("zero points in some layers", home)
+    engine = build_engine(source, home / "head", config=replace(FLOAT32, head="int4"), target="cpu")
+    assert engine.manifest.quantised_by is not None
+    assert engine.manifest.quantised_by.startswith("the checkpoint: ")
+    assert "round to nearest" in engine.manifest.quantised_by
+    assert set(read_evidence(engine)[0].values) == {"head"}
+
+
+def edited(source: Path, out: Path, **changes: Any) -> Path:
+    """Copy a folder with other keys in its quantization_config."""
+    out.mkdir()
+    for file in source.iterdir():
+        (out / file.name).symlink_to(file)
+    values = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    values["quantization_config"] |= changes
+    (out / "config.json").unlink()
+    (out / "config.json").write_text(json.dumps(values), encoding="utf-8")
+    return out
+
+
+def test_a_config_that_hides_what_is_stored_is_refused_in_words(home: Path, tmp_path: Path) -> None:
+    hidden = edited(folder("act-order", home), tmp_path / "order", desc_act=False)
+    with pytest.raises(UnsupportedModelError, match="in act-order, which quantization_config does not say"):
+        build_engine(hidden, tmp_path / "out", config=FLOAT32, target="cpu")
+    hidden = edited(folder("gptq_v2 with zero points", home), tmp_path / "zeros", sym=True)
+    with pytest.raises(UnsupportedModelError, match="has zero points, though quantization_config"):
+        build_engine(hidden, tmp_path / "out", config=FLOAT32, target="cpu")
+    dense = edited(folder("groups of 32", home), tmp_path / "dense", ignore=["re:.*mlp.*", "lm_head"])
+    with pytest.raises(CheckpointError, match="but quantization_config leaves it dense"):
+        load_model_config(dense)
