@@ -9,11 +9,21 @@ import torch
 from torch import Tensor
 
 from sailfish.kernels import int4
-from sailfish.kernels.contract import Quantised, Weight8
+from sailfish.kernels.contract import Quantised, SumNorm, Weight8
 from sailfish.kernels.cuda import program
 from sailfish.kernels.cuda.driver import launches
-from sailfish.kernels.cuda.stream import MAX_TOKENS, Split, linear_8, linear_bf16, linear_int4
+from sailfish.kernels.cuda.stream import (
+    MAX_TOKENS,
+    Split,
+    linear_8,
+    linear_bf16,
+    linear_int4,
+    norm_linear_bf16,
+    norm_linear_int4,
+    rejects_norm,
+)
 from sailfish.kernels.int4 import Int4Weight
+from sailfish.kernels.reference import elementwise
 from sailfish.kernels.reference.quantised import quantise
 
 pytestmark = pytest.mark.gpu
@@ -109,6 +119,87 @@ def test_8_bit_weights_agree_with_float64(form: str) -> None:
             )
 
 
+def _gated(y: Tensor, activation: str) -> Tensor:
+    """Return activation(gate) * up of outputs that alternate by eights, as the ops one by one round it."""
+    gate, up = y.view(len(y), -1, 2, 8).unbind(2)
+    return elementwise.gated(gate, up, activation).flatten(1)
+
+
+def _close(y: Tensor, expected: Tensor) -> None:
+    """Equal up to a rounding of each factor."""
+    rtol = 2.0**-6 if y.dtype == torch.bfloat16 else 2.0**-9
+    torch.testing.assert_close(y, expected, rtol=rtol, atol=rtol / 64)
+
+
+@pytest.mark.usefixtures("device_or_older")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_a_gated_product_is_the_product_and_then_the_activation(activation: str, dtype: torch.dtype) -> None:
+    for n_in, n_out in ((4096, 3584), (192, 48), (11008, 512)):
+        packed = draw_int4(n_in, n_out, 64, True, dtype)
+        dense = (torch.randn(n_out, n_in, device="cuda") / n_in**0.5).to(dtype)
+        bias = torch.randn(n_out, device="cuda").to(dtype)
+        for n_tokens in (1, 4, 5, 8, 9, 16, 35):
+            x = torch.randn(n_tokens, n_in, device="cuda").to(dtype)
+            poison(n_tokens, n_out // 2, dtype)
+            _close(
+                linear_int4(x, packed, bias, activation=activation),
+                _gated(linear_int4(x, packed, bias), activation),
+            )
+            poison(n_tokens, n_out // 2, dtype)
+            _close(linear_bf16(x, dense, activation=activation), _gated(linear_bf16(x, dense), activation))
+
+
+@pytest.mark.usefixtures("device_or_older")
+@pytest.mark.parametrize("form", ["int8", "fp8"])
+def test_a_gated_product_of_8_bits_is_the_product_and_then_the_activation(form: str) -> None:
+    stored = quantise(torch.randn(1024, 4096, device="cuda"), form)  # type: ignore[arg-type]
+    weight = Weight8(stored.values_TI, stored.scale_T / 64)
+    for n_tokens in (1, 8, 16):
+        x = quantise(torch.randn(n_tokens, 4096, device="cuda").bfloat16(), form)  # type: ignore[arg-type]
+        poison(n_tokens, 512, torch.bfloat16)
+        _close(linear_8(x, weight, activation="silu"), _gated(linear_8(x, weight), "silu"))
+
+
+@pytest.mark.usefixtures("device_or_older")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("plus_one", [False, True])
+def test_a_product_of_a_norm_is_the_norm_and_then_the_product(plus_one: bool, dtype: torch.dtype) -> None:
+    for n_tokens, width, n_out in (
+        (1, 4096, 3584),
+        (4, 4096, 272),
+        (3, 1280, 48),
+        (2, 8192, 512),
+        (1, 16384, 64),
+    ):
+        packed = draw_int4(width, n_out, 128, False, dtype)
+        dense = (torch.randn(n_out, width, device="cuda") / width**0.5).to(dtype)
+        delta, residual = (torch.randn(n_tokens, width, device="cuda").to(dtype) * 3 for _ in "xr")
+        norm = SumNorm(residual, torch.randn(width, device="cuda").to(dtype), 1e-5, plus_one)
+        assert rejects_norm(delta, norm) is None
+        poison(n_tokens, width, dtype)
+        expected, total = elementwise.add_rms_norm(delta, residual, norm.weight_D, norm.eps, plus_one)
+        for activation in (None, "silu"):
+            truth = expected.double() @ int4.dequantise(packed).double().T
+            plain, gated = (
+                norm_linear_int4(delta, norm, packed, activation=activation),
+                norm_linear_bf16(delta, norm, dense, activation=activation),
+            )
+            assert torch.equal(plain[1], total) and torch.equal(gated[1], total)
+            if activation is None:
+                assert error(plain[0], truth) < TOLERANCE[dtype]
+                assert error(gated[0], expected.double() @ dense.double().T) < TOLERANCE[dtype]
+            else:
+                assert error(plain[0], _gated(truth.to(dtype), activation).double()) < 4 * TOLERANCE[dtype]
+
+
+def test_a_norm_of_many_tokens_is_refused_in_words() -> None:
+    delta = torch.randn(5, 4096, device="cuda").bfloat16()
+    norm = SumNorm(delta, delta[0], 1e-5, False)
+    assert "do not fit" in (rejects_norm(delta, norm) or "")
+    assert "multiple of 256" in (rejects_norm(delta[:, :640], norm) or "")
+
+
 def _widened(x: Quantised) -> Tensor:
     return x.values_TI.double() * x.scale_T.double()[:, None]
 
@@ -127,7 +218,7 @@ def test_any_number_of_tokens_is_multiplied_in_passes() -> None:
 @pytest.mark.parametrize("splits", [1, 2, 4, 8])
 @pytest.mark.parametrize("strip_warps", [1, 2, 4, 8])
 def test_every_division_of_the_work_gives_the_same(strip_warps: int, splits: int) -> None:
-    weight = draw_int4(4096, 1000, 128, True, torch.bfloat16)
+    weight, gates = (draw_int4(4096, n_out, 128, True, torch.bfloat16) for n_out in (1000, 992))
     matrix = int4.dequantise(weight).double()
     for n_tokens in (2, 16):
         x = torch.randn(n_tokens, 4096, device="cuda").bfloat16()
@@ -138,6 +229,11 @@ def test_every_division_of_the_work_gives_the_same(strip_warps: int, splits: int
             poison(n_tokens, 1000, torch.bfloat16)
             y = linear_int4(x, weight, split=split)
             assert error(y, x.double() @ matrix.T) < TOLERANCE[torch.bfloat16], columns
+            if n_tokens == 2:
+                norm = SumNorm(x.flip(0), x[0], 1e-5, True)
+                found, _ = norm_linear_int4(x, norm, gates, activation="silu", split=split)
+                total = elementwise.add_rms_norm(x, norm.residual_TD, norm.weight_D, norm.eps, True)[0]
+                _close(found, linear_int4(total, gates, activation="silu"))
 
 
 def test_large_activations_and_tiny_ones_keep_their_precision() -> None:

@@ -14,6 +14,10 @@ STREAMED_INT4_ROWS = 16
 STREAMED_8_ROWS = 8
 STREAMED_INPUTS = 8
 """Activations are read so many at a time: 16 bytes."""
+NORM_WIDTH = 256
+"""A norm that is a product's prologue has a multiple of so many inputs: 32 lanes read 16 bytes each."""
+NORM_INPUTS = 16384
+"""Of all tokens, at most: every block takes them through its registers at once."""
 KERNEL_DTYPES = ("bfloat16", "float16")
 _SUMMED_STRIP = 16
 _FEWEST_SPLITS, _MOST_SPLITS = 8, 64
@@ -43,6 +47,13 @@ def rejects_stream_int4(case: Case) -> str | None:
 def rejects_stream_8(case: Case) -> str | None:
     """Say why 8-bit weights are not streamed, or return None."""
     return _rejects_inputs(case, 2 * STREAMED_INPUTS) or _rejects(case, STREAMED_8_ROWS)
+
+
+def rejects_stream_norm(case: Case) -> str | None:
+    """Say why the norm is no prologue of streamed bfloat16 or 4-bit weights, or return None."""
+    if case.n_in % NORM_WIDTH:
+        return f"a norm of {case.n_in} inputs is no multiple of {NORM_WIDTH}"
+    return _rejects(case, NORM_INPUTS // case.n_in)
 
 
 def rejects_wide_int4(case: Case) -> str | None:

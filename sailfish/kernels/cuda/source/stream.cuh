@@ -6,7 +6,11 @@
 // of 128 bytes of an activation row. A block takes some strips and one of SPLITS ranges of chunks; a stage
 // holds WK * CHUNKS chunks of WN strips, and each of the WN x WK warps multiplies CHUNKS of them. What
 // several warps or blocks summed of one output is added up at the end, always in the same order.
+//
+// ACTIVATION: what is stored is activation(gate) * up, of outputs that alternate by eights. NORM: x is made of
+// the norm's inputs first; so many groups of 256 of them go through a warp's registers.
 #pragma once
+#include "gate.cuh"
 #include "stream_ops.cuh"
 
 constexpr int STRIP = 16;
@@ -36,18 +40,43 @@ struct Output {
     int* arrived;              // zeros; blocks that have delivered, for each column of blocks
 };
 
+// x is rms_norm(x + residual) * (weight + shift): the width is a multiple of 256.
+struct SumNorm {
+    const void* residual;
+    const void* weight;
+    void* sum;  // x + residual, which the first block stores
+    float eps;
+    float shift;
+};
+
 __device__ __forceinline__ uint32_t bits_of(float x) { return __float_as_uint(x); }
 __device__ __forceinline__ uint32_t bits_of(int x) { return uint32_t(x); }
 
 template <class T>
+__device__ __forceinline__ float output_of(const Shape& shape, const Output<T>& out, int row, int token,
+                                           float v) {
+    if (out.row_scale) v *= out.token_scale[token] * out.row_scale[row];
+    if (out.bias) v += to_float(out.bias[row]);
+    return v;
+}
+template <class T>
 __device__ __forceinline__ void store_output(const Shape& shape, const Output<T>& out, int row, int token,
                                              float v) {
     if (row >= shape.n_out || token >= shape.n_tokens) return;
-    if (out.row_scale) v *= out.token_scale[token] * out.row_scale[row];
-    if (out.bias) v += to_float(out.bias[row]);
+    v = output_of(shape, out, row, token, v);
     const int64_t at = int64_t(token) * shape.n_out + row;
     if (out.residual) v = to_float(from_float<T>(v)) + to_float(out.residual[at]);
     out.y[at] = from_float<T>(v);
+}
+// The same of outputs g and g + 8 of a strip, a gate and what it is multiplied by.
+template <class T>
+__device__ __forceinline__ void store_gated(const Shape& shape, const Output<T>& out, int strip, int g,
+                                            int token, float gate, float up) {
+    const int row = strip * STRIP + g;
+    if (row >= shape.n_out || token >= shape.n_tokens) return;
+    gate = output_of(shape, out, row, token, gate), up = output_of(shape, out, row + 8, token, up);
+    const uint32_t y = gated<T>(gate, gate, up, up, ACTIVATION);
+    out.y[int64_t(token) * (shape.n_out / 2) + strip * (STRIP / 2) + g] = T{uint16_t(y)};
 }
 
 // Copy the block's range of every row of x to shared memory, as the reader wants it, zeros beyond its end.
@@ -74,6 +103,82 @@ __device__ __forceinline__ void load_activations(const Shape& shape, int first_c
             if (first + j * 32 < per_row) store_shared_16(to + j * 512, Reader::prepared(v[j]));
     }
 }
+
+#if NORM
+// The inputs of a norm, all of every row, and the gains, which are weights and come before the wait.
+template <class Reader, class T>
+struct Norm {
+    static constexpr int LANES = 32, PIECE = 8;  // inputs of 16 bytes
+    uint4 gain[NORM], x[NORM];
+
+    // Group i of this warp: 32 pieces of one token's row.
+    static __device__ __forceinline__ int group(int i) { return threadIdx.x / LANES + i * Reader::WARPS; }
+    static __device__ __forceinline__ float2 pair(uint32_t v) { return {low_of<T>(v), high_of<T>(v)}; }
+
+    __device__ __forceinline__ void load_gains(const Shape& shape, const SumNorm& norm) {
+        const int in_row = shape.row_bytes / (LANES * 16), groups = shape.n_tokens * in_row;
+#pragma unroll
+        for (int i = 0; i < NORM; ++i)
+            if (group(i) < groups)
+                gain[i] = static_cast<const uint4*>(norm.weight)[group(i) % in_row * LANES + threadIdx.x % LANES];
+    }
+    // Keep x + residual; leave each group's sum of squares in shared memory.
+    __device__ __forceinline__ void load(const Shape& shape, const SumNorm& norm, float* squares) {
+        const int in_row = shape.row_bytes / (LANES * 16), groups = shape.n_tokens * in_row;
+        uint4 other[NORM];
+#pragma unroll
+        for (int i = 0; i < NORM; ++i)
+            if (group(i) < groups) {
+                const int at = group(i) * LANES + threadIdx.x % LANES;
+                x[i] = static_cast<const uint4*>(shape.x)[at];
+                other[i] = static_cast<const uint4*>(norm.residual)[at];
+            }
+#pragma unroll
+        for (int i = 0; i < NORM; ++i) {
+            if (group(i) >= groups) break;
+            uint32_t *const a = &x[i].x, *const b = &other[i].x;
+            float sum = 0;
+#pragma unroll
+            for (int k = 0; k < 4; ++k) {
+                float2 v = pair(a[k]);
+                const float2 w = pair(b[k]);
+                a[k] = pack<T>(v.x + w.x, v.y + w.y), v = pair(a[k]);
+                sum = fmaf(v.x, v.x, fmaf(v.y, v.y, sum));
+            }
+            if (blockIdx.x == 0) static_cast<uint4*>(norm.sum)[group(i) * LANES + threadIdx.x % LANES] = x[i];
+#pragma unroll
+            for (int step = 16; step; step /= 2) sum += __shfl_xor_sync(ALL_LANES, sum, step);
+            if (threadIdx.x % LANES == 0) squares[group(i)] = sum;
+        }
+    }
+    // Scale what was kept, and put the block's range of it where load_activations would.
+    __device__ __forceinline__ void store(const Shape& shape, const SumNorm& norm, const float* squares,
+                                          int first_chunk, int n_chunks, uint32_t x_shared) const {
+        const int in_row = shape.row_bytes / (LANES * 16), groups = shape.n_tokens * in_row;
+        const int pitch = n_chunks * CHUNK_BYTES + X_PAD_BYTES;
+#pragma unroll
+        for (int i = 0; i < NORM; ++i) {
+            if (group(i) >= groups) break;
+            const int token = group(i) / in_row;
+            float sum = 0;
+#pragma unroll 16
+            for (int k = 0; k < in_row; ++k) sum += squares[token * in_row + k];
+            const float factor = rsqrtf(sum / (in_row * LANES * PIECE) + norm.eps);
+            uint4 y;
+            uint32_t* const to = &y.x;
+            const uint32_t *const from = &x[i].x, *const by = &gain[i].x;
+#pragma unroll
+            for (int k = 0; k < 4; ++k) {
+                const float2 v = pair(from[k]), w = pair(by[k]);
+                to[k] = pack<T>(v.x * factor * (w.x + norm.shift), v.y * factor * (w.y + norm.shift));
+            }
+            const int at = (group(i) % in_row * LANES + threadIdx.x % LANES) * 16 - first_chunk * CHUNK_BYTES;
+            if (at >= 0 && at < n_chunks * CHUNK_BYTES)
+                store_shared_16(x_shared + token * pitch + at, Reader::prepared(y));
+        }
+    }
+};
+#endif
 
 // Sums of the block's strips meet in the block that owns a strip: strip i of a column in block i % OWNERS.
 template <class Reader>
@@ -163,46 +268,65 @@ __device__ __forceinline__ void reduce(const Meeting<Reader>& meeting, const Sha
                                        const Output<T>& out, int column, int first_strip, int n_strips) {
     using Sum = typename Reader::Sum;
     using Here = Meeting<Reader>;
-    constexpr int QUADS = Here::TOKENS / 4, STRIP_QUADS = STRIP * QUADS;
-    const int total = meeting.owned(n_strips) * STRIP_QUADS;
-    const auto store = [&](int quad, const Sum(&sum)[4]) {
-        const int strip = first_strip + quad / STRIP_QUADS * Here::OWNERS + meeting.rank;
+    constexpr int QUADS = Here::TOKENS / 4, ROWS = ACTIVATION ? STRIP / 2 : STRIP;
+    // A thread adds up four tokens of an output, or of a gate and its up; tokens beyond the last are left out.
+    const int shift = shape.n_tokens > 8 ? 2 : shape.n_tokens > 4 ? 1 : 0;
+    const int total = meeting.owned(n_strips) * ROWS << shift;
+    const auto each = [&](auto f) {
+        for (int i = threadIdx.x; i < total; i += Reader::THREADS) {
+            const int row = i >> shift, quad = i & ((1 << shift) - 1);
+            f(row / ROWS, row % ROWS, quad, (row / ROWS * STRIP + row % ROWS) * QUADS + quad);
+        }
+    };
+    // Sums come from `add(quad, sum)`.
+    const auto store = [&](auto add) {
+        each([&](int slot, int row, int quad, int at) {
+            const int strip = first_strip + slot * Here::OWNERS + meeting.rank;
+            Sum sum[4];
+            add(at, sum);
+#if ACTIVATION
+            Sum up[4];
+            add(at + 8 * QUADS, up);
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-            store_output(shape, out, strip * STRIP + quad % STRIP_QUADS / QUADS, quad % QUADS * 4 + i,
-                         float(sum[i]));
+            for (int i = 0; i < 4; ++i)
+                store_gated(shape, out, strip, row, quad * 4 + i, float(sum[i]), float(up[i]));
+#else
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                store_output(shape, out, strip * STRIP + row, quad * 4 + i, float(sum[i]));
+#endif
+        });
     };
     meeting.close();
     if constexpr (Reader::SPLITS == Here::OWNERS) {
-        for (int quad = threadIdx.x; quad < total; quad += Reader::THREADS) {
-            Sum sum[4];
-            meeting.collect(quad, sum);
-            store(quad, sum);
-        }
+        store([&](int at, Sum(&sum)[4]) { meeting.collect(at, sum); });
     } else {  // no clusters: the block that arrives last adds up the column
         __shared__ bool is_last;
-        const int slab = shape.strips_per_block * STRIP_QUADS * 4;
+        const int slab = shape.strips_per_block * STRIP * Here::TOKENS;
         Sum* const slabs = reinterpret_cast<Sum*>(out.workspace) + int64_t(column) * Reader::SPLITS * slab;
-        for (int quad = threadIdx.x; quad < total; quad += Reader::THREADS) {
-            Sum sum[4];
-            meeting.collect(quad, sum);
+        each([&](int, int, int, int at) {
 #pragma unroll
-            for (int i = 0; i < 4; ++i) slabs[blockIdx.x % Reader::SPLITS * slab + quad * 4 + i] = sum[i];
-        }
+            for (int half = 0; half < STRIP / ROWS; ++half, at += 8 * QUADS) {
+                Sum sum[4];
+                meeting.collect(at, sum);
+#pragma unroll
+                for (int i = 0; i < 4; ++i) slabs[blockIdx.x % Reader::SPLITS * slab + at * 4 + i] = sum[i];
+            }
+        });
         __threadfence();
         barrier_of_warps(Reader::THREADS);
         if (threadIdx.x == 0) is_last = atomicAdd(out.arrived + column, 1) == Reader::SPLITS - 1;
         barrier_of_warps(Reader::THREADS);
         if (!is_last) return;
         __threadfence();
-        for (int quad = threadIdx.x; quad < total; quad += Reader::THREADS) {
-            Sum sum[4] = {};
+        store([&](int at, Sum(&sum)[4]) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) sum[i] = 0;
 #pragma unroll
             for (int s = 0; s < Reader::SPLITS; ++s)
 #pragma unroll
-                for (int i = 0; i < 4; ++i) sum[i] += __ldcg(slabs + s * slab + quad * 4 + i);
-            store(quad, sum);
-        }
+                for (int i = 0; i < 4; ++i) sum[i] += __ldcg(slabs + s * slab + at * 4 + i);
+        });
         if (threadIdx.x == 0) out.arrived[column] = 0;
     }
 }
@@ -247,9 +371,28 @@ struct Work {
     }
 };
 
+// Store the sums of a strip that one warp has alone.
+template <class T, class Sum, int NT>
+__device__ __forceinline__ void store_strip(const Shape& shape, const Output<T>& out, int strip,
+                                            const Sum (&total)[NT][4]) {
+    const int g = threadIdx.x % 32 / 4, token = threadIdx.x % 4 * 2;
+#pragma unroll
+    for (int t = 0; t < NT; ++t)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const float low = float(total[t][i]), high = float(total[t][i + 2]);
+#if ACTIVATION
+            store_gated(shape, out, strip, g, t * 8 + token + i, low, high);
+#else
+            store_output(shape, out, strip * STRIP + g, t * 8 + token + i, low);
+            store_output(shape, out, strip * STRIP + g + 8, t * 8 + token + i, high);
+#endif
+        }
+}
+
 template <class Reader, class T>
 __device__ __forceinline__ void stream_linear(const Reader& reader, const Shape& shape,
-                                              const Output<T>& out) {
+                                              const SumNorm& norm, const Output<T>& out) {
     using Sum = typename Reader::Sum;
     using Meet = Meeting<Reader>;
     constexpr int NT = Reader::NT, WK = Reader::WK, WN = Reader::WN, CHUNKS = Reader::CHUNKS;
@@ -285,8 +428,19 @@ __device__ __forceinline__ void stream_linear(const Reader& reader, const Shape&
     const uint32_t sums = meeting.partial + meeting.bytes();
     const uint32_t x_shared = sums + Reader::sum_bytes(shape.block_chunks);
     const int pitch = work.chunks * CHUNK_BYTES + X_PAD_BYTES;
+#if NORM
+    __shared__ float squares[NORM * Reader::WARPS];
+    Norm<Reader, T> inputs;
+    if (NORM < 8) inputs.load_gains(shape, norm);  // there are registers for them beside x and residual
+    wait_for_previous();
+    inputs.load(shape, norm, squares);
+    if (NORM == 8) inputs.load_gains(shape, norm);
+    barrier_of_warps(Reader::THREADS);
+    inputs.store(shape, norm, squares, work.begin, work.chunks, x_shared);
+#else
     wait_for_previous();
     load_activations<Reader>(shape, work.begin, work.chunks, x_shared);
+#endif
     barrier_of_warps(Reader::THREADS);
     // Not earlier: the next kernel's copies, millions of bytes at once, would stand before ours of x.
     let_next_begin();
@@ -310,15 +464,11 @@ __device__ __forceinline__ void stream_linear(const Reader& reader, const Shape&
         if (strip < work.n_strips) {
             reader.finish(work.first_strip + strip, total);
             if constexpr (Meet::NEEDED) meeting.deliver(strip, total);
+            else store_strip(shape, out, work.first_strip + strip, total);
 #pragma unroll
             for (int t = 0; t < NT; ++t)
 #pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    if constexpr (!Meet::NEEDED)
-                        store_output(shape, out, (work.first_strip + strip) * STRIP + lane / 4 + i / 2 * 8,
-                                     t * 8 + lane % 4 * 2 + i % 2, float(total[t][i]));
-                    total[t][i] = 0;
-                }
+                for (int i = 0; i < 4; ++i) total[t][i] = 0;
         }
     });
     if constexpr (Meet::NEEDED) {

@@ -239,7 +239,7 @@ struct Int4 {
 };
 
 extern "C" __global__ void __launch_bounds__(Int4::THREADS + 32, BLOCKS_PER_PROCESSOR)
-    stream_int4(Shape shape, Output<T> out, const char* packed, const char* scale, const char* zero) {
+    stream_int4(Shape shape, SumNorm norm, Output<T> out, const char* packed, const char* scale, const char* zero) {
     const Int4 reader{packed, scale, zero, shape.chunks, evict_first(), int(threadIdx.x % 32)};
-    stream_linear(reader, shape, out);
+    stream_linear(reader, shape, norm, out);
 }

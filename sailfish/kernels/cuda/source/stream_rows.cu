@@ -125,7 +125,7 @@ struct Rows {
 };
 
 extern "C" __global__ void __launch_bounds__(Rows::THREADS + 32, BLOCKS_PER_PROCESSOR)
-    stream_rows(Shape shape, Output<T> out, const char* weight) {
+    stream_rows(Shape shape, SumNorm norm, Output<T> out, const char* weight) {
     const Rows reader{weight, shape.row_bytes, shape.n_out - 1, evict_first(), int(threadIdx.x % 32)};
-    stream_linear(reader, shape, out);
+    stream_linear(reader, shape, norm, out);
 }
