@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sailfish.kernels.contract import Quantised, Weight8
@@ -45,6 +46,33 @@ def test_every_tile_shape_fills_every_output(
     # The tensor cores keep 14 bits of sums of float8, so their error grows with the inputs: a tenth of what
     # float8 itself costs. Integers are exact, then rounded to bfloat16.
     assert error(y_TO, linear_8(x, weight, bias_O)) < (5e-3 if kind == "fp8" else 2e-3)
+
+
+@pytest.mark.skipif(torch.cuda.get_device_capability()[0] != 9, reason="Hopper's instructions")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", linear8.SHAPES, ids=str)
+@pytest.mark.parametrize("splits", [1, 2])
+def test_every_tile_shape_gates_its_product(splits: int, shape: linear8.Shape, kind: str) -> None:
+    """As the activation of what the same launch returns without one, gates and ups alternating by eights."""
+    if splits > 1 and not shape.can_split:
+        pytest.skip("never chosen")
+    for n_tokens, n_out, n_in in ((1, 48, 144), (65, 528, 4112), (300, 1008, 2064), (513, 6144, 512)):
+        x, weight, bias_O = operands(kind, n_tokens, n_out, n_in)
+        weight = Weight8(weight.values_OI, weight.scale_O / n_in**0.5)
+        y_TO, h_TM = (
+            torch.full((n_tokens, n), float("nan"), device="cuda", dtype=torch.bfloat16)
+            for n in (n_out, n_out // 2)
+        )
+        linear8.launch(x, weight, bias_O, y_TO, shape, splits)
+        gate, up = (half.flatten(1) for half in y_TO.view(n_tokens, -1, 2, 8).unbind(2))
+        for activation in ("silu", "gelu_tanh"):
+            linear8.launch(x, weight, bias_O, h_TM, shape, splits, activation)
+            act = F.silu(gate.double()) if activation == "silu" else F.gelu(gate.double(), approximate="tanh")
+            expected = act.bfloat16() * up
+            # The fast exponential moves a value over the middle between two bfloat16 now and then.
+            torch.testing.assert_close(h_TM, expected, rtol=2**-6, atol=1e-7)
+            assert float((h_TM - expected).abs().gt(1e-7).float().mean()) < 0.01
+            h_TM.fill_(float("nan"))
 
 
 @pytest.mark.parametrize("n_tokens", [1, 31, 2048, 2049, 5000])

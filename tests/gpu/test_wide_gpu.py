@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sailfish.kernels import int4
@@ -47,6 +48,21 @@ def _weight(n_out: int, n_in: int, group: int, has_zero: bool, dtype: torch.dtyp
 def _error(y_TO: Tensor, x_TI: Tensor, weight: Int4Weight, bias_O: Tensor | None) -> float:
     truth = x_TI.double() @ int4.dequantise(weight).double().T + (0 if bias_O is None else bias_O.double())
     return float((y_TO.double() - truth).norm() / truth.norm())
+
+
+def _gated(y_TO: Tensor, activation: str) -> Tensor:
+    """Return activation(gate) * up of rows that alternate by eights, each factor rounded."""
+    gate, up = (half.flatten(1) for half in y_TO.view(len(y_TO), -1, 2, 8).unbind(2))
+    act = F.silu(gate.double()) if activation == "silu" else F.gelu(gate.double(), approximate="tanh")
+    return act.to(y_TO.dtype) * up
+
+
+def _assert_nearly_all_equal(found: Tensor, expected: Tensor) -> None:
+    """The fast exponential moves a value over the middle between two of the dtype now and then."""
+    assert found.shape == expected.shape
+    step = torch.finfo(found.dtype).eps
+    torch.testing.assert_close(found, expected, rtol=2 * step, atol=1e-7)
+    assert float((found - expected).abs().gt(1e-7).float().mean()) < 0.01
 
 
 def _poison(n: int, dtype: torch.dtype) -> None:
@@ -95,6 +111,53 @@ def test_every_tile_shape_and_split_gives_the_product(shape: Shape) -> None:
                 n_in,
                 splits,
             )
+
+
+GATED_SIZES = [
+    (1, 16, 64),
+    (33, 208, 320),
+    (100, 1008, 448),
+    (129, 272, 192),
+    (300, 640, 1088),
+    (700, 6000, 256),
+]
+
+
+@needs_hopper
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_tile_shape_and_split_gates_its_product(shape: Shape, activation: str) -> None:
+    """As the activation of what the same launch returns without one."""
+    for n_tokens, n_out, n_in in GATED_SIZES:
+        weight = _weight(n_out, n_in, 64, True, torch.bfloat16)
+        x_TI = torch.randn(n_tokens, n_in, dtype=torch.bfloat16, device="cuda") * 4
+        bias_O = torch.randn(n_out, dtype=torch.bfloat16, device="cuda")
+        for splits in range(1, 9):
+            y_TO, h_TM = (
+                torch.full((n_tokens, n), float("nan"), dtype=torch.bfloat16, device="cuda")
+                for n in (n_out, n_out // 2)
+            )
+            wide.launch(x_TI, weight, bias_O, y_TO, shape, splits)
+            wide.launch(x_TI, weight, bias_O, h_TM, shape, splits, activation)
+            _assert_nearly_all_equal(h_TM, _gated(y_TO, activation))
+
+
+@pytest.mark.parametrize("is_older", [False, True])
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_the_activation_follows_the_product(
+    dtype: torch.dtype, activation: str, is_older: bool, request: pytest.FixtureRequest
+) -> None:
+    if is_older:
+        request.getfixturevalue("older_gpu")
+    for n_tokens, n_out, n_in in (*GATED_SIZES, (64, 4096, 4096), (1100, 1008, 448)):
+        weight = _weight(n_out, n_in, 128, False, dtype)
+        x_TI = torch.randn(n_tokens, n_in, dtype=dtype, device="cuda") * 4
+        bias_O = torch.randn(n_out, dtype=dtype, device="cuda")
+        _poison(n_tokens * n_out // 2, dtype)
+        h_TM = wide.linear_int4(x_TI, weight, bias_O, activation=activation)
+        assert h_TM.is_contiguous()
+        _assert_nearly_all_equal(h_TM, _gated(wide.linear_int4(x_TI, weight, bias_O), activation))
 
 
 @needs_hopper

@@ -6,15 +6,17 @@ import ctypes
 import math
 from dataclasses import dataclass
 from functools import cache
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sailfish.kernels.contract import Quantised, Weight8
-from sailfish.kernels.cuda import program, tensormap
+from sailfish.kernels.cuda import elementwise, program, tensormap
 from sailfish.kernels.cuda.linear8_limits import FEWEST_INT_MM_ROWS, INT_MM_ROWS
 from sailfish.kernels.cuda.program import Defines, Variant
+from sailfish.kernels.cuda.wide import ACTIVATIONS
 
 _FILE, _ENTRY = "wide8.cu", "wide_linear_8"
 _SHARED_BYTES = 227 << 10
@@ -92,28 +94,36 @@ class _Problem(ctypes.Structure):
         ("n_units", ctypes.c_int),
         ("token_tiles", ctypes.c_int),
         ("row_tiles", ctypes.c_int),
+        ("activation", ctypes.c_int),
     )
 
 
-def wide_linear(x: Quantised, weight: Weight8, bias_O: Tensor | None = None) -> Tensor:
+def wide_linear(
+    x: Quantised, weight: Weight8, bias_O: Tensor | None = None, *, activation: str | None = None
+) -> Tensor:
     """Meet `contract.Linear8` on Hopper for bfloat16 results, inputs a multiple of 16, outputs of 8.
 
+    With an activation, "silu" or "gelu_tanh": activation(gate) * up of it, [T, O / 2], for weights whose
+    rows alternate by eights of gate and up. Each of gate, up and activation(gate) is rounded to bfloat16.
     A newer card, which runs other machine code, takes torch's product.
     """
     if program.architecture() != "sm_90a":
         is_int8 = weight.values_OI.dtype == torch.int8
-        return (int_mm_linear if is_int8 else scaled_mm_linear)(x, weight, bias_O)
-    y_TO = _empty(x, weight)
+        y_TO = (int_mm_linear if is_int8 else scaled_mm_linear)(x, weight, bias_O)
+        return y_TO if activation is None else cast(Tensor, elementwise.act_mul(y_TO, activation))
+    n_out, n_in = weight.values_OI.shape
+    assert activation is None or n_out % 16 == 0
+    y_TO = _empty(x, n_out if activation is None else n_out // 2)
     if len(x):
-        shape, splits = choose(len(x), *weight.values_OI.shape)
-        launch(x, weight, bias_O, y_TO, shape, splits)
+        shape, splits = choose(len(x), n_out, n_in)
+        launch(x, weight, bias_O, y_TO, shape, splits, activation)
     return y_TO
 
 
 def int_mm_linear(x: Quantised, weight: Weight8, bias_O: Tensor | None = None) -> Tensor:
     """Meet `contract.Linear8` for int8 by torch's integer product and one kernel that scales its sums."""
-    y_TO = _empty(x, weight)
-    n_out = y_TO.shape[1]
+    n_out = len(weight.values_OI)
+    y_TO = _empty(x, n_out)
     kernel = program.kernel("scale.cu", "scale", (("TYPE", _TYPES[x.dtype]),))
     for begin in range(0, len(x), INT_MM_ROWS):
         x_TI, scale_T = x.values_TI[begin : begin + INT_MM_ROWS], x.scale_T[begin : begin + INT_MM_ROWS]
@@ -132,7 +142,7 @@ def int_mm_linear(x: Quantised, weight: Weight8, bias_O: Tensor | None = None) -
 def scaled_mm_linear(x: Quantised, weight: Weight8, bias_O: Tensor | None = None) -> Tensor:
     """Meet `contract.Linear8` for float8 by torch's product with scales of rows, in bfloat16."""
     if not len(x):
-        return _empty(x, weight)
+        return _empty(x, len(weight.values_OI))
     return torch._scaled_mm(
         x.values_TI,
         weight.values_OI.T,
@@ -169,7 +179,13 @@ def choose(n_tokens: int, n_out: int, n_in: int) -> tuple[Shape, int]:
 
 
 def launch(
-    x: Quantised, weight: Weight8, bias_O: Tensor | None, y_TO: Tensor, shape: Shape, splits: int
+    x: Quantised,
+    weight: Weight8,
+    bias_O: Tensor | None,
+    y_TO: Tensor,
+    shape: Shape,
+    splits: int,
+    activation: str | None = None,
 ) -> None:
     """Run the Hopper kernel with one tile shape, each tile's inputs split among 1 or 2 blocks.
 
@@ -181,17 +197,20 @@ def launch(
     n_units = -(-n_in // _INPUTS)
     n_tiles = token_tiles * row_tiles
     n_clusters = n_tiles if splits > 1 else min(n_tiles, program.n_processors())
+    stored_tokens = _CHUNK if activation is None else min(shape.tokens, 2 * _CHUNK)
+    stored = (stored_tokens if splits == 1 else 8, 64 if activation is None else 32)
     maps = tensormap.argument(
         _map(x.values_TI, "uint8", (shape.tokens, _INPUTS)),
         _map(weight.values_OI, "uint8", (shape.rows, _INPUTS)),
-        _map(y_TO, "bfloat16", (_CHUNK if splits == 1 else 8, 64)),
+        _map(y_TO, "bfloat16", stored),
     )
     bias = None if bias_O is None else bias_O.data_ptr()
     scales = (x.scale_T.data_ptr(), weight.scale_O.data_ptr(), bias)
+    sizes = (n_tokens, n_out, n_units, token_tiles, row_tiles)
     program.kernel(_FILE, _ENTRY, shape.defines(x.values_TI.dtype)).launch(
         (n_clusters * splits,),
         _THREADS,
-        (maps, _Problem(*scales, n_tokens, n_out, n_units, token_tiles, row_tiles)),
+        (maps, _Problem(*scales, *sizes, ACTIVATIONS[activation])),
         program.stream(),
         shared_bytes=_SHARED_BYTES,
         after=True,
@@ -199,8 +218,8 @@ def launch(
     )
 
 
-def _empty(x: Quantised, weight: Weight8) -> Tensor:
-    return torch.empty(len(x), len(weight.values_OI), dtype=x.dtype, device=x.values_TI.device)
+def _empty(x: Quantised, n_out: int) -> Tensor:
+    return torch.empty(len(x), n_out, dtype=x.dtype, device=x.values_TI.device)
 
 
 def _map(x: Tensor, dtype: str, box: tuple[int, int]) -> bytes:

@@ -26,6 +26,8 @@ _MMA_SLOTS = 4
 _MMA_THREADS = 256
 _MMA_SPLIT_TILES = 1024
 _DTYPES = (torch.bfloat16, torch.float16)
+ACTIVATIONS = {None: 0, "silu": 1, "gelu_tanh": 2}
+"""As the epilogues of products number them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,11 @@ class Shape:
     def chunk(self) -> int:
         """Return the tokens that are stored at once."""
         return 32 if self.tokens % 64 or self.groups > 2 or self.per_sm > 1 else 64
+
+    @property
+    def gated_chunk(self) -> int:
+        """Return the tokens that are stored at once of half as many outputs, behind an activation."""
+        return min(self.tokens, 2 * self.chunk)
 
     @property
     def slots(self) -> int:
@@ -112,6 +119,7 @@ class _Problem(ctypes.Structure):
         ("narrow_tiles", ctypes.c_int),
         ("narrow_groups", ctypes.c_int),
         ("units_per_group", ctypes.c_int),
+        ("activation", ctypes.c_int),
     )
 
 
@@ -135,23 +143,32 @@ class _MmaProblem(ctypes.Structure):
         ("n_groups", ctypes.c_int),
         ("group", ctypes.c_int),
         ("splits", ctypes.c_int),
+        ("activation", ctypes.c_int),
     )
 
 
-def linear_int4(x_TI: Tensor, weight: Int4Weight, bias_O: Tensor | None = None) -> Tensor:
-    """Return x @ weight.T + bias, [T, O] in x's dtype, which is the scales'."""
+def linear_int4(
+    x_TI: Tensor, weight: Int4Weight, bias_O: Tensor | None = None, *, activation: str | None = None
+) -> Tensor:
+    """Return x @ weight.T + bias, [T, O] in x's dtype, which is the scales'.
+
+    With an activation, "silu" or "gelu_tanh": activation(gate) * up of it, [T, O / 2], for weights whose
+    rows alternate by eights of gate and up. Each of gate, up and activation(gate) is rounded to the dtype.
+    """
     assert x_TI.shape[1] == weight.n_in and x_TI.dtype == weight.scale.dtype
+    assert activation is None or weight.n_out % STRIP == 0
+    n_out = weight.n_out if activation is None else weight.n_out // 2
     x_TI = _aligned(x_TI)
     # Rows of whole 16 bytes, which the copies want; the few weights that have others pay a copy.
-    y_TO = x_TI.new_empty(x_TI.shape[0], _up(weight.n_out, 8))
+    y_TO = x_TI.new_empty(x_TI.shape[0], _up(n_out, 8))
     if x_TI.shape[0] == 0:
         pass
     elif program.architecture() == "sm_90a":
         shape, splits = choose(x_TI.shape[0], weight.n_out, weight.n_in, program.n_processors())
-        launch(x_TI, weight, bias_O, y_TO, shape, splits)
+        launch(x_TI, weight, bias_O, y_TO, shape, splits, activation)
     else:
-        launch_mma(x_TI, weight, bias_O, y_TO)
-    return y_TO if y_TO.shape[1] == weight.n_out else y_TO[:, : weight.n_out].contiguous()
+        launch_mma(x_TI, weight, bias_O, y_TO, activation)
+    return y_TO if y_TO.shape[1] == n_out else y_TO[:, :n_out].contiguous()
 
 
 @lru_cache(maxsize=4096)
@@ -186,7 +203,13 @@ def predict_us(n_tokens: int, n_out: int, n_in: int, n_processors: int, shape: S
 
 
 def launch(
-    x_TI: Tensor, weight: Int4Weight, bias_O: Tensor | None, y_TO: Tensor, shape: Shape, splits: int
+    x_TI: Tensor,
+    weight: Int4Weight,
+    bias_O: Tensor | None,
+    y_TO: Tensor,
+    shape: Shape,
+    splits: int,
+    activation: str | None = None,
 ) -> None:
     """Run the Hopper kernel with one tile shape, each tile's inputs split among `splits` blocks.
 
@@ -205,9 +228,19 @@ def launch(
     units_per_group = 2 * pairs if weight.scale.shape[1] == 1 else max(weight.group // UNIT, 1)
     scales = 2 if weight.group == UNIT // 2 else 1
     problem = _Problem(
-        _pointer(bias_O), weight.n_out, pairs, token_tiles, row_tiles, narrow_tiles, groups, units_per_group
+        _pointer(bias_O),
+        weight.n_out,
+        pairs,
+        token_tiles,
+        row_tiles,
+        narrow_tiles,
+        groups,
+        units_per_group,
+        ACTIVATIONS[activation],
     )
-    maps = _maps(x_TI, weight, y_TO, shape, scales, shape.chunk if splits == 1 else 8)
+    stored_tokens = shape.chunk if activation is None else shape.gated_chunk
+    stored = (stored_tokens if splits == 1 else 8, ROWS if activation is None else ROWS // 2)
+    maps = _maps(x_TI, weight, y_TO, shape, scales, stored)
     program.kernel(_FILE, _ENTRY, shape.defines(scales, weight.zero is not None, x_TI.dtype)).launch(
         (n_tiles * splits if splits > 1 else min(n_tiles, n_at_once),),
         shape.threads,
@@ -235,7 +268,9 @@ def cut_rows(shape: Shape, n_out: int, token_tiles: int, n_at_once: int) -> tupl
     return whole, 0, shape.groups
 
 
-def launch_mma(x_TI: Tensor, weight: Int4Weight, bias_O: Tensor | None, y_TO: Tensor) -> None:
+def launch_mma(
+    x_TI: Tensor, weight: Int4Weight, bias_O: Tensor | None, y_TO: Tensor, activation: str | None = None
+) -> None:
     """Run the kernel for GPUs before Hopper. The rows of x and y begin at multiples of 16 bytes."""
     n_tokens = x_TI.shape[0]
     strips, units = weight.packed.shape[:2]
@@ -266,6 +301,7 @@ def launch_mma(x_TI: Tensor, weight: Int4Weight, bias_O: Tensor | None, y_TO: Te
         weight.scale.shape[1],
         weight.group,
         splits,
+        ACTIVATIONS[activation],
     )
     defines = (("TOKENS", tokens), ("SLOTS", _MMA_SLOTS), *_kind(x_TI.dtype))
     slot_bytes = tokens * UNIT * 2 + _MMA_ROWS // STRIP * (512 + 2 * 64)
@@ -285,7 +321,7 @@ def _new_counters(device: torch.device, stream: int) -> Tensor:
 
 
 def _maps(
-    x_TI: Tensor, weight: Int4Weight, y_TO: Tensor, shape: Shape, scales: int, stored_tokens: int
+    x_TI: Tensor, weight: Int4Weight, y_TO: Tensor, shape: Shape, scales: int, stored: tuple[int, int]
 ) -> ctypes.Array[ctypes.c_ubyte]:
     strips = shape.rows // STRIP
     scale, zero = (
@@ -297,7 +333,7 @@ def _maps(
         _map(weight.packed, weight.packed.shape[1] * 128, (strips, 128)),
         scale,
         zero,
-        _map(y_TO, y_TO.shape[1], (stored_tokens, 64), swizzled=True),
+        _map(y_TO, y_TO.shape[1], stored, swizzled=True),
     )
 
 

@@ -1,4 +1,4 @@
-// Y = X W^T + bias for many tokens and a 4-bit weight, on Hopper's wgmma.
+// Y = X W^T + bias for many tokens and a 4-bit weight, or activation(gate) * up of it, on Hopper's wgmma.
 //
 // The product is made transposed, Y^T = W X^T: the weight is wgmma's A operand, which comes from registers,
 // so what is dequantised never goes back to shared memory; the tokens are B, in shared memory. A block has
@@ -7,6 +7,7 @@
 // while the tensor cores work on the slot before. Blocks walk over tiles of the result.
 //
 // A cluster is `splits` blocks with the same tile: they share its inputs, and add up from each other's memory.
+#include "gate.cuh"
 #include "wide.cuh"
 #include "wide_weight.cuh"
 
@@ -23,6 +24,7 @@ constexpr int CONSUMERS = 128 * GROUPS, STRIPS = 4 * GROUPS, ROWS = 64 * GROUPS,
 constexpr int X_BYTES = TOKENS * 128, W_BYTES = STRIPS * 512, SCALE_BYTES = STRIPS * 32 * SCALES;
 constexpr int W_AT = SLOTS * X_BYTES, SCALE_AT = W_AT + SLOTS * W_BYTES, ZERO_AT = SCALE_AT + SLOTS * SCALE_BYTES;
 constexpr int CHUNK = TOKENS % 64 || GROUPS > 2 || PER_SM > 1 ? 32 : 64;  // tokens that are stored at once
+constexpr int GATED_CHUNK = TOKENS < 2 * CHUNK ? TOKENS : 2 * CHUNK;  // the same of half as many outputs
 constexpr int STAGED_BYTES = CHUNK * 256;  // of a consumer: two chunks, or its share of a split tile
 constexpr int STAGED_AT = (ZERO_AT + ZEROS * SLOTS * SCALE_BYTES + 1023) / 1024 * 1024;
 constexpr int FULL_AT = STAGED_AT + GROUPS * STAGED_BYTES, EMPTY_AT = FULL_AT + 8 * SLOTS;
@@ -39,6 +41,7 @@ struct Problem {
     int token_tiles, row_tiles;       // tiles for all groups
     int narrow_tiles, narrow_groups;  // row tiles after those, in which only the first groups have rows
     int units_per_group;
+    int activation;  // of gates and ups that alternate by eights of the rows: Y has half as many
 };
 struct Maps {
     TensorMap x, w, scale, zero, y;
@@ -111,7 +114,7 @@ __device__ __forceinline__ void produce(const Problem& p, const Maps& maps, cons
 
 // ---- the consumers ---------------------------------------------------------------------------------
 
-// Four or two 8 x 8 pieces of Y^T, as the tensor cores leave them, to rows of tokens in swizzled shared memory.
+// Four, two or one 8 x 8 pieces of Y^T, as the tensor cores leave them, to rows of tokens in swizzled shared memory.
 __device__ __forceinline__ void store_pieces(uint32_t at, const uint32_t (&y)[4]) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(y[0]),
                  "r"(y[1]), "r"(y[2]), "r"(y[3])
@@ -120,6 +123,9 @@ __device__ __forceinline__ void store_pieces(uint32_t at, const uint32_t (&y)[4]
 __device__ __forceinline__ void store_pieces(uint32_t at, const uint32_t (&y)[2]) {
     asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(at), "r"(y[0]), "r"(y[1])
                  : "memory");
+}
+__device__ __forceinline__ void store_piece(uint32_t at, uint32_t y) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x1.trans.shared.b16 [%0], {%1};" ::"r"(at), "r"(y) : "memory");
 }
 
 __device__ __forceinline__ float bias_at(const Problem& p, int row) {
@@ -154,11 +160,43 @@ __device__ __forceinline__ void store_tile(const Problem& p, const Maps& maps, u
     }
 }
 
+// The same of activation(gate) * up, 32 outputs of a group: rows of 64 bytes, two to a swizzled line.
+__device__ __forceinline__ void store_gated_tile(const Problem& p, const Maps& maps, uint32_t smem,
+                                                 const float (&sum)[TOKENS / 2], int token, int row, int group) {
+    const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
+    const uint32_t staged = smem + STAGED_AT + group * STAGED_BYTES;
+    const uint32_t at = lane * 64 + (warp ^ lane % 8 / 2) * 16;
+    const float low = bias_at(p, row + warp * 16 + lane / 4), high = bias_at(p, row + warp * 16 + lane / 4 + 8);
+#pragma unroll
+    for (int chunk = 0; chunk < TOKENS / GATED_CHUNK; ++chunk) {
+        const uint32_t buffer = staged + chunk % 2 * (STAGED_BYTES / 2);
+        if (thread == 0) store_wait_read<1>();
+        group_sync(1 + group, 128);
+#pragma unroll
+        for (int octet = 0; octet < GATED_CHUNK / 8; octet += 4) {
+            uint32_t y[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const float* s = &sum[chunk * GATED_CHUNK / 2 + (octet + i) * 4];
+                y[i] = gated<Element>(s[0] + low, s[1] + low, s[2] + high, s[3] + high, p.activation);
+            }
+            store_pieces(buffer + octet * 512 + at, y);
+        }
+        fence_async();
+        group_sync(1 + group, 128);
+        if (thread == 0) {
+            store_box(maps.y, row / 2, token + chunk * GATED_CHUNK, buffer);
+            store_commit();
+        }
+    }
+}
+
 constexpr uint32_t PIECE = CONSUMERS * 16;  // four sums of every thread of a block: an octet of tokens
 
 // Adds up `splits` blocks' sums of the n octets at `first`, Q blocks' of E octets on their way at once.
 template <int E, int Q>
-__device__ __forceinline__ void add_up(uint32_t first, int n, int splits, float low, float high, uint32_t to) {
+__device__ __forceinline__ void add_up(uint32_t first, int n, int splits, float low, float high, uint32_t to,
+                                       int activation) {
     for (int octet = 0; octet < n; octet += E) {
         float4 total[E];
 #pragma unroll
@@ -182,8 +220,14 @@ __device__ __forceinline__ void add_up(uint32_t first, int n, int splits, float 
         }
 #pragma unroll
         for (int e = 0; e < E; ++e) {
-            const uint32_t y[2] = {pack<Element>(total[e].x, total[e].y), pack<Element>(total[e].z, total[e].w)};
-            if (octet + e < n) store_pieces(to + (octet + e) * 1024, y);
+            if (octet + e >= n) continue;
+            const float4& t = total[e];
+            if (activation == NO_ACTIVATION) {
+                const uint32_t y[2] = {pack<Element>(t.x, t.y), pack<Element>(t.z, t.w)};
+                store_pieces(to + (octet + e) * 1024, y);
+            } else {
+                store_piece(to + (octet + e) * 512, gated<Element>(t.x, t.y, t.z, t.w, activation));
+            }
         }
     }
 }
@@ -195,20 +239,23 @@ __device__ __forceinline__ void store_split(const Problem& p, const Maps& maps, 
     const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
     const int begin = OCTETS * split / splits, n = OCTETS * (split + 1) / splits - begin;
     const uint32_t mine = smem + threadIdx.x * 16, staged = smem + STAGED_AT + group * STAGED_BYTES;
-    const uint32_t to = staged + lane % 8 * 128 + ((warp * 2 + lane / 8 % 2) ^ (lane % 8)) * 16;
+    const bool is_gated = p.activation != NO_ACTIVATION;
+    const uint32_t to = is_gated ? staged + lane % 8 * 64 + (warp ^ lane % 8 / 2) * 16
+                                 : staged + lane % 8 * 128 + ((warp * 2 + lane / 8 % 2) ^ (lane % 8)) * 16;
     const float low = bias_at(p, row + warp * 16 + lane / 4), high = bias_at(p, row + warp * 16 + lane / 4 + 8);
     group_sync(1 + GROUPS, CONSUMERS);  // no consumer reads the ring any more: the sums go there
 #pragma unroll
     for (int octet = 0; octet < OCTETS; ++octet) store_4(mine + octet * PIECE, &sum[octet * 4]);
     cluster_sync();
     if (splits == 2)
-        add_up<4, 2>(mine + begin * PIECE, n, splits, low, high, to);
+        add_up<4, 2>(mine + begin * PIECE, n, splits, low, high, to, p.activation);
     else
-        add_up<2, 4>(mine + begin * PIECE, n, splits, low, high, to);
+        add_up<2, 4>(mine + begin * PIECE, n, splits, low, high, to, p.activation);
     fence_async();
     group_sync(1 + group, 128);
     if (thread < n) {
-        store_box(maps.y, row, token + (begin + thread) * 8, staged + thread * 1024);
+        store_box(maps.y, is_gated ? row / 2 : row, token + (begin + thread) * 8,
+                  staged + thread * (is_gated ? 512 : 1024));
         store_commit();
     }
 }
@@ -263,8 +310,10 @@ __device__ __forceinline__ void consume(const Problem& p, const Maps& maps, cons
         for (int i = 0; i < TOKENS / 2; ++i) asm volatile("" : "+f"(sum[i])::"memory");  // not read before the wait
         if (BUFFERS == 2 && lane == 0) barrier_arrive(empty + 8 * before);
         const int row = tile.row + group * 64;
-        if (work.splits == 1)
+        if (work.splits == 1 && p.activation == NO_ACTIVATION)
             store_tile(p, maps, smem, sum, tile.token, row, group);
+        else if (work.splits == 1)
+            store_gated_tile(p, maps, smem, sum, tile.token, row, group);
         else
             store_split(p, maps, smem, sum, tile.token, row, group, work.split, work.splits);
     }

@@ -1,9 +1,11 @@
-// Y = (X W^T) * scales + bias of 8-bit activations and weights for many tokens, on Hopper's wgmma.
+// Y = (X W^T) * scales + bias of 8-bit activations and weights for many tokens, or activation(gate) * up of it, on
+// Hopper's wgmma.
 //
 // Made transposed, Y^T = W X^T: rows of the weight are wgmma's 64, tokens its N. A block has two producer
 // warps, which keep a ring of slots full through the bulk copy engine (a slot: 128 inputs of the block's tokens
 // and of its rows), and two consumer warpgroups of 64 * TILES rows each. Blocks walk over tiles of the result, or
 // the blocks of a cluster share the inputs of one tile and add up through each other's shared memory.
+#include "gate.cuh"
 #include "wide8.cuh"
 
 #ifndef TOKENS
@@ -17,6 +19,7 @@ constexpr int INPUTS = 128;  // of a slot: rows of 128 bytes
 constexpr int X_BYTES = TOKENS * INPUTS, W_BYTES = ROWS * INPUTS;
 constexpr int W_AT = SLOTS * X_BYTES, STAGED_AT = W_AT + SLOTS * W_BYTES;
 constexpr int CHUNK = 64, STAGED_BYTES = 2 * CHUNK * 128;  // tokens that are stored at once; two buffers of them
+constexpr int GATED_CHUNK = TOKENS < 2 * CHUNK ? TOKENS : 2 * CHUNK;  // the same of half as many outputs
 constexpr int FULL_AT = STAGED_AT + GROUPS * STAGED_BYTES, EMPTY_AT = FULL_AT + 8 * SLOTS;
 constexpr int SENT_AT = EMPTY_AT + 8 * SLOTS;
 constexpr int BAND = 16;  // token tiles that are walked together: their tokens stay in L2
@@ -27,6 +30,7 @@ struct Problem {
     const float *x_scale_T, *w_scale_O;
     const bf16* bias_O;
     int n_tokens, n_out, n_units, token_tiles, row_tiles;  // units of 128 inputs
+    int activation;  // of gates and ups that alternate by eights of the rows: Y has half as many
 };
 struct Maps {
     BoxMap x, w, y;
@@ -85,6 +89,9 @@ __device__ __forceinline__ void store_pieces(uint32_t at, uint32_t a, uint32_t b
     asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(at), "r"(a), "r"(b)
                  : "memory");
 }
+__device__ __forceinline__ void store_piece(uint32_t at, uint32_t a) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x1.trans.shared.b16 [%0], {%1};" ::"r"(at), "r"(a) : "memory");
+}
 
 __device__ __forceinline__ void load_four(uint32_t (&x)[4], uint32_t shared) {
     asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
@@ -110,12 +117,20 @@ struct Outputs {
         x_scale = p.x_scale_T + token + lane % 4 * 2;
         n_left = p.n_tokens - token - lane % 4 * 2;
     }
-    // The four sums of octet `octet` as two pairs of neighbouring tokens.
-    __device__ __forceinline__ uint2 of(const Total* s, int octet) const {
+    // The four outputs of octet `octet`: of the first row for two neighbouring tokens, then of the second.
+    __device__ __forceinline__ float4 scaled(const Total* s, int octet) const {
         const float a = octet * 8 < n_left ? x_scale[octet * 8] : 0.f;
         const float b = octet * 8 + 1 < n_left ? x_scale[octet * 8 + 1] : 0.f;
-        return {pack<bf16>(float(s[0]) * a * scale[0] + bias[0], float(s[1]) * b * scale[0] + bias[0]),
-                pack<bf16>(float(s[2]) * a * scale[1] + bias[1], float(s[3]) * b * scale[1] + bias[1])};
+        return {float(s[0]) * a * scale[0] + bias[0], float(s[1]) * b * scale[0] + bias[0],
+                float(s[2]) * a * scale[1] + bias[1], float(s[3]) * b * scale[1] + bias[1]};
+    }
+    __device__ __forceinline__ uint2 of(const Total* s, int octet) const {
+        const float4 y = scaled(s, octet);
+        return {pack<bf16>(y.x, y.y), pack<bf16>(y.z, y.w)};
+    }
+    __device__ __forceinline__ uint32_t gated_of(const Total* s, int octet, int activation) const {
+        const float4 y = scaled(s, octet);
+        return gated<bf16>(y.x, y.y, y.z, y.w, activation);
     }
 };
 
@@ -149,6 +164,39 @@ __device__ __forceinline__ void store_tile(const Problem& p, const Maps& maps, u
     }
 }
 
+// The same of activation(gate) * up, 32 outputs of every 64 rows: rows of 64 bytes, two to a swizzled line.
+__device__ __forceinline__ void store_gated_tile(const Problem& p, const Maps& maps, uint32_t smem,
+                                                 const Total (&sum)[TILES][TOKENS / 2], Tile tile, int group) {
+    const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
+    const uint32_t staged = smem + STAGED_AT + group * STAGED_BYTES;
+    const uint32_t piece = lane * 64 + (warp ^ lane % 8 / 2) * 16;
+#pragma unroll
+    for (int i = 0; i < TILES; ++i) {
+        const int row = tile.row + (group * TILES + i) * 64;
+        const Outputs outputs(p, row, tile.token);
+#pragma unroll
+        for (int chunk = 0; chunk < TOKENS / GATED_CHUNK; ++chunk) {
+            const uint32_t buffer = staged + (i * (TOKENS / GATED_CHUNK) + chunk) % 2 * (STAGED_BYTES / 2);
+            if (thread == 0) wait_for_boxes<1>();
+            meet_in_group(1 + group, 128);
+#pragma unroll
+            for (int octet = 0; octet < GATED_CHUNK / 8; octet += 4) {
+                uint32_t y[4];
+#pragma unroll
+                for (int k = 0; k < 4; ++k) {
+                    const int at = chunk * GATED_CHUNK / 8 + octet + k;
+                    y[k] = outputs.gated_of(&sum[i][at * 4], at, p.activation);
+                }
+                store_pieces(buffer + octet * 512 + piece, y[0], y[1], y[2], y[3]);
+            }
+            show_to_copies();
+            meet_in_group(1 + group, 128);
+            if (thread == 0 && tile.token + chunk * GATED_CHUNK < p.n_tokens)
+                put_box(maps.y, row / 2, tile.token + chunk * GATED_CHUNK, buffer);
+        }
+    }
+}
+
 // Each block of a split tile adds up all blocks' sums of its share of the tokens, and stores those. The others
 // send theirs to where its ring was, counted by a barrier.
 template <int SPLITS>
@@ -178,13 +226,17 @@ __device__ __forceinline__ void store_split(const Problem& p, const Maps& maps, 
     }
     wait_for(smem + SENT_AT, 0);
     const uint32_t staged = smem + STAGED_AT + group * STAGED_BYTES;
-    const uint32_t piece = lane % 8 * 128 + ((warp * 2 + lane / 8 % 2) ^ (lane % 8)) * 16;
+    const bool is_gated = p.activation != NO_ACTIVATION;
+    const int piece_bytes = is_gated ? 512 : 1024;
+    const uint32_t piece = is_gated ? lane % 8 * 64 + (warp ^ lane % 8 / 2) * 16
+                                    : lane % 8 * 128 + ((warp * 2 + lane / 8 % 2) ^ (lane % 8)) * 16;
 #pragma unroll
     for (int i = 0; i < TILES; ++i) {
         const int row = tile.row + (group * TILES + i) * 64;
         const Outputs outputs(p, row, tile.token);
 #pragma unroll
         for (int octet = 0; octet < SHARE; ++octet) {
+            const uint32_t to = staged + (i * SHARE + octet) * piece_bytes + piece;
 #pragma unroll
             for (int q = 0; q < SPLITS - 1; ++q) {
                 uint32_t part[4];
@@ -192,15 +244,20 @@ __device__ __forceinline__ void store_split(const Problem& p, const Maps& maps, 
 #pragma unroll
                 for (int k = 0; k < 4; ++k) total[i][octet][k] += total_of(part[k]);
             }
-            const uint2 y = outputs.of(total[i][octet], split * SHARE + octet);
-            store_pieces(staged + (i * SHARE + octet) * 1024 + piece, y.x, y.y);
+            if (is_gated) {
+                store_piece(to, outputs.gated_of(total[i][octet], split * SHARE + octet, p.activation));
+            } else {
+                const uint2 y = outputs.of(total[i][octet], split * SHARE + octet);
+                store_pieces(to, y.x, y.y);
+            }
         }
     }
     show_to_copies();
     meet_in_group(1 + group, 128);
     const int token = tile.token + (split * SHARE + thread % SHARE) * 8;
+    const int row = tile.row + (group * TILES + thread / SHARE) * 64;
     if (thread < TILES * SHARE && token < p.n_tokens)
-        put_box(maps.y, tile.row + (group * TILES + thread / SHARE) * 64, token, staged + thread * 1024);
+        put_box(maps.y, is_gated ? row / 2 : row, token, staged + thread * piece_bytes);
 }
 
 __device__ __forceinline__ void consume(const Problem& p, const Maps& maps, uint32_t smem, int split, int splits,
@@ -239,7 +296,8 @@ __device__ __forceinline__ void consume(const Problem& p, const Maps& maps, uint
         if (lane == 0) arrive(empty + 8 * before);
         const Tile tile = tile_at(p, index);
         wait_for_previous();  // whose result the scales of the tokens are
-        if (splits == 1) store_tile(p, maps, smem, sum, tile, group);
+        if (splits == 1 && p.activation == NO_ACTIVATION) store_tile(p, maps, smem, sum, tile, group);
+        if (splits == 1 && p.activation != NO_ACTIVATION) store_gated_tile(p, maps, smem, sum, tile, group);
         if (CAN_SPLIT && splits == 2) store_split<2>(p, maps, smem, sum, tile, group, split);
     }
     wait_for_boxes<0>();

@@ -1,8 +1,10 @@
-// Y = X W^T + bias for many tokens and a 4-bit weight, on mma.sync: for GPUs before Hopper.
+// Y = X W^T + bias for many tokens and a 4-bit weight, or activation(gate) * up of it, on mma.sync: for GPUs before
+// Hopper.
 //
 // The product is made transposed, Y^T = W X^T, so that a word of the weight becomes A registers as it is. A block
 // makes 128 rows of Y^T for TOKENS tokens, or `splits` blocks do so together, each for a share of the inputs: they
 // leave their sums in `part`, and the last to arrive adds them up in order.
+#include "gate.cuh"
 #include "wide_weight.cuh"
 
 #ifndef TOKENS
@@ -28,6 +30,7 @@ struct Problem {
     float4* part;
     int* arrived;
     int n_tokens, n_in, x_stride, n_out, y_stride, strips, units, n_groups, group, splits;
+    int activation;  // of gates and ups that alternate by eights of the rows: Y has half as many
 };
 
 __device__ __forceinline__ void copy_slot(const Problem& p, uint32_t slot, int unit, int token, int strip) {
@@ -133,25 +136,37 @@ __device__ __forceinline__ bool gather(const Problem& p, float (&sum)[2][OCTETS]
 // Turns Y^T to rows of tokens in shared memory, and stores those 16 bytes at a time.
 __device__ __forceinline__ void store(const Problem& p, const float (&sum)[2][OCTETS][4], uint8_t* shared, int token,
                                       int first_row, int warp, int lane) {
+    const int rows_of_one = p.activation == NO_ACTIVATION ? 1 : 2, n_rows = ROWS / rows_of_one;
 #pragma unroll
-    for (int i = 0; i < 2; ++i)
+    for (int i = 0; i < 2; ++i) {
+        const int row = (warp % 4 * 2 + i) * 16 + lane / 4;
+        float bias[2];
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            const int row = (warp % 4 * 2 + i) * 16 + r * 8 + lane / 4;
-            const bool has_bias = p.bias_O != nullptr && first_row + row < p.n_out;
-            const float bias = has_bias ? to_float(p.bias_O[first_row + row]) : 0.f;
-#pragma unroll
-            for (int octet = 0; octet < OCTETS; ++octet)
-#pragma unroll
-                for (int c = 0; c < 2; ++c) {
-                    const int column = warp / 4 * WARP_TOKENS + octet * 8 + lane % 4 * 2 + c;
-                    *reinterpret_cast<Element*>(shared + column * Y_ROW_BYTES + row * 2) =
-                        from_float<Element>(sum[i][octet][r * 2 + c] + bias);
-                }
+            const int at = first_row + row + r * 8;
+            bias[r] = p.bias_O != nullptr && at < p.n_out ? to_float(p.bias_O[at]) : 0.f;
         }
+#pragma unroll
+        for (int octet = 0; octet < OCTETS; ++octet) {
+            const float(&s)[4] = sum[i][octet];
+            uint8_t* to = shared + (warp / 4 * WARP_TOKENS + octet * 8 + lane % 4 * 2) * Y_ROW_BYTES;
+            const auto put = [to](int at, uint32_t pair) {
+                reinterpret_cast<uint16_t*>(to)[at] = uint16_t(pair);
+                reinterpret_cast<uint16_t*>(to + Y_ROW_BYTES)[at] = uint16_t(pair >> 16);
+            };
+            if (p.activation == NO_ACTIVATION) {
+                put(row, pack<Element>(s[0] + bias[0], s[1] + bias[0]));
+                put(row + 8, pack<Element>(s[2] + bias[1], s[3] + bias[1]));
+            } else {
+                put((warp % 4 * 2 + i) * 8 + lane / 4, gated<Element>(s[0] + bias[0], s[1] + bias[0], s[2] + bias[1],
+                                                                      s[3] + bias[1], p.activation));
+            }
+        }
+    }
     __syncthreads();
-    for (int i = threadIdx.x; i < TOKENS * ROWS / 8; i += THREADS) {
-        const int column = i / (ROWS / 8), row = i % (ROWS / 8) * 8;
+    first_row /= rows_of_one;
+    for (int i = threadIdx.x; i < TOKENS * n_rows / 8; i += THREADS) {
+        const int column = i / (n_rows / 8), row = i % (n_rows / 8) * 8;
         if (token + column < p.n_tokens && first_row + row < p.y_stride)
             *reinterpret_cast<int4*>(p.y_TO + int64_t(token + column) * p.y_stride + first_row + row) =
                 *reinterpret_cast<const int4*>(shared + column * Y_ROW_BYTES + row * 2);
