@@ -74,15 +74,15 @@ act_mul_cluster(const TYPE* gate_up, void* out, float* scale, int width, int act
     constexpr int MOST_BLOCKS = 8;
     __shared__ float scratch[32], largest_of[MOST_BLOCKS];
     __shared__ __align__(8) uint64_t all_told;
-    const int n_blocks = blocks_of_cluster(), rank = block_of_cluster(), part = width / n_blocks;
+    const int n_blocks = cluster_size(), rank = cluster_rank(), part = width / n_blocks;
     const uint32_t barrier = shared_address(&all_told);
     let_next_begin();
     if (threadIdx.x == 0) {
-        init_barrier(barrier, 1);
-        show_barriers();
-        arrive_expecting(barrier, n_blocks * sizeof(float));
+        barrier_init(barrier, 1);
+        barrier_init_done();
+        barrier_expect(barrier, n_blocks * sizeof(float));
     }
-    meet_in_cluster();
+    cluster_meet();
     wait_for_previous();
     const int64_t row = blockIdx.x / n_blocks;
     const int i = threadIdx.x * 8;
@@ -94,9 +94,9 @@ act_mul_cluster(const TYPE* gate_up, void* out, float* scale, int width, int act
     for (int k = 0; k < 8; ++k) largest = Largest()(largest, fabsf(y[k]));
     largest = over_block(largest, Largest(), scratch);
     if (threadIdx.x < n_blocks)
-        send(address_in_block(shared_address(largest_of + rank), threadIdx.x), __float_as_uint(largest),
-             address_in_block(barrier, threadIdx.x));
-    wait_for(barrier, 0);
+        send(address_in(shared_address(largest_of + rank), threadIdx.x), __float_as_uint(largest),
+             address_in(barrier, threadIdx.x));
+    barrier_wait(barrier, 0);
     for (int block = 0; block < n_blocks; ++block) largest = Largest()(largest, largest_of[block]);
     const float step = scale_of(largest, format);
     if (rank == 0 && threadIdx.x == 0) scale[row] = step;

@@ -1,6 +1,6 @@
 // Pieces of decode attention: which tiles of the cache a block takes, tensor-core fragments, stored formats.
 #pragma once
-#include "wide.cuh"
+#include "hopper.cuh"
 
 constexpr int TILE = 16;  // tokens that a warp multiplies at once; no tile crosses a page
 constexpr int MAX_SEQUENCES = 512;

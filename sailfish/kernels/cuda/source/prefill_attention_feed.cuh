@@ -67,7 +67,7 @@ struct Boxes {
     // To `to`, when the barrier `empty` says so.
     __device__ __forceinline__ void bring(uint32_t to, const TensorMap& map, uint32_t full, uint32_t empty,
                                           uint32_t parity, int head, int page, bool exists, int n_tokens) {
-        barrier_wait(empty, parity);
+        wait_for(empty, parity);
         if (threadIdx.x % 32 == 0)
             barrier_expect(full, ((n_tokens + (1 << shift) - 1) >> shift << shift) * HEAD * KV_BITS / 8);
         __syncwarp();
@@ -99,7 +99,7 @@ __device__ __forceinline__ void produce(const Problem& problem, const Work& work
             Tile tile = broadcast(sent[1 + i]);
             if (is_end) tile.n_blocks = -1;
             else if (tile.n_blocks < 0) continue;
-            barrier_wait(barriers.q_empty(), (n_sent & 1) ^ 1);
+            wait_for(barriers.q_empty(), (n_sent & 1) ^ 1);
             ++n_sent;
             if (lane == 0) {
                 *sent = tile;
@@ -216,7 +216,7 @@ __device__ __forceinline__ void convert_all(const Problem& problem, uint32_t sha
     share.first = 40 * warp;
     constexpr uint32_t ODD = 1u << 31;
     for (uint32_t n = 0;; n ^= ODD) {  // blocks of keys so far, and whether the tiles so far are odd: one register
-        barrier_wait(barriers.q_full(), n / ODD);
+        wait_for(barriers.q_full(), n / ODD);
         const Tile tile = broadcast(*sent);
         if (tile.n_blocks < 0) return;
         __syncwarp();
@@ -235,8 +235,8 @@ __device__ __forceinline__ void convert_all(const Problem& problem, uint32_t sha
 #pragma unroll 1
             for (int i = 0; i < 2; ++i) {
                 const float scale[2] = {i ? v[0] : k[0], i ? v[1] : k[1]};
-                barrier_wait(barriers.raw_full(slot + i), 2 * n / RAW_SLOTS & 1);
-                barrier_wait(i ? barriers.v_empty(stage) : barriers.k_empty(stage), (n / STAGES & 1) ^ 1);
+                wait_for(barriers.raw_full(slot + i), 2 * n / RAW_SLOTS & 1);
+                wait_for(i ? barriers.v_empty(stage) : barriers.k_empty(stage), (n / STAGES & 1) ^ 1);
                 const uint32_t to = shared + (i ? V_AT : K_AT) + stage * KV_BYTES;
                 convert<FP8>(shared + RAW_AT + (slot + i) * RAW_BYTES, to, share, scale);
                 fence_async();

@@ -170,7 +170,7 @@ __device__ __forceinline__ void consume(const Problem& problem, uint32_t shared,
     const int row = group * 64 + threadIdx.x % 128 / 32 * 16 + lane / 4;
     uint32_t n = 0;
     for (uint32_t n_tiles = 0;; ++n_tiles) {
-        barrier_wait(barriers.q_full(), n_tiles & 1);
+        wait_for(barriers.q_full(), n_tiles & 1);
         const Tile tile = broadcast(*sent);
         if (tile.n_blocks < 0) break;
         Query q;
@@ -181,7 +181,7 @@ __device__ __forceinline__ void consume(const Problem& problem, uint32_t shared,
         if (tile.n_blocks > 0) {
             uint32_t p[KEYS / 4];
             int32_t first_key = tile.key_begin + (tile.n_blocks - 1) * KEYS;
-            barrier_wait(barriers.k_full(n % STAGES), n / STAGES & 1);
+            wait_for(barriers.k_full(n % STAGES), n / STAGES & 1);
             const uint32_t k = shared + K_AT + n % STAGES * KV_BYTES;
             if (tile.position + tile.n_queries <= first_key + KEYS / 2) {
                 // No row of the tile sees the second half of its last block of keys: its weights are zero.
@@ -210,17 +210,17 @@ __device__ __forceinline__ void consume(const Problem& problem, uint32_t shared,
                 round_weights(p, score);
             }
             if (KV_BITS == 16 && tile.kv_len < first_key + KEYS) {
-                barrier_wait(barriers.v_full(n % STAGES), n / STAGES & 1);
+                wait_for(barriers.v_full(n % STAGES), n / STAGES & 1);
                 clean(shared + V_AT + n % STAGES * KV_BYTES, tile.kv_len - first_key);
             }
             for (int32_t block = tile.n_blocks - 2; block >= 0; --block, ++n) {
                 const uint32_t stage = n % STAGES, ahead = (n + 1) % STAGES;
                 first_key -= KEYS;
                 float score[KEYS / 2];
-                barrier_wait(barriers.k_full(ahead), (n + 1) / STAGES & 1);
+                wait_for(barriers.k_full(ahead), (n + 1) / STAGES & 1);
                 wgmma_fence();
                 start_scores(score, q, shared + K_AT + ahead * KV_BYTES);
-                barrier_wait(barriers.v_full(stage), n / STAGES & 1);
+                wait_for(barriers.v_full(stage), n / STAGES & 1);
                 wgmma_fence();
                 start_values(sum, p, shared + V_AT + stage * KV_BYTES, block < tile.n_blocks - 2);
                 wgmma_wait<1>();
@@ -246,7 +246,7 @@ __device__ __forceinline__ void consume(const Problem& problem, uint32_t shared,
                     for (int i = 0; i < HEAD / 2; ++i) sum[i] *= run.fade[i / 2 % 2];
                 }
             }
-            barrier_wait(barriers.v_full(n % STAGES), n / STAGES & 1);
+            wait_for(barriers.v_full(n % STAGES), n / STAGES & 1);
             wgmma_fence();
             start_values(sum, p, shared + V_AT + n % STAGES * KV_BYTES, tile.n_blocks > 1);
             wgmma_wait<0>();

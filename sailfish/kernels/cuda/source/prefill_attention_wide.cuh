@@ -1,57 +1,14 @@
-// Hopper's tools as prefill attention uses them: barriers, the copy engine on pages, wgmma with A in registers.
+// What prefill attention asks of Hopper: boxes of Q and of pages, wgmma with A in registers.
 #pragma once
-#include "base.cuh"
+#include "hopper.cuh"
 
-struct alignas(64) TensorMap {
-    uint64_t words[16];
-};
-
-// ---- clusters and barriers --------------------------------------------------------------------------
-
-__device__ __forceinline__ uint32_t cluster_rank() {
-    uint32_t rank;
-    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-    return rank;
+// A loop that the compiler sees makes less code of this kernel than one in assembly.
+__device__ __forceinline__ void wait_for(uint32_t barrier, uint32_t parity) {
+    while (!barrier_is_past(barrier, parity)) {}
 }
-__device__ __forceinline__ void cluster_sync() {
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-__device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
-}
-__device__ __forceinline__ void barrier_init_done() {
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-}
-__device__ __forceinline__ void barrier_expect(uint32_t barrier, uint32_t bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-// At the same barrier of another block of the cluster. Not .release.cluster, which fences all of the card's
-// memory: nothing is handed over but the right to overwrite what is in registers by now.
-__device__ __forceinline__ void barrier_arrive_at(uint32_t barrier, uint32_t rank) {
-    asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
-                 "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(barrier), "r"(rank) : "memory");
-}
-__device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
-    uint32_t done = 0;
-    while (!done)
-        asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-                     "selp.u32 %0, 1, 0, p;\n}" : "=r"(done) : "r"(barrier), "r"(parity) : "memory");
-}
-// `n` threads meet at the block's barrier `id`.
-__device__ __forceinline__ void group_sync(uint32_t id, uint32_t n) {
-    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(n) : "memory");
-}
-// Ordinary writes to shared memory are seen by the tensor cores.
-__device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // ---- the copy engine --------------------------------------------------------------------------------
 
-__device__ __forceinline__ void prefetch(const TensorMap& map) {
-    asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
-}
 // A box of Q: 64 columns from `column` of the heads from `head` of the tokens from `token`.
 __device__ __forceinline__ void copy_rows(uint32_t to, const TensorMap& map, int column, int head, int token,
                                           uint32_t barrier) {
@@ -74,33 +31,7 @@ __device__ __forceinline__ void copy_tokens(uint32_t to, const TensorMap& map, i
                      "r"(head), "r"(page), "r"(barrier), "h"(uint16_t((1 << N_PEERS) - 1)) : "memory");
 }
 
-// ---- registers and wgmma ----------------------------------------------------------------------------
-
-template <int N>
-__device__ __forceinline__ void take_registers() {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
-}
-template <int N>
-__device__ __forceinline__ void give_registers() {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
-}
-__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int N>
-__device__ __forceinline__ void wgmma_wait() {
-    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
-}
-// What the tensor cores read or write while we run is not touched, by the compiler either, before this.
-template <int N>
-__device__ __forceinline__ void settle(float (&x)[N]) {
-#pragma unroll
-    for (int i = 0; i < N; ++i) asm volatile("" : "+f"(x[i])::"memory");
-}
-template <int N>
-__device__ __forceinline__ void settle(uint32_t (&x)[N]) {
-#pragma unroll
-    for (int i = 0; i < N; ++i) asm volatile("" : "+r"(x[i])::"memory");
-}
+// ---- wgmma ------------------------------------------------------------------------------------------
 
 // A descriptor's halves: the low one adds up in 32 bits, the high one is a constant. Broadcast, although all
 // lanes have the same, so that the compiler keeps it in uniform registers: an add between products, not eight.

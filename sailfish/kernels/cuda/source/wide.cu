@@ -128,6 +128,11 @@ __device__ __forceinline__ void store_piece(uint32_t at, uint32_t y) {
     asm volatile("stmatrix.sync.aligned.m8n8.x1.trans.shared.b16 [%0], {%1};" ::"r"(at), "r"(y) : "memory");
 }
 
+__device__ __forceinline__ void store_4(uint32_t shared, const float* x) {
+    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(shared), "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3])
+                 : "memory");
+}
+
 __device__ __forceinline__ float bias_at(const Problem& p, int row) {
     return p.bias_O != nullptr && row < p.n_out ? to_float(p.bias_O[row]) : 0.f;
 }
@@ -306,8 +311,7 @@ __device__ __forceinline__ void consume(const Problem& p, const Maps& maps, cons
             }
         }
         wgmma_wait<0>();
-#pragma unroll
-        for (int i = 0; i < TOKENS / 2; ++i) asm volatile("" : "+f"(sum[i])::"memory");  // not read before the wait
+        settle(sum);
         if (BUFFERS == 2 && lane == 0) barrier_arrive(empty + 8 * before);
         const int row = tile.row + group * 64;
         if (work.splits == 1 && p.activation == NO_ACTIVATION)

@@ -33,7 +33,7 @@ struct Problem {
     int activation;  // of gates and ups that alternate by eights of the rows: Y has half as many
 };
 struct Maps {
-    BoxMap x, w, y;
+    TensorMap x, w, y;
 };
 struct Tile {
     int token, row;
@@ -63,13 +63,13 @@ __device__ __forceinline__ void produce(const Problem& p, const Maps& maps, uint
 #pragma unroll 1
         for (int unit = first; unit < last; ++unit) {
             const uint32_t full = smem + FULL_AT + 8 * slot;
-            wait_for(smem + EMPTY_AT + 8 * slot, parity);
-            if (is_leader()) {
-                arrive_expecting(full, IS_X ? X_BYTES : W_BYTES);
+            barrier_wait(smem + EMPTY_AT + 8 * slot, parity);
+            if (is_elected()) {
+                barrier_expect(full, IS_X ? X_BYTES : W_BYTES);
                 if (IS_X)
-                    fetch_box(smem + slot * X_BYTES, maps.x, unit * INPUTS, tile.token, full);
+                    copy_box(smem + slot * X_BYTES, maps.x, unit * INPUTS, tile.token, full);
                 else
-                    fetch_box(smem + W_AT + slot * W_BYTES, maps.w, unit * INPUTS, tile.row, full);
+                    copy_box(smem + W_AT + slot * W_BYTES, maps.w, unit * INPUTS, tile.row, full);
             }
             __syncwarp();
             if (++slot == SLOTS) slot = 0, parity ^= 1;
@@ -147,19 +147,21 @@ __device__ __forceinline__ void store_tile(const Problem& p, const Maps& maps, u
 #pragma unroll
         for (int chunk = 0; chunk < TOKENS / CHUNK; ++chunk) {
             const uint32_t buffer = staged + (i * (TOKENS / CHUNK) + chunk) % 2 * (STAGED_BYTES / 2);
-            if (thread == 0) wait_for_boxes<1>();
-            meet_in_group(1 + group, 128);
+            if (thread == 0) store_wait_read<1>();
+            group_sync(1 + group, 128);
 #pragma unroll
             for (int octet = 0; octet < CHUNK / 8; octet += 2) {
                 const int at = chunk * CHUNK / 8 + octet;
                 const uint2 low = outputs.of(&sum[i][at * 4], at), high = outputs.of(&sum[i][at * 4 + 4], at + 1);
                 store_pieces(buffer + octet * 1024 + piece, low.x, low.y, high.x, high.y);
             }
-            show_to_copies();
-            meet_in_group(1 + group, 128);
+            fence_async();
+            group_sync(1 + group, 128);
             // A box that is all outside is slow to be clipped.
-            if (thread == 0 && tile.token + chunk * CHUNK < p.n_tokens)
-                put_box(maps.y, row, tile.token + chunk * CHUNK, buffer);
+            if (thread == 0 && tile.token + chunk * CHUNK < p.n_tokens) {
+                store_box(maps.y, row, tile.token + chunk * CHUNK, buffer);
+                store_commit();
+            }
         }
     }
 }
@@ -177,8 +179,8 @@ __device__ __forceinline__ void store_gated_tile(const Problem& p, const Maps& m
 #pragma unroll
         for (int chunk = 0; chunk < TOKENS / GATED_CHUNK; ++chunk) {
             const uint32_t buffer = staged + (i * (TOKENS / GATED_CHUNK) + chunk) % 2 * (STAGED_BYTES / 2);
-            if (thread == 0) wait_for_boxes<1>();
-            meet_in_group(1 + group, 128);
+            if (thread == 0) store_wait_read<1>();
+            group_sync(1 + group, 128);
 #pragma unroll
             for (int octet = 0; octet < GATED_CHUNK / 8; octet += 4) {
                 uint32_t y[4];
@@ -189,10 +191,12 @@ __device__ __forceinline__ void store_gated_tile(const Problem& p, const Maps& m
                 }
                 store_pieces(buffer + octet * 512 + piece, y[0], y[1], y[2], y[3]);
             }
-            show_to_copies();
-            meet_in_group(1 + group, 128);
-            if (thread == 0 && tile.token + chunk * GATED_CHUNK < p.n_tokens)
-                put_box(maps.y, row / 2, tile.token + chunk * GATED_CHUNK, buffer);
+            fence_async();
+            group_sync(1 + group, 128);
+            if (thread == 0 && tile.token + chunk * GATED_CHUNK < p.n_tokens) {
+                store_box(maps.y, row / 2, tile.token + chunk * GATED_CHUNK, buffer);
+                store_commit();
+            }
         }
     }
 }
@@ -205,13 +209,13 @@ __device__ __forceinline__ void store_split(const Problem& p, const Maps& maps, 
     constexpr int SHARE = OCTETS / SPLITS;
     const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
     const uint32_t part_bytes = TILES * SHARE * CONSUMERS * 16, mine = smem + threadIdx.x * 16;
-    if (threadIdx.x == 0) arrive_expecting(smem + SENT_AT, (SPLITS - 1) * part_bytes);
-    meet_in_cluster();  // no block reads its ring any more
+    if (threadIdx.x == 0) barrier_expect(smem + SENT_AT, (SPLITS - 1) * part_bytes);
+    cluster_meet();  // no block reads its ring any more
     Total total[TILES][SHARE][4];
 #pragma unroll
     for (int q = 0; q < SPLITS; ++q) {
-        const uint32_t to = address_in_block(mine + (split - (split > q)) * part_bytes, q);
-        const uint32_t barrier = address_in_block(smem + SENT_AT, q);
+        const uint32_t to = address_in(mine + (split - (split > q)) * part_bytes, q);
+        const uint32_t barrier = address_in(smem + SENT_AT, q);
 #pragma unroll
         for (int i = 0; i < TILES; ++i)
 #pragma unroll
@@ -224,7 +228,7 @@ __device__ __forceinline__ void store_split(const Problem& p, const Maps& maps, 
                     if (q == split) total[i][octet][k] = s[k];
             }
     }
-    wait_for(smem + SENT_AT, 0);
+    barrier_wait(smem + SENT_AT, 0);
     const uint32_t staged = smem + STAGED_AT + group * STAGED_BYTES;
     const bool is_gated = p.activation != NO_ACTIVATION;
     const int piece_bytes = is_gated ? 512 : 1024;
@@ -252,12 +256,14 @@ __device__ __forceinline__ void store_split(const Problem& p, const Maps& maps, 
             }
         }
     }
-    show_to_copies();
-    meet_in_group(1 + group, 128);
+    fence_async();
+    group_sync(1 + group, 128);
     const int token = tile.token + (split * SHARE + thread % SHARE) * 8;
     const int row = tile.row + (group * TILES + thread / SHARE) * 64;
-    if (thread < TILES * SHARE && token < p.n_tokens)
-        put_box(maps.y, is_gated ? row / 2 : row, token, staged + thread * piece_bytes);
+    if (thread < TILES * SHARE && token < p.n_tokens) {
+        store_box(maps.y, is_gated ? row / 2 : row, token, staged + thread * piece_bytes);
+        store_commit();
+    }
 }
 
 __device__ __forceinline__ void consume(const Problem& p, const Maps& maps, uint32_t smem, int split, int splits,
@@ -273,60 +279,58 @@ __device__ __forceinline__ void consume(const Problem& p, const Maps& maps, uint
         int before = -1;
 #pragma unroll 1
         for (int unit = 0; unit < n_units; ++unit) {
-            wait_for(smem + FULL_AT + 8 * slot, parity);
-            const uint64_t x = rows_of_128_bytes(smem + slot * X_BYTES);
-            const uint64_t w = rows_of_128_bytes(smem + W_AT + slot * W_BYTES + group * TILES * 64 * INPUTS);
-            fence_wgmma();
+            barrier_wait(smem + FULL_AT + 8 * slot, parity);
+            const uint64_t x = swizzled_rows(smem + slot * X_BYTES);
+            const uint64_t w = swizzled_rows(smem + W_AT + slot * W_BYTES + group * TILES * 64 * INPUTS);
+            wgmma_fence();
 #pragma unroll
             for (int t = 0; t < 4; ++t)
 #pragma unroll
                 for (int i = 0; i < TILES; ++i)
                     wgmma<TOKENS>(sum[i], w + i * (64 * INPUTS / 16) + 2 * t, x + 2 * t, unit + t > 0);
-            commit_wgmma();
-            wait_for_wgmma<1>();
-            if (before >= 0 && lane == 0) arrive(empty + 8 * before);
+            wgmma_commit();
+            wgmma_wait<1>();
+            if (before >= 0 && lane == 0) barrier_arrive(empty + 8 * before);
             before = slot;
             if (++slot == SLOTS) slot = 0, parity ^= 1;
         }
-        wait_for_wgmma<0>();
+        wgmma_wait<0>();
 #pragma unroll
-        for (int i = 0; i < TILES; ++i)
-#pragma unroll
-            for (int j = 0; j < TOKENS / 2; ++j) asm volatile("" : SUM_AT(sum[i][j])::"memory");
-        if (lane == 0) arrive(empty + 8 * before);
+        for (int i = 0; i < TILES; ++i) settle(sum[i]);
+        if (lane == 0) barrier_arrive(empty + 8 * before);
         const Tile tile = tile_at(p, index);
         wait_for_previous();  // whose result the scales of the tokens are
         if (splits == 1 && p.activation == NO_ACTIVATION) store_tile(p, maps, smem, sum, tile, group);
         if (splits == 1 && p.activation != NO_ACTIVATION) store_gated_tile(p, maps, smem, sum, tile, group);
         if (CAN_SPLIT && splits == 2) store_split<2>(p, maps, smem, sum, tile, group, split);
     }
-    wait_for_boxes<0>();
+    store_wait_read<0>();
 }
 
 extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
     wide_linear_8(const __grid_constant__ Maps maps, const Problem p) {
     extern __shared__ __align__(1024) uint8_t shared[];
     const uint32_t smem = shared_address(shared);
-    const int splits = blocks_of_cluster(), split = block_of_cluster();
+    const int splits = cluster_size(), split = cluster_rank();
     const int warp = __shfl_sync(ALL_LANES, threadIdx.x / 32, 0);
     let_next_begin();
     if (threadIdx.x == 0) {
         for (int slot = 0; slot < SLOTS; ++slot) {
-            init_barrier(smem + FULL_AT + 8 * slot, 2);
-            init_barrier(smem + EMPTY_AT + 8 * slot, CONSUMERS / 32);
+            barrier_init(smem + FULL_AT + 8 * slot, 2);
+            barrier_init(smem + EMPTY_AT + 8 * slot, CONSUMERS / 32);
         }
-        init_barrier(smem + SENT_AT, 1);
-        show_barriers();
+        barrier_init(smem + SENT_AT, 1);
+        barrier_init_done();
     }
     __syncthreads();
     if (warp >= CONSUMERS / 32) {
-        lower_registers<40>();
+        give_registers<40>();
         if (warp == CONSUMERS / 32) produce<true>(p, maps, smem, split, splits);
         if (warp == CONSUMERS / 32 + 1) produce<false>(p, maps, smem, split, splits);
         __syncwarp();
-        if (splits > 1) meet_in_cluster();
+        if (splits > 1) cluster_meet();
     } else {
-        raise_registers<232>();
+        take_registers<232>();
         consume(p, maps, smem, split, splits, warp / 4);
         __syncwarp();
     }

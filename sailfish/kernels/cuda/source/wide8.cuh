@@ -18,17 +18,6 @@ __device__ __forceinline__ uint32_t bits_of(Total x) { return __float_as_uint(x)
 __device__ __forceinline__ Total total_of(uint32_t bits) { return __uint_as_float(bits); }
 #endif
 
-__device__ __forceinline__ void fence_wgmma() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void commit_wgmma() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int N>
-__device__ __forceinline__ void wait_for_wgmma() {
-    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
-}
-// Describes rows of 128 bytes, swizzled by the copy engine in atoms of 8 rows, the inputs innermost.
-__device__ __forceinline__ uint64_t rows_of_128_bytes(uint32_t shared) {
-    return uint64_t((shared & 0x3FFFF) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
-}
-
 #define SUMS_4(i) SUM_AT(d[i]), SUM_AT(d[i + 1]), SUM_AT(d[i + 2]), SUM_AT(d[i + 3])
 #define SUMS_16(i) SUMS_4(i), SUMS_4(i + 4), SUMS_4(i + 8), SUMS_4(i + 12)
 #define SUMS_32(i) SUMS_16(i), SUMS_16(i + 16)
