@@ -145,11 +145,12 @@ __device__ __forceinline__ void add_values(float (&sum)[HEAD / 2], const float (
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-prefill_attention(const __grid_constant__ Problem problem, const __grid_constant__ Work work) {
+prefill_attention(const __grid_constant__ Problem problem) {
     extern __shared__ __align__(16) bf16 ring[];
     wait_for_previous();
     let_next_begin();
-    const Tile tile = tile_of<ROWS, KEYS>(problem, work, blockIdx.x);
+    if (blockIdx.x >= problem.work[0] * problem.n_heads) return;
+    const Tile tile = tile_of<ROWS, KEYS>(problem, blockIdx.x);
     if (tile.n_blocks < 0) return;
     const int lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 * 16;
     bf16* q_rows = Q_STAYS ? ring + STAGE : ring + 2 * STAGE;  // the second stage is free until the first block

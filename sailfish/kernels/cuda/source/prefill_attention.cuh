@@ -6,7 +6,6 @@
 #pragma once
 #include "base.cuh"
 
-constexpr int MAX_ENTRIES = 768;
 #define NEVER __int_as_float(0xff800000)  // minus infinity
 
 struct Problem {
@@ -20,17 +19,13 @@ struct Problem {
     const int32_t* row_B;
     const int32_t* kv_len_B;
     const int32_t* query_start_B1;
+    const uint32_t* work;  // n entries; sequence << 16 | run of ROWS queries, the longest in keys first
     int64_t q_stride, block_stride, scale_stride, table_stride;  // in elements: of T, N, N, R
     int32_t n_heads, n_kv_heads, page_shift, pack_shift;
     int32_t window;    // keys that a query sees, at most
     int32_t is_fp8;    // of 8-bit caches: e4m3, else int8
     float cap_scale;   // with a softcap, what a score is multiplied by before the tanh; else 0
     float log2_scale;  // what a score (or the tanh) is multiplied by to be an exponent of 2
-};
-
-struct Work {
-    int32_t n_entries;
-    uint32_t entries[MAX_ENTRIES];  // sequence << 16 | run of ROWS queries, the longest in keys first
 };
 
 struct Tile {
@@ -47,10 +42,10 @@ struct Tile {
 // The tile of an item. Its blocks of keys are those that the N_PEERS tiles from the last multiple of N_PEERS
 // see together: in a cluster each of them walks over the same ones.
 template <int ROWS, int KEYS, int N_PEERS = 1>
-__device__ __forceinline__ Tile tile_of(const Problem& problem, const Work& work, uint32_t item) {
+__device__ __forceinline__ Tile tile_of(const Problem& problem, uint32_t item) {
     uint32_t n_heads = problem.n_heads, pack_shift = problem.pack_shift;
     asm volatile("" : "+r"(n_heads), "+r"(pack_shift));  // else what follows from them is held in registers
-    const uint32_t entry = work.entries[item / n_heads];
+    const uint32_t entry = problem.work[1 + item / n_heads];
     const int32_t part = item % n_heads, pack_mask = (1 << pack_shift) - 1;
     const int32_t sequence = entry >> 16, queries = ROWS >> pack_shift;
     const int32_t start = problem.query_start_B1[sequence];

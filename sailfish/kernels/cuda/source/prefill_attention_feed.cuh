@@ -82,16 +82,17 @@ struct Boxes {
     }
 };
 
-__device__ __forceinline__ void produce(const Problem& problem, const Work& work, const Maps& maps, uint32_t shared,
-                                        Tile* sent, Barriers barriers) {
+__device__ __forceinline__ void produce(const Problem& problem, const Maps& maps, uint32_t shared, Tile* sent,
+                                        Barriers barriers) {
     const int lane = threadIdx.x % 32;
     Boxes boxes(problem.page_shift);
+    const int32_t n_all = problem.work[0] * problem.n_heads;
     uint32_t n_sent = 0, n = 0;  // tiles, blocks of keys
     for (int32_t round = 0;; round += 32) {
         const int32_t item = item_of(round + lane);
-        const bool is_item = item < work.n_entries * problem.n_heads;
+        const bool is_item = item < n_all;
         __syncwarp();
-        if (is_item) sent[1 + lane] = tile_of<ROWS, KEYS, PEERS>(problem, work, item);
+        if (is_item) sent[1 + lane] = tile_of<ROWS, KEYS, PEERS>(problem, item);
         const int n_items = __popc(__ballot_sync(ALL_LANES, is_item));
         __syncwarp();
         for (int i = 0; i < 32; ++i) {

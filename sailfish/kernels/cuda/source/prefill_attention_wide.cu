@@ -267,8 +267,7 @@ __device__ __forceinline__ void consume(const Problem& problem, uint32_t shared,
 }
 
 extern "C" __global__ void __launch_bounds__(384, 1)
-prefill_attention_wide(const __grid_constant__ Problem problem, const __grid_constant__ Work work,
-                       const __grid_constant__ Maps maps) {
+prefill_attention_wide(const __grid_constant__ Problem problem, const __grid_constant__ Maps maps) {
     extern __shared__ __align__(1024) uint8_t memory[];
     const uint32_t shared = shared_address(memory);
     Tile* sent = reinterpret_cast<Tile*>(memory + TILE_AT);
@@ -299,7 +298,7 @@ prefill_attention_wide(const __grid_constant__ Problem problem, const __grid_con
     let_next_begin();
     if (threadIdx.x < 128) {
         give_registers<PRODUCER_REGISTERS>();
-        if (threadIdx.x < 32) produce(problem, work, maps, shared, sent, barriers);
+        if (threadIdx.x < 32) produce(problem, maps, shared, sent, barriers);
 #if KV_BITS == 8
         else if (problem.is_fp8) convert_all<true>(problem, shared, sent, barriers);
         else convert_all<false>(problem, shared, sent, barriers);
