@@ -17,6 +17,7 @@ COMMANDS = {
     "build": "Turn a checkpoint into an engine directory.",
     "plan": "Show the memory a model needs, here or on another device.",
     "explain": "Show every setting and op as asked for, as active, and why.",
+    "eval": "Measure perplexity, the distance to a parent, and scores on tasks.",
     "convert": "Write a quantised checkpoint in another tool's format, exactly.",
     "inspect": "Describe a checkpoint or an engine directory.",
     "verify": "Check every byte of an engine directory.",

@@ -9,7 +9,14 @@ from pathlib import Path
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 from sailfish.artifact.reader import Artifact
 from sailfish.artifact.start import Start, plan_start
@@ -49,12 +56,13 @@ def start_of(artifact: Artifact, config: EngineConfig) -> Start:
 
 
 @contextlib.contextmanager
-def progress() -> Iterator[Callable[[str, int, int], None]]:
-    """Draw a bar on standard error for (stage, bytes done, bytes in all); nothing where no one looks."""
+def progress(*, as_bytes: bool = True) -> Iterator[Callable[[str, int, int], None]]:
+    """Draw a bar on standard error for (stage, done, in all), in bytes or not; nothing where no one looks."""
     if not sys.stderr.isatty():
         yield lambda stage, done, total: None
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    count = DownloadColumn() if as_bytes else MofNCompleteColumn()
+    columns = (TextColumn("{task.description}"), BarColumn(), count, TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
         tasks = {}
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sailfish.artifact.reader import Artifact, StoredPiece
+from sailfish.artifact.start import Start
 from sailfish.base.errors import ConfigError
 from sailfish.checkpoint.hf_config import load_model_config
 from sailfish.checkpoint.model_config import ModelConfig
@@ -111,6 +112,10 @@ class WindowModel:
     ) -> WindowModel:
         """Read a dense checkpoint, its weights converted to `dtype`; raises CheckpointError."""
         checkpoint, config = Checkpoint.open(directory), load_model_config(directory)
+        if config.stored is not None:
+            raise ConfigError(
+                f"{directory} is quantised: {config.stored.words}", hint="build an engine of it"
+            )
         check_tensors(config, checkpoint)
         weights = _loaded(config, WeightFormats(), _pieces(checkpoint, config), target, dtype)
         return cls.of_weights(
@@ -118,14 +123,16 @@ class WindowModel:
         )
 
     @classmethod
-    def of_engine(cls, engine: Artifact, *, window_tokens: int = WINDOW_TOKENS) -> WindowModel:
-        """Read an engine as it was built: its target, formats, implementations and cache."""
-        plan, config = engine.manifest.plan, engine.manifest.model
+    def of_engine(
+        cls, engine: Artifact, *, start: Start | None = None, window_tokens: int = WINDOW_TOKENS
+    ) -> WindowModel:
+        """Read an engine as it would start, or as it was built: its formats, implementations and cache."""
+        plan, config = engine.manifest.plan if start is None else start.plan, engine.manifest.model
         pieces = {tensor.name: tensor.pieces for tensor in engine.tensors()}
         return cls(
             config,
             _loaded(config, plan.formats, pieces, plan.target, plan.dtype),
-            engine.manifest.ops,
+            engine.manifest.ops if start is None else start.ops,
             kv_dtype=plan.kv_dtype,
             page_tokens=plan.page_tokens,
             window_tokens=window_tokens,

@@ -48,6 +48,23 @@ def read_text(path: Path, *, max_chars: int | None = None) -> str:
     return text if max_chars is None else text[:max_chars]
 
 
+def read_lines(path: Path, most: int | None = None) -> list[str]:
+    """Return the lines of a file that are not blank, the first `most`; raises ConfigError."""
+    found: list[str] = []
+    try:
+        with _opened(path) as file:
+            for line in file:
+                if most is not None and len(found) >= most:
+                    break
+                found += [line.decode("utf-8")] if line.strip() else []
+    except (OSError, EOFError, lzma.LZMAError, zlib.error, UnicodeDecodeError) as error:
+        why = (
+            error.strerror if isinstance(error, OSError) and error.strerror else "it is damaged or not UTF-8"
+        )
+        raise ConfigError(f"{path} cannot be read: {why}", param="tasks") from None
+    return found
+
+
 def _opened(path: Path) -> IO[bytes]:
     if path.suffix == ".xz":
         return lzma.open(path)
