@@ -10,6 +10,7 @@ from pathlib import Path
 
 from sailfish.kernels.choose import find
 from sailfish.kernels.contract import Choice
+from sailfish.kernels.fused_table import COMPOSED
 
 _OURS = "sailfish.kernels.cuda"
 _SOURCE = re.compile(r'"(\w+\.cu)"')
@@ -29,12 +30,15 @@ def has_kernels(entry: str) -> bool:
 
 
 def chosen_for(choices: Iterable[Choice], n_rows: int) -> list[Choice]:
-    """Return what does each op in a step of so many rows."""
-    found: dict[tuple[str, int, int], Choice] = {}
+    """Return what does each op in a step of so many rows; not one that fused products leave no work."""
+    found: dict[tuple[str, int, int, str], Choice] = {}
     for choice in choices:
-        key = choice.op, choice.n_out, choice.n_in
+        key = choice.op, choice.n_out, choice.n_in, choice.activation
         if choice.max_rows is None or n_rows <= choice.max_rows:
             found.setdefault(key, choice)
+    activated = [choice for choice in found.values() if choice.activation]
+    if activated and not any(choice.implementation == COMPOSED for choice in activated):
+        found.pop(("act_mul", 0, 0, ""), None)
     return list(found.values())
 
 
@@ -43,7 +47,7 @@ def unlaunched(choices: Iterable[Choice], launches: Mapping[str, int]) -> list[s
     missing = set()
     for choice in choices:
         entry = find(choice.op, choice.implementation).entry
-        kernels = [name for name in launches if "int4" in name or choice.op != "linear_int4"]
+        kernels = [name for name in launches if "int4" in name or not choice.op.endswith("linear_int4")]
         if has_kernels(entry) and not any(is_of(kernel, entry) for kernel in kernels):
             missing.add(f"{choice.op} by {choice.implementation}")
     return sorted(missing)

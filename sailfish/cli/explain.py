@@ -85,4 +85,5 @@ def _what_for(choice: Choice) -> str:
     if not choice.n_out:
         return ""
     rows = "more rows" if choice.max_rows is None else f"up to {choice.max_rows} rows"
-    return f"{choice.n_out} x {choice.n_in}, {rows}"
+    activation = f" and {choice.activation}" if choice.activation else ""
+    return f"{choice.n_out} x {choice.n_in}{activation}, {rows}"

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib import import_module
 from typing import Any
 
 from sailfish.base.errors import ConfigError, EngineError
 from sailfish.kernels.contract import TARGETS, Case, Choice, Impl, Ops, StepBounds
+from sailfish.kernels.fused_table import FUSED
 from sailfish.kernels.table import OPS, implementations
 
-ROW_BUCKETS = (8, 16, 32, 64, 128, 256, None)
+ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, None)
 """Rows of activations up to which a linear's implementation is chosen apart; None: all that are more."""
 
 
@@ -31,6 +32,7 @@ def choose(case: Case) -> Choice:
                 n_out=case.n_out,
                 n_in=case.n_in,
                 max_rows=case.max_rows,
+                activation=case.activation,
             )
         declined.append((impl.name, reason))
     raise AssertionError(f"the reference of {case.op} rejected {case}: {reason}")
@@ -110,10 +112,24 @@ def _bind(choices: Sequence[Choice]) -> Callable[..., Any]:
     functions = {choice.implementation: _load(choice) for choice in choices}
     if len(functions) == 1:
         return next(iter(functions.values()))
-    by_shape: dict[tuple[int, int], list[tuple[int | None, Callable[..., Any]]]] = {}
+    by_shape: dict[tuple[object, ...], list[tuple[int | None, Callable[..., Any]]]] = {}
+    is_fused = choices[0].op in FUSED
     for choice in choices:
-        function = functions[choice.implementation]
-        by_shape.setdefault((choice.n_out, choice.n_in), []).append((choice.max_rows, function))
+        key = (choice.n_out, choice.n_in, *((choice.activation,) if is_fused else ()))
+        by_shape.setdefault(key, []).append((choice.max_rows, functions[choice.implementation]))
+
+    def norm_linear(
+        ops: Ops, x: Any, norm: Any, weight: Any, bias: Any, activation: Any = None, out: Any = "plain"
+    ) -> Any:
+        """Call what was chosen for this weight's shape, this activation and this number of rows."""
+        n_rows = len(x)
+        for max_rows, function in by_shape[*weight.shape, activation or ""]:
+            if max_rows is None or n_rows <= max_rows:
+                return function(ops, x, norm, weight, bias, activation, out)
+        raise AssertionError("the last choice of a shape takes any number of rows")
+
+    if is_fused:
+        return norm_linear
 
     def linear(x: Any, weight: Any, bias: Any) -> Any:
         """Call what was chosen for this weight's shape and this number of rows."""
@@ -132,7 +148,13 @@ def _number(target: str) -> int:
 
 
 def _load(choice: Choice) -> Callable[..., Any]:
-    module, name = find(choice.op, choice.implementation).entry.split(":")
+    impl = find(choice.op, choice.implementation)
+    function = _imported(impl.entry)
+    return partial(_imported(impl.adapter), function) if impl.adapter else function
+
+
+def _imported(entry: str) -> Callable[..., Any]:
+    module, name = entry.split(":")
     function: Callable[..., Any] = getattr(import_module(module), name)
     return function
 

@@ -59,6 +59,8 @@ class Case:
     """Of a 4-bit linear: inputs that share a scale."""
     max_rows: int | None = None
     """Of a linear: the most rows of activations it is called with in this case; None: any number."""
+    activation: str = ""
+    """Of a linear with a norm before it: what comes behind it, "silu" or "gelu_tanh"; "": nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +95,8 @@ class Impl:
     name: str
     entry: str
     """`module:function`, imported only when the choice is bound."""
+    adapter: str = ""
+    """`module:function` that does the op with the entry as its first argument, where that does a part."""
     why: str
     """Why it is preferred to those after it, in words."""
     is_fallback: bool = False
@@ -121,6 +125,8 @@ class Choice:
     n_in: int = 0
     max_rows: int | None = None
     """Of a linear: it does up to so many rows of activations, those beyond the choice before it."""
+    activation: str = ""
+    """Of a linear with a norm before it: what comes behind it; "": nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -269,6 +275,26 @@ class Linear8(Protocol):
     def __call__(self, x: Quantised, weight: Weight8, bias_O: Tensor | None) -> Tensor: ...
 
 
+class NormLinear(Protocol):
+    """Return (activation of norm(x + residual) @ weight.T + bias, x + residual).
+
+    The sum, its norm, the product and the activation's result are each rounded to x's dtype, or the norm
+    and what is returned quantised, as add_rms_norm, the linear of the weight's format and act_mul do; with
+    no activation the product is returned. `ops` does what an implementation does not do itself.
+    """
+
+    def __call__(
+        self,
+        ops: Ops,
+        x_TD: Tensor,
+        norm: SumNorm,
+        weight: Tensor | Int4Weight | Weight8,
+        bias_O: Tensor | None,
+        activation: str | None = None,
+        out: ActivationFormat = "plain",
+    ) -> tuple[Tensor | Quantised, Tensor]: ...
+
+
 class RopeWrite(Protocol):
     """Split qkv into heads, norm and rotate q and k, write k and v to their slots, and return q.
 
@@ -383,6 +409,10 @@ class Ops:
     linear_int4: LinearInt4
     linear_int8: Linear8
     linear_fp8: Linear8
+    norm_linear: NormLinear
+    norm_linear_int4: NormLinear
+    norm_linear_int8: NormLinear
+    norm_linear_fp8: NormLinear
     rope_write: RopeWrite
     attention: Attention
     act_mul: ActMul

@@ -28,6 +28,7 @@ from sailfish.kernels.cuda.linear_limits import (
     stream_bytes,
     wide_int4_bytes,
 )
+from sailfish.kernels.fused_table import FUSED
 from sailfish.kernels.plain.limits import (
     math_bytes,
     moe_bytes,
@@ -76,6 +77,14 @@ OPS: MappingProxyType[str, Op] = MappingProxyType(
                 name="linear_fp8",
                 reference=_QUANTISED + "linear_8",
                 axes={"x": "TI, T", "weight": "OI, O", "bias": "O", "out": "TO"},
+            ),
+            *(
+                Op(
+                    name=f"norm_{linear}",
+                    reference="sailfish.kernels.reference.fused:norm_linear",
+                    axes={"x": "TD", "norm": "TD, D", "weight": "OI", "bias": "O", "out": "TO, TD"},
+                )
+                for linear in ("linear", "linear_int4", "linear_int8", "linear_fp8")
             ),
             Op(
                 name="rope_write",
@@ -340,6 +349,7 @@ PREFERRED: MappingProxyType[str, tuple[Impl, ...]] = MappingProxyType(
                 workspace_bytes=moe_bytes,
             ),
         ),
+        **FUSED,
     }
 )
 """Implementations tried in this order; the reference stands after the last and takes every case."""

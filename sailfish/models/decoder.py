@@ -12,7 +12,7 @@ from sailfish.kernels.contract import AttentionSpan, KvLayer, Ops, Quantised, We
 from sailfish.models.layers.attention import SelfAttention
 from sailfish.models.layers.linear import Linear, LinearWeight, dense
 from sailfish.models.layers.mlp import Experts, Mlp, feed_forward
-from sailfish.models.layers.norm import Norm
+from sailfish.models.layers.norm import Norm, add_and_norm
 from sailfish.models.layers.rope import rope_table
 
 
@@ -91,24 +91,23 @@ class Decoder:
         ops = self._ops
         residual_TD = self._embedded(step.token_T)
         delta_TD: Tensor | None = None
-        x_TD: Tensor | Quantised
+        qkv_TX: Tensor | Quantised
         for layer, cache in zip(self._layers, kv.layers, strict=True):
+            qkv = layer.attention.qkv
             if delta_TD is None:
-                x_TD = layer.attn_norm(residual_TD, ops, layer.attention.qkv.takes)
+                qkv_TX = qkv(layer.attn_norm(residual_TD, ops, qkv.takes), ops)
             else:
-                x_TD, residual_TD = layer.attn_norm.after_add(
-                    delta_TD, residual_TD, ops, layer.attention.qkv.takes
-                )
-            delta_TD = layer.attention(x_TD, step.position_T, step.slot_T, step.span, cache, ops)
+                qkv_TX, residual_TD = qkv.after_norm(delta_TD, layer.attn_norm.of_sum(residual_TD), ops)
+            assert isinstance(qkv_TX, Tensor)
+            delta_TD = layer.attention(qkv_TX, step.position_T, step.slot_T, step.span, cache, ops)
+            del qkv_TX
             if layer.attn_post_norm is not None:
                 delta_TD = layer.attn_post_norm.plain(delta_TD, ops)
-            x_TD, residual_TD = layer.mlp_norm.after_add(delta_TD, residual_TD, ops, layer.mlp.takes)
-            delta_TD = layer.mlp(x_TD, ops)
+            delta_TD, residual_TD = layer.mlp(delta_TD, layer.mlp_norm.of_sum(residual_TD), ops)
             if layer.mlp_post_norm is not None:
                 delta_TD = layer.mlp_post_norm.plain(delta_TD, ops)
         assert delta_TD is not None, "a decoder has at least one layer"
-        hidden_TD, _ = self._final_norm.after_add(delta_TD, residual_TD, ops, "plain")
-        assert not isinstance(hidden_TD, Quantised)
+        hidden_TD, _ = add_and_norm(delta_TD, self._final_norm.of_sum(residual_TD), ops)
         return hidden_TD
 
     def _embedded(self, token_T: Tensor) -> Tensor:

@@ -19,7 +19,8 @@ from sailfish.plan.formats import int4_sizes, kind_of
 from sailfish.plan.settings import Settings
 from sailfish.plan.types import CacheDtype, Plan, WeightFormat, WeightFormats
 
-LINEAR_OPS = ("linear", "linear_int4", "linear_int8", "linear_fp8", "quantise")
+_LINEARS = ("linear", "linear_int4", "linear_int8", "linear_fp8")
+LINEAR_OPS = (*_LINEARS, *(f"norm_{linear}" for linear in _LINEARS), "quantise")
 """Products with weights, and what 8-bit ones need done to activations before."""
 
 
@@ -107,18 +108,24 @@ def op_cases(
     ops += ["moe"] if moe is not None else []
     ops += ["softcap"] if model.logit_softcap is not None else []
     ops += ["quantise"] if any(format in ("int8", "fp8") for format, _, _ in linears) else []
+
+    def linear(format: WeightFormat, n_out: int, n_in: int) -> Case:
+        return replace(
+            common,
+            op="linear" if format == "plain" else f"linear_{format}",
+            n_out=n_out,
+            n_in=n_in,
+            group=int4_sizes(n_out, n_in, formats.group)[2] if format == "int4" else 0,
+        )
+
+    fused = (
+        (linear(format, n_out, n_in), activation)
+        for format, n_out, n_in, activation in norm_linear_shapes(model, formats)
+    )
     return (
         *(replace(common, op=op) for op in ops),
-        *(
-            replace(
-                common,
-                op="linear" if format == "plain" else f"linear_{format}",
-                n_out=n_out,
-                n_in=n_in,
-                group=int4_sizes(n_out, n_in, formats.group)[2] if format == "int4" else 0,
-            )
-            for format, n_out, n_in in linears
-        ),
+        *(linear(*shape) for shape in linears),
+        *(replace(case, op=f"norm_{case.op}", activation=activation) for case, activation in fused),
     )
 
 
@@ -141,4 +148,20 @@ def linear_shapes(model: ModelConfig, formats: WeightFormats) -> list[tuple[Weig
         kind = kind_of(name)
         found["plain", widths.get(kind, d), inputs.get(kind, d)] = None
     found[formats.head, model.vocab_size, d] = None
+    return list(found)
+
+
+def norm_linear_shapes(
+    model: ModelConfig, formats: WeightFormats
+) -> list[tuple[WeightFormat, int, int, str]]:
+    """Return (format, outputs, inputs, activation or "") of every linear behind a norm, each once."""
+    d = model.d_model
+    qkv = ((model.n_heads + 2 * model.n_kv_heads) * model.head_dim, d, "")
+    gate_up = (2 * model.d_mlp, d, model.activation)
+    found = {(formats.layers, *qkv): None}
+    if any(layer.moe is None for layer in model.layers):
+        found[formats.layers, *gate_up] = None
+    for kind in map(kind_of, formats.dense):
+        if kind in ("qkv", "gate_up"):
+            found["plain", *(qkv if kind == "qkv" else gate_up)] = None
     return list(found)

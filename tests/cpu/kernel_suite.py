@@ -12,7 +12,15 @@ import torch
 from paged import make_span
 from torch import Tensor
 
-from sailfish.kernels.contract import ActivationFormat, AttentionSpan, KvLayer, Quantised, Weight8
+from sailfish.kernels.contract import (
+    ActivationFormat,
+    AttentionSpan,
+    KvLayer,
+    Ops,
+    Quantised,
+    SumNorm,
+    Weight8,
+)
 from sailfish.kernels.int4 import pack
 from sailfish.kernels.reference.quantised import quantise
 from sailfish.kernels.table import OPS
@@ -171,6 +179,37 @@ _LINEAR_8 = {
 }
 
 
+def reference_ops() -> Ops:
+    """Return the law of every op."""
+    return Ops(**{name: load(op.reference) for name, op in OPS.items()})
+
+
+def _norm_linear(make_linear: Make, activation: str | None, out: ActivationFormat = "plain") -> Make:
+    """Make a norm of a sum before a linear of any format, and what comes behind it."""
+
+    def make(draw: Draw) -> tuple[Any, ...]:
+        x, weight, bias_O = make_linear(draw)
+        shape = (len(x), weight.shape[1])
+        norm = SumNorm(draw.normal(*shape), draw.normal(shape[1], scale=shape[1] ** -0.5), 1e-5, False)
+        return reference_ops(), draw.normal(*shape), norm, weight, bias_O, activation, out
+
+    return make
+
+
+def _norm_linears(of: Callable[..., Make]) -> dict[str, Make]:
+    """Make every scenario of a norm with the linears of one format: of tokens, inputs and outputs."""
+    return {
+        "alone": _norm_linear(of(5, 256, 48), None),
+        "silu": _norm_linear(of(5, 256, 64), "silu"),
+        "gelu": _norm_linear(of(5, 256, 64), "gelu_tanh"),
+        "in 8 bits": _norm_linear(of(5, 256, 64), "silu", "int8"),
+        "alone in 8 bits": _norm_linear(of(5, 256, 64), None, "fp8"),
+        "one token": _norm_linear(of(1, 256, 96), "silu"),
+        "no token": _norm_linear(of(0, 256, 96), "silu"),
+        "many tokens": _norm_linear(of(70, 256, 96), "silu"),
+    }
+
+
 def _embed_int8(draw: Draw, n: int, scale: float, dtype: torch.dtype, width: int = 16) -> tuple[Any, ...]:
     table = quantise(draw.normal(40, width), "int8")
     return draw.integers(40, n), Weight8(table.values_TI, table.scale_T), scale, dtype
@@ -235,6 +274,10 @@ SCENARIOS: dict[str, dict[str, Make]] = {
     },
     "linear_int8": _LINEAR_8["int8"],
     "linear_fp8": _LINEAR_8["fp8"],
+    "norm_linear": _norm_linears(partial(_linear, has_bias=True)),
+    "norm_linear_int4": _norm_linears(partial(_linear_int4, group=64, has_bias=True, has_zero=True)),
+    "norm_linear_int8": _norm_linears(partial(_linear_8, "int8", has_bias=True)),
+    "norm_linear_fp8": _norm_linears(partial(_linear_8, "fp8", has_bias=True)),
     "rope_write": {
         "half split": _rope_write(7, 16, 8),
         "interleaved": _rope_write(7, 16, 8, interleaved=True),

@@ -100,3 +100,24 @@ def test_a_choice_counts_for_its_rows_only_and_is_missed_when_not_launched() -> 
     assert unlaunched([few], {"rope_write": 32}) == []
     assert unlaunched([few], {"gemm": 32}) == ["rope_write by cuda_rope_write"]
     assert unlaunched([many], {}) == []
+
+
+def test_an_activation_of_its_own_is_not_missed_where_products_do_it() -> None:
+    def choice(op: str, implementation: str, max_rows: int | None, activation: str = "") -> Choice:
+        return Choice(
+            op=op,
+            implementation=implementation,
+            why="",
+            declined=(),
+            n_out=64 if max_rows or activation else 0,
+            max_rows=max_rows,
+            activation=activation,
+        )
+
+    alone = choice("act_mul", "cuda_act_mul", None)
+    fused = choice("norm_linear_int4", "cuda_stream_int4_gated", 16, "silu")
+    apart = choice("norm_linear_int4", "one_by_one", None, "silu")
+    assert chosen_for([alone, fused, apart], 16) == [fused]
+    assert chosen_for([alone, fused, apart], 17) == [alone, apart]
+    assert unlaunched([fused, apart], {"stream_int4": 32}) == []
+    assert unlaunched([fused], {"stream_rows": 32}) == ["norm_linear_int4 by cuda_stream_int4_gated"]

@@ -22,7 +22,7 @@ from sailfish.kernels.choose import (
     find,
     workspace_bytes,
 )
-from sailfish.kernels.contract import TARGETS, Case, Choice, Ops, StepBounds
+from sailfish.kernels.contract import TARGETS, Case, Choice, Ops, StepBounds, SumNorm
 from sailfish.kernels.table import OPS, implementations
 
 
@@ -131,6 +131,40 @@ def test_a_linear_is_chosen_by_its_shape_and_rows(case: Case, expected: list[tup
 def test_rows_decline_a_kernel_in_words() -> None:
     last = choose_by_rows(_linear("linear_int4", "sm_90", 4096, 4096))[-1]
     assert last.declined == (("cuda_stream_int4", "made for up to 16 rows"),)
+
+
+def _fused(op: str, target: str, n_out: int, activation: str) -> Case:
+    return replace(_linear(op, target, n_out, 4096), activation=activation)
+
+
+@pytest.mark.parametrize("op", ["norm_linear", "norm_linear_int4", "norm_linear_int8", "norm_linear_fp8"])
+def test_on_a_cpu_norm_linear_and_activation_run_one_by_one(op: str) -> None:
+    for activation in ("", "silu"):
+        [choice] = choose_by_rows(_fused(op, "cpu", 28672, activation))
+        assert choice.implementation == "one_by_one" and choice.activation == activation
+        assert all("made for CUDA" in reason for _, reason in choice.declined)
+
+
+def test_outputs_that_do_not_take_turns_of_eight_are_activated_apart() -> None:
+    [choice] = choose_by_rows(_fused("norm_linear_int4", "sm_90", 28664, "silu"))
+    assert choice.implementation == "one_by_one"
+    assert {reason for _, reason in choice.declined} == {
+        "gate and up do not take turns of 8 in 28664 outputs"
+    }
+
+
+def test_a_bound_norm_linear_tells_activations_of_one_shape_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choosing, "_load", lambda choice: lambda *args: (choice.activation, *args[5:]))
+    needed = [choose(_case(op)) for op in choosing.NEEDED]
+    cases = [_fused("norm_linear", "sm_90", 64, activation) for activation in ("", "silu")]
+    named = [replace(choose(case), implementation=case.activation or "none") for case in cases]
+    ops = bind([*needed, *named])
+    x, weight = torch.zeros(3, 4096), torch.zeros(64, 4096)
+    norm = SumNorm(x, weight[0], 1e-5, False)
+    found: Any = ops.norm_linear(ops, x, norm, weight, None, "silu", "int8")
+    assert found == ("silu", "silu", "int8")
+    found = ops.norm_linear(ops, x, norm, weight, None)
+    assert found == ("", None, "plain")
 
 
 def test_a_bound_linear_calls_what_was_chosen_for_the_shape_and_the_rows(

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from sailfish.checkpoint.model_config import ModelConfig
-from sailfish.kernels.contract import AttentionSpan, KvLayer, Ops, Quantised
+from sailfish.kernels.contract import AttentionSpan, KvLayer, Ops
 from sailfish.models.layers.linear import Linear, LinearWeight, dense
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SelfAttention:
-    """Project, norm, rotate, remember, attend, project."""
+    """Norm, rotate, remember, attend and project; who made q, k and v had its weight for that."""
 
     qkv: Linear
     out: Linear
@@ -55,7 +55,7 @@ class SelfAttention:
 
     def __call__(
         self,
-        x_TD: Tensor | Quantised,
+        qkv_TX: Tensor,
         position_T: Tensor,
         slot_T: Tensor,
         span: AttentionSpan,
@@ -64,7 +64,7 @@ class SelfAttention:
     ) -> Tensor:
         """Return the layer's attention output; writes the step's keys and values to the cache."""
         q_THE = ops.rope_write(
-            self.qkv(x_TD, ops),
+            qkv_TX,
             self.n_heads,
             self.q_norm_E,
             self.k_norm_E,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sailfish.kernels.contract import ActivationFormat, Ops, Quantised, Weight8
+from sailfish.kernels.contract import ActivationFormat, Ops, Quantised, SumNorm, Weight8
 from sailfish.kernels.int4 import Int4Weight
 
 LinearWeight = Tensor | Int4Weight | Weight8
@@ -41,6 +41,24 @@ class Linear:
         if isinstance(weight, Int4Weight):
             return ops.linear_int4(x_TI, weight, self.bias_O)
         return ops.linear(x_TI, weight, self.bias_O)
+
+    def after_norm(
+        self,
+        x_TD: Tensor,
+        norm: SumNorm,
+        ops: Ops,
+        activation: str | None = None,
+        out: ActivationFormat = "plain",
+    ) -> tuple[Tensor | Quantised, Tensor]:
+        """Return (the activated product with the norm of x + residual, x + residual)."""
+        weight = self.weight_OI
+        if isinstance(weight, Int4Weight):
+            op = ops.norm_linear_int4
+        elif isinstance(weight, Weight8):
+            op = ops.norm_linear_int8 if self.takes == "int8" else ops.norm_linear_fp8
+        else:
+            op = ops.norm_linear
+        return op(ops, x_TD, norm, weight, self.bias_O, activation, out)
 
 
 def dense(weights: Mapping[str, LinearWeight], name: str) -> Tensor:

@@ -8,25 +8,23 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from sailfish.checkpoint.model_config import ModelConfig
-from sailfish.kernels.contract import ActivationFormat, Ops, Quantised
+from sailfish.kernels.contract import Ops, SumNorm
 from sailfish.models.layers.linear import Linear, LinearWeight, dense
+from sailfish.models.layers.norm import add_and_norm
 
 
 @dataclass(frozen=True, slots=True)
 class Mlp:
-    """down(activation(gate(x)) * up(x))."""
+    """down(activation(gate(x)) * up(x)) of the norm of a sum."""
 
     gate_up: Linear
     down: Linear
     activation: str
 
-    @property
-    def takes(self) -> ActivationFormat:
-        """The format of activations it takes."""
-        return self.gate_up.takes
-
-    def __call__(self, x_TD: Tensor | Quantised, ops: Ops) -> Tensor:
-        return self.down(ops.act_mul(self.gate_up(x_TD, ops), self.activation, self.down.takes), ops)
+    def __call__(self, x_TD: Tensor, norm: SumNorm, ops: Ops) -> tuple[Tensor, Tensor]:
+        """Return what the norm of x + residual becomes, and x + residual."""
+        mlp_TM, sum_TD = self.gate_up.after_norm(x_TD, norm, ops, self.activation, self.down.takes)
+        return self.down(mlp_TM, ops), sum_TD
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,23 +38,19 @@ class Experts:
     normalise: bool
     activation: str
 
-    @property
-    def takes(self) -> ActivationFormat:
-        """The format of activations it takes."""
-        return "plain"
-
-    def __call__(self, x_TD: Tensor | Quantised, ops: Ops) -> Tensor:
-        assert not isinstance(x_TD, Quantised), "experts take plain activations"
-        router_TX = self.router(x_TD, ops)
-        return ops.moe(
-            x_TD,
-            router_TX,
+    def __call__(self, x_TD: Tensor, norm: SumNorm, ops: Ops) -> tuple[Tensor, Tensor]:
+        """Return what the norm of x + residual becomes, and x + residual."""
+        normed_TD, sum_TD = add_and_norm(x_TD, norm, ops)
+        mlp_TD = ops.moe(
+            normed_TD,
+            self.router(normed_TD, ops),
             self.gate_up_X2MD,
             self.down_XDM,
             self.n_active,
             self.normalise,
             self.activation,
         )
+        return mlp_TD, sum_TD
 
 
 def feed_forward(config: ModelConfig, layer: int, weights: Mapping[str, LinearWeight]) -> Mlp | Experts:

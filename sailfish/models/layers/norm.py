@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from sailfish.kernels.contract import ActivationFormat, Ops, Quantised
+from sailfish.kernels.contract import ActivationFormat, Ops, Quantised, SumNorm
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +26,15 @@ class Norm:
         assert not isinstance(normed_TD, Quantised)
         return normed_TD
 
-    def after_add(
-        self, x_TD: Tensor, residual_TD: Tensor, ops: Ops, out: ActivationFormat
-    ) -> tuple[Tensor | Quantised, Tensor]:
-        """Return (norm of the sum, the sum)."""
-        return ops.add_rms_norm(x_TD, residual_TD, self.weight_D, self.eps, self.plus_one, out)
+    def of_sum(self, residual_TD: Tensor) -> SumNorm:
+        """Return the norm of what is added to the residual."""
+        return SumNorm(residual_TD, self.weight_D, self.eps, self.plus_one)
+
+
+def add_and_norm(x_TD: Tensor, norm: SumNorm, ops: Ops) -> tuple[Tensor, Tensor]:
+    """Return (norm of the sum, the sum)."""
+    normed_TD, sum_TD = ops.add_rms_norm(
+        x_TD, norm.residual_TD, norm.weight_D, norm.eps, norm.plus_one, "plain"
+    )
+    assert not isinstance(normed_TD, Quantised)
+    return normed_TD, sum_TD

@@ -1,0 +1,138 @@
+"""Who does a product together with the norm before it and the activation behind it. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import MappingProxyType
+
+from sailfish.kernels.contract import Case, Impl
+from sailfish.kernels.cuda.linear8_limits import rejects_wide
+from sailfish.kernels.cuda.linear_limits import (
+    rejects_stream_8,
+    rejects_stream_bf16,
+    rejects_stream_int4,
+    rejects_stream_norm,
+    rejects_wide_int4,
+    stream_bytes,
+    wide_int4_bytes,
+)
+from sailfish.kernels.plain.limits import none_bytes
+
+_COMPOSED = "sailfish.kernels.composed:"
+_STREAM = "sailfish.kernels.cuda.stream:"
+_STRIP = 16
+COMPOSED = "one_by_one"
+"""The implementation that calls the chosen norm, linear and activation."""
+
+Rejects = Callable[[Case], str | None]
+
+
+def _of_cuda(rejects: Rejects) -> Rejects:
+    def fused(case: Case) -> str | None:
+        if not case.target.startswith("sm_"):
+            return f"made for CUDA, the target is {case.target}"
+        if case.activation and case.n_out % _STRIP:
+            return f"gate and up do not take turns of 8 in {case.n_out} outputs"
+        return rejects(case)
+
+    return fused
+
+
+def _gated(
+    op: str, name: str, entry: str, rejects: Rejects, n_bytes: Callable[..., int] = none_bytes
+) -> Impl:
+    """Return a product that activates what it multiplied, of norms that another launch makes."""
+
+    def gated(case: Case) -> str | None:
+        return rejects(case) if case.activation else "there is no activation behind this product"
+
+    return Impl(
+        op=op,
+        name=name,
+        entry=entry,
+        adapter=_COMPOSED + "gated",
+        why="activates what it multiplied, on the way out of the product",
+        rejects=_of_cuda(gated),
+        workspace_bytes=n_bytes,
+        can_capture=True,
+    )
+
+
+def _whole(op: str, name: str, entry: str, rejects: Rejects) -> Impl:
+    """Return a streamed product whose blocks make the norm for themselves."""
+    return Impl(
+        op=op,
+        name=name,
+        entry=entry,
+        adapter=_COMPOSED + "normed_and_gated",
+        why="norm, product and activation in one launch: of few rows every block makes the norm",
+        rejects=_of_cuda(lambda case: rejects(case) or rejects_stream_norm(case)),
+        workspace_bytes=stream_bytes,
+        can_capture=True,
+    )
+
+
+def _one_by_one(op: str) -> Impl:
+    return Impl(
+        op=op,
+        name=COMPOSED,
+        entry=_COMPOSED + "norm_linear",
+        why="the norm, the linear and the activation that are chosen, one by one",
+        rejects=lambda _: None,
+        workspace_bytes=none_bytes,  # what they take counts as theirs
+        can_capture=True,
+    )
+
+
+def _of_8_bits(format: str) -> tuple[Impl, ...]:
+    op = f"norm_linear_{format}"
+    return (
+        _gated(op, f"cuda_stream_{format}_gated", _STREAM + "linear_8", rejects_stream_8, stream_bytes),
+        _gated(op, f"cuda_wide_{format}_gated", "sailfish.kernels.cuda.linear8:wide_linear", rejects_wide),
+        _one_by_one(op),
+    )
+
+
+FUSED: MappingProxyType[str, tuple[Impl, ...]] = MappingProxyType(
+    {
+        "norm_linear": (
+            _whole(
+                "norm_linear", "cuda_stream_bf16_fused", _STREAM + "norm_linear_bf16", rejects_stream_bf16
+            ),
+            _gated(
+                "norm_linear",
+                "cuda_stream_bf16_gated",
+                _STREAM + "linear_bf16",
+                rejects_stream_bf16,
+                stream_bytes,
+            ),
+            _one_by_one("norm_linear"),
+        ),
+        "norm_linear_int4": (
+            _whole(
+                "norm_linear_int4",
+                "cuda_stream_int4_fused",
+                _STREAM + "norm_linear_int4",
+                rejects_stream_int4,
+            ),
+            _gated(
+                "norm_linear_int4",
+                "cuda_stream_int4_gated",
+                _STREAM + "linear_int4",
+                rejects_stream_int4,
+                stream_bytes,
+            ),
+            _gated(
+                "norm_linear_int4",
+                "cuda_wide_int4_gated",
+                "sailfish.kernels.cuda.wide:linear_int4",
+                rejects_wide_int4,
+                wide_int4_bytes,
+            ),
+            _one_by_one("norm_linear_int4"),
+        ),
+        "norm_linear_int8": _of_8_bits("int8"),
+        "norm_linear_fp8": _of_8_bits("fp8"),
+    }
+)
+"""Implementations tried in this order."""
