@@ -7,51 +7,6 @@
 
 constexpr int PICK_THREADS = 1024;  // of a whole row
 
-// ---- what changes logits -----------------------------------------------------------------------------
-
-struct Changes {
-    uint32_t count[TILE];  // of each token in the output, with SEEN if it is in the prompt or output
-    float bias[TILE];
-};
-
-// Apply the row's penalties, biases and bars to eight logits of the tile that begins at token `begin`.
-__device__ void change(float (&x)[8], Changes& changes, const Rows& rows, int row, const Effects& effects,
-                       int begin) {
-    __syncthreads();
-    for (int i = threadIdx.x; i < TILE; i += THREADS) changes.count[i] = 0, changes.bias[i] = 0.f;
-    __syncthreads();
-    if (effects.is_penalised) {
-        const int* tokens = rows.token + int64_t(row) * rows.n_positions;
-        const int n_prompt = rows.n_prompt[row];
-        for (int i = threadIdx.x; i < effects.length; i += THREADS) {
-            const uint32_t at = tokens[i] - begin;
-            if (at >= TILE) continue;
-            atomicOr(&changes.count[at], SEEN);
-            if (i >= n_prompt) atomicAdd(&changes.count[at], 1u);
-        }
-    }
-    for (int i = threadIdx.x; i < effects.n_bias; i += THREADS) {
-        const uint32_t at = rows.bias_id[int64_t(row) * rows.max_bias + i] - begin;
-        if (at < TILE) changes.bias[at] = rows.bias[int64_t(row) * rows.max_bias + i];
-    }
-    __syncthreads();
-    for (int i = threadIdx.x; i < effects.n_barred; i += THREADS) {
-        const uint32_t at = rows.barred[int64_t(row) * rows.max_barred + i] - begin;
-        if (at < TILE) changes.bias[at] = -INFINITE;
-    }
-    __syncthreads();
-#pragma unroll
-    for (int k = 0; k < 8; ++k) {
-        const uint32_t count = changes.count[threadIdx.x * 8 + k];
-        if (count & SEEN) {
-            x[k] = x[k] > 0.f ? x[k] / effects.repetition : x[k] * effects.repetition;
-            const float n = float(count & ~SEEN), once = n > 0.f ? effects.presence : 0.f;
-            x[k] = __fadd_rn(x[k], -__fadd_rn(__fmul_rn(effects.frequency, n), once));
-        }
-        x[k] += changes.bias[threadIdx.x * 8 + k];
-    }
-}
-
 // ---- filters -----------------------------------------------------------------------------------------
 
 struct Filter {
@@ -328,6 +283,9 @@ score(const TYPE* logits, float* adjusted, Rows rows, const int* row_S, const in
       int tiles_per_slice, int is_whole, Partial* partial) {
     __shared__ Changes changes;
     __shared__ Partial scratch[32];
+    __shared__ int bar;
+    if (threadIdx.x == 0) bar = int(1u << 31);
+    __syncthreads();
     let_next_begin();
     wait_for_previous();
     const int s = blockIdx.y;
@@ -353,15 +311,15 @@ score(const TYPE* logits, float* adjusted, Rows rows, const int* row_S, const in
     Best largest;
     Partial mine = NOTHING;
     const auto offer = [&](const float (&x)[8], int i) {
-        if (draws) {
+        float most = x[0];
+#pragma unroll
+        for (int k = 1; k < 8; ++k) most = fmaxf(most, x[k]);
+        if (draws && (!(draw.offset < INFINITE) || draw.may_win(most, draw.counter(i)))) {
 #pragma unroll
             for (int k = 0; k < 8; ++k)
                 if (is_whole || i + k < end) draw.offer(x[k], i + k, draw.counter(i) + k * GOLDEN);
         }
         if (draws && !is_filtered) return;
-        float most = x[0];
-#pragma unroll
-        for (int k = 1; k < 8; ++k) most = fmaxf(most, x[k]);
         if (is_filtered) {
 #pragma unroll
             for (int k = 0; k < 8; ++k)
@@ -387,7 +345,7 @@ score(const TYPE* logits, float* adjusted, Rows rows, const int* row_S, const in
                 if (is_filtered && i + k < end) adjusted[int64_t(s) * n_vocab + i + k] = x[k];
             }
             if (i < end) offer(x, i);
-            draw.share();
+            draw.share(bar);
         }
     } else {
         constexpr int AHEAD = sizeof(TYPE) == 2 ? 4 : 1;
@@ -401,7 +359,7 @@ score(const TYPE* logits, float* adjusted, Rows rows, const int* row_S, const in
                 float x[8];
                 take(x, ahead[a]);
                 if (i + a * TILE < end) offer(x, i + a * TILE);
-                if (draws) draw.share();
+                if (draws) draw.share(bar);
             }
         }
     }

@@ -1,4 +1,5 @@
-// What the sampling kernels share: a row's parameters, noise, and the best of a thread, a warp and a block.
+// What the sampling kernels share: a row's parameters and what they change, noise, and the best of a thread, a
+// warp and a block.
 #pragma once
 #include "rows.cuh"
 
@@ -84,10 +85,23 @@ struct Draw {
     }
     // Take a best score as the bar, less what rounding may add to a sum that is behind it.
     __device__ __forceinline__ void raise(float score) { offset = (3e-7f * fabsf(score) - score + 1e-3f) * LOG2_E; }
-    // By all lanes of the warp.
-    __device__ __forceinline__ void share() {
-        const int bits = __float_as_int(best.value), order = bits ^ (bits >> 31 & 0x7fffffff);
-        const int most = __reduce_max_sync(ALL_LANES, order);
+    // Whether one of eight tokens, of which `most` is the largest logit, might beat the best: the largest random
+    // number of theirs would with that logit. Conversions and powers have narrow units: one for eight.
+    __device__ __forceinline__ bool may_win(float most, uint64_t counter) const {
+        uint32_t largest = 0;
+#pragma unroll
+        for (int k = 0; k < 8; ++k) largest = max(largest, uint32_t(mix(counter + k * GOLDEN) >> 32));
+        const float bits = float(largest >> 9) + 0.5f;
+        return !(fmaf(bits, -0x1p-23f, 1.f) > exp2_near(fmaf(most, slope, offset)));
+    }
+    // Take the best score of the block so far as the bar, by all lanes of a warp. `ranks`, in shared memory,
+    // holds it as an integer of the same order; that others may raise it at any time changes no result.
+    __device__ __forceinline__ void share(int& ranks) {
+        const int bits = __float_as_int(best.value), mine = bits ^ (bits >> 31 & 0x7fffffff);
+        int most = __reduce_max_sync(ALL_LANES, mine);
+        const int others = *static_cast<volatile int*>(&ranks);
+        if (most > others && threadIdx.x % 32 == 0) atomicMax(&ranks, most);
+        most = max(most, others);
         raise(__int_as_float(most ^ (most >> 31 & 0x7fffffff)));
     }
 };
@@ -126,4 +140,58 @@ __device__ __forceinline__ Partial over_block(Partial p, Partial (&scratch)[32])
     if (lane == 0) scratch[threadIdx.x / 32] = p;
     __syncthreads();
     return over_warp(lane < int(blockDim.x) / 32 ? scratch[lane] : NOTHING);
+}
+
+// ---- what changes logits -----------------------------------------------------------------------------
+
+struct Changes {
+    uint32_t count[TILE];  // of each token in the output, with SEEN if it is in the prompt or output
+    float bias[TILE];
+};
+
+// Apply the row's penalties, biases and bars to eight logits of the tile that begins at token `begin`.
+__device__ void change(float (&x)[8], Changes& changes, const Rows& rows, int row, const Effects& effects,
+                       int begin) {
+    __syncthreads();
+    for (int i = threadIdx.x; i < TILE; i += THREADS) changes.count[i] = 0, changes.bias[i] = 0.f;
+    __syncthreads();
+    if (effects.is_penalised) {
+        const int* tokens = rows.token + int64_t(row) * rows.n_positions;
+        const int n_prompt = rows.n_prompt[row];
+        constexpr int AHEAD = 4;  // tokens on the way
+        for (int begun = threadIdx.x; begun < effects.length; begun += AHEAD * THREADS) {
+            uint32_t at[AHEAD];
+#pragma unroll
+            for (int a = 0; a < AHEAD; ++a) {
+                const int i = begun + a * THREADS;
+                at[a] = i < effects.length ? uint32_t(tokens[i] - begin) : TILE;
+            }
+#pragma unroll
+            for (int a = 0; a < AHEAD; ++a) {
+                if (at[a] >= TILE) continue;
+                atomicOr(&changes.count[at[a]], SEEN);
+                if (begun + a * THREADS >= n_prompt) atomicAdd(&changes.count[at[a]], 1u);
+            }
+        }
+    }
+    for (int i = threadIdx.x; i < effects.n_bias; i += THREADS) {
+        const uint32_t at = rows.bias_id[int64_t(row) * rows.max_bias + i] - begin;
+        if (at < TILE) changes.bias[at] = rows.bias[int64_t(row) * rows.max_bias + i];
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < effects.n_barred; i += THREADS) {
+        const uint32_t at = rows.barred[int64_t(row) * rows.max_barred + i] - begin;
+        if (at < TILE) changes.bias[at] = -INFINITE;
+    }
+    __syncthreads();
+#pragma unroll
+    for (int k = 0; k < 8; ++k) {
+        const uint32_t count = changes.count[threadIdx.x * 8 + k];
+        if (count & SEEN) {
+            x[k] = x[k] > 0.f ? x[k] / effects.repetition : x[k] * effects.repetition;
+            const float n = float(count & ~SEEN), once = n > 0.f ? effects.presence : 0.f;
+            x[k] = __fadd_rn(x[k], -__fadd_rn(__fmul_rn(effects.frequency, n), once));
+        }
+        x[k] += changes.bias[threadIdx.x * 8 + k];
+    }
 }
