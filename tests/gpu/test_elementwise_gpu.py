@@ -96,7 +96,7 @@ def test_gated_activations_of_real_widths(
 @pytest.mark.parametrize("cache", [None, torch.int8, torch.float8_e4m3fn], ids=str)
 @pytest.mark.parametrize("heads", [(32, 8, 128), (6, 6, 64), (8, 1, 256), (14, 2, 80)], ids=str)
 @pytest.mark.parametrize("has_norm", [False, True])
-@pytest.mark.parametrize("n_tokens", [1, 37])
+@pytest.mark.parametrize("n_tokens", [1, 37, 601])
 def test_only_slots_that_are_not_negative_are_written(
     n_tokens: int, has_norm: bool, heads: tuple[int, int, int], cache: torch.dtype | None, code: str
 ) -> None:
@@ -106,10 +106,10 @@ def test_only_slots_that_are_not_negative_are_written(
     qkv = normal(n_tokens, (n_heads + 2 * n_kv_heads) * head_dim)
     norms = [normal(head_dim) if has_norm else None for _ in "qk"]
     position = torch.randint(500, (n_tokens,), device="cuda")
-    slot = torch.randperm(8 * 16, device="cuda")[:n_tokens]
+    slot = torch.randperm(40 * 16, device="cuda")[:n_tokens]
     is_padding = torch.arange(n_tokens, device="cuda") % 3 == 1
-    before = [normal(8, 16, n_kv_heads, head_dim).to(cache or torch.bfloat16) for _ in "kv"]
-    scales = [] if cache is None else [torch.rand(8, 16, n_kv_heads, device="cuda") for _ in "kv"]
+    before = [normal(40, 16, n_kv_heads, head_dim).to(cache or torch.bfloat16) for _ in "kv"]
+    scales = [] if cache is None else [torch.rand(40, 16, n_kv_heads, device="cuda") for _ in "kv"]
     mine, theirs, unused = (KvLayer(*(x.clone() for x in (*before, *scales))) for _ in range(3))
     args = (n_heads, *norms, 1e-5, False, table)
     found = elementwise.rope_write(qkv, *args, position, False, mine, torch.where(is_padding, -1, slot))
@@ -120,7 +120,7 @@ def test_only_slots_that_are_not_negative_are_written(
         a, b = getattr(mine, name), getattr(theirs, name)
         if a is None:
             continue
-        step = 1.01 if a.dtype == torch.int8 else 2e-3 if a.dtype == torch.float8_e4m3fn else 1e-5
+        step = 1.01 if a.dtype == torch.int8 else 0.3 if a.dtype == torch.float8_e4m3fn else 4e-3  # cancellation
         rounding = 0.13 if a.dtype == torch.float8_e4m3fn else 1.6e-2
         torch.testing.assert_close(a.float(), b.float(), atol=step, rtol=rounding)
 

@@ -19,6 +19,7 @@ EIGHT_BITS: dict[ActivationFormat, torch.dtype] = {"int8": torch.int8, "fp8": to
 _CACHES = {torch.bfloat16: 0, torch.float32: 0, torch.int8: 1, torch.float8_e4m3fn: 2}
 _ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 _FLAT_THREADS = 256
+_PAIR_THREADS = 128
 _CLUSTER = 8
 
 
@@ -98,36 +99,15 @@ def rope_write(
     q_THE = qkv_TX.new_empty(len(qkv_TX), n_heads, head_dim)
     if not len(qkv_TX):
         return q_THE
-    n_lanes = 1 << (head_dim // 8 - 1).bit_length()
-    each = 1 if len(qkv_TX) <= program.n_processors() else 3  # heads of a thread, which share their angles
-    n_parts = -(-(n_heads + 2 * n_kv_heads) * n_lanes // (_FLAT_THREADS * each))
+    n_rotated = 2 * table_C2F.shape[-1]
+    tensors = (qkv_TX, q_THE, q_norm_E, k_norm_E, table_C2F, position_T, slot_T)
+    caches = (kv.k_NPKE, kv.k_scale_NPK, kv.v_NPKE, kv.v_scale_NPK)
+    name, grid, threads, shape = _rope_launch(
+        len(qkv_TX), n_heads, n_kv_heads, head_dim, n_rotated, interleaved, program.n_processors()
+    )
     defines = (("TYPE", TYPES[qkv_TX.dtype]), ("CACHE", _CACHES[kv.k_NPKE.dtype]))
-    program.kernel("rope_write.cu", f"rope_write_{each}", defines).launch(
-        (len(qkv_TX), n_parts),
-        _FLAT_THREADS,
-        (
-            qkv_TX,
-            q_THE,
-            q_norm_E,
-            k_norm_E,
-            table_C2F,
-            position_T,
-            slot_T,
-            kv.k_NPKE,
-            kv.k_scale_NPK,
-            kv.v_NPKE,
-            kv.v_scale_NPK,
-            n_heads,
-            n_kv_heads,
-            head_dim,
-            n_lanes,
-            table_C2F.shape[-1],
-            interleaved,
-            eps,
-            float(plus_one),
-        ),
-        program.stream(),
-        after=True,
+    program.kernel("rope_write.cu", name, defines).launch(
+        grid, threads, (*tensors, *caches, *shape, eps, float(plus_one)), program.stream(), after=True
     )
     return q_THE
 
@@ -195,6 +175,30 @@ def softcap(x_SV: Tensor, cap: float) -> Tensor:
             after=True,
         )
     return out_SV
+
+
+def _rope_launch(
+    n_tokens: int,
+    n_heads: int,
+    n_kv_heads: int,
+    head_dim: int,
+    n_rotated: int,
+    interleaved: bool,
+    n_processors: int,
+) -> tuple[str, tuple[int, ...], int, tuple[int, ...]]:
+    """Return the kernel that writes heads, its grid and threads, and the shape that it is told."""
+    n_all, is_power = n_heads + 2 * n_kv_heads, head_dim >= 16 and head_dim & (head_dim - 1) == 0
+    if is_power and n_rotated == head_dim and not interleaved:
+        n_lanes, each = head_dim // 16, 1 if n_tokens <= 4 * n_processors else 2
+        n_parts = _up(-(-n_all // each), max(1, 32 // n_lanes))  # whole warps a token
+        n_blocks = -(-n_tokens * n_parts * n_lanes // _PAIR_THREADS)
+        pairs = (n_tokens, n_heads, n_kv_heads, n_lanes, n_parts)
+        return f"rope_write_pairs_{each}", (n_blocks,), _PAIR_THREADS, pairs
+    n_lanes = 1 << (head_dim // 8 - 1).bit_length()
+    each = 1 if n_tokens <= n_processors else 3  # heads of a thread, which share their angles
+    n_parts = -(-n_all * n_lanes // (_FLAT_THREADS * each))
+    shape = (n_heads, n_kv_heads, head_dim, n_lanes, n_rotated // 2, int(interleaved))
+    return f"rope_write_{each}", (n_tokens, n_parts), _FLAT_THREADS, shape
 
 
 def _norm(
@@ -265,6 +269,10 @@ def _launch_rows(
 def _is_whole(width: int, *tensors: Tensor) -> bool:
     """Say whether every eight elements of rows of `width` lie aligned to 16 bytes."""
     return width % 8 == 0 and all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
+
+
+def _up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
 
 
 def _n_flat_blocks(n: int) -> int:

@@ -158,3 +158,107 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) rope_write_1 DECLARED {
 extern "C" __global__ void __launch_bounds__(THREADS, sizeof(TYPE) == 2 ? 3 : 2) rope_write_3 DECLARED {
     rope_write<3> GIVEN;
 }
+
+// ---- heads of which halves turn whole ----------------------------------------------------------------
+
+constexpr int PAIR_THREADS = 128;
+
+// The norm of a head that n_lanes lanes hold by halves, rounded to T; all lanes of a warp call it.
+template <class T>
+__device__ __forceinline__ void norm_pairs(Eight<T>& x, Eight<T>& y, const T* weight, int begin, int n_lanes,
+                                           bool is_v, float eps, float shift) {
+    float squares = 0.f;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) squares = fmaf(x[i], x[i], fmaf(y[i], y[i], squares));
+    const float factor = rsqrtf(over_lanes(squares, Sum(), n_lanes) / (n_lanes * 16) + eps);
+    if (is_v) return;
+    Eight<T> x_gain, y_gain;
+    x_gain.load(weight + begin), y_gain.load(weight + n_lanes * 8 + begin);
+#pragma unroll
+    for (int i = 0; i < 8; i += 2) {
+        x.set(i, x[i] * factor * (x_gain[i] + shift), x[i + 1] * factor * (x_gain[i + 1] + shift));
+        y.set(i, y[i] * factor * (y_gain[i] + shift), y[i + 1] * factor * (y_gain[i + 1] + shift));
+    }
+}
+
+// Write a lane's elements of both halves of a head to its place in the cache; all lanes of a warp call it.
+template <class T>
+__device__ __forceinline__ void write_pairs(const Eight<T>& x, const Eight<T>& y, Cache cache, int64_t head,
+                                            int begin, int n_lanes, bool is_written) {
+    const int half = n_lanes * 8;
+    const int64_t at = head * 2 * half + begin;
+#if CACHE == 0
+    if (is_written) x.store(static_cast<T*>(cache.values) + at), y.store(static_cast<T*>(cache.values) + at + half);
+#else
+    if (!__any_sync(ALL_LANES, is_written)) return;
+    float largest = 0.f;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) largest = Largest()(Largest()(largest, fabsf(x[i])), fabsf(y[i]));
+    const float scale = scale_of(over_lanes(largest, Largest(), n_lanes), CACHE);
+    if (!is_written) return;
+    uint8_t* to = static_cast<uint8_t*>(cache.values) + at;
+    *reinterpret_cast<uint2*>(to) = to_8bit(x, Divider(scale), CACHE);
+    *reinterpret_cast<uint2*>(to + half) = to_8bit(y, Divider(scale), CACHE);
+    if (begin == 0) cache.scale[head] = scale;
+#endif
+}
+
+// A lane has eight elements of a head's first half and the eight they turn with: no shuffles, and half the
+// angles to read. n_lanes lanes a head, n_parts * n_lanes threads, whole warps, a token, EACH heads a thread.
+template <int EACH>
+__device__ __forceinline__ void rope_write_pairs(const TYPE* qkv, TYPE* q, const TYPE* q_norm, const TYPE* k_norm,
+                                                 const float* table, const int64_t* position, const int64_t* slot,
+                                                 void* k_values, float* k_scale, void* v_values, float* v_scale,
+                                                 int n_tokens, int n_heads, int n_kv_heads, int n_lanes, int n_parts,
+                                                 float eps, float shift) {
+    const int half = n_lanes * 8, head_dim = 2 * half, n_all = n_heads + 2 * n_kv_heads;
+    const int item = blockIdx.x * PAIR_THREADS + threadIdx.x, token = item / (n_parts * n_lanes);
+    const int part = (item - token * n_parts * n_lanes) / n_lanes, begin = item % n_lanes * 8;
+    let_next_begin();
+    wait_for_previous();
+    if (token >= n_tokens) return;
+    const float* cos_sin = table + position[token] * head_dim + begin;
+    const int64_t place = slot[token];
+    Eight<TYPE> x[EACH], y[EACH];
+#pragma unroll
+    for (int j = 0; j < EACH; ++j) {
+        const int head = part + j * n_parts;
+        const TYPE* from = qkv + (int64_t(token) * n_all + head) * head_dim + begin;
+        x[j].clear(), y[j].clear();
+        if (head < n_all) x[j].load(from), y[j].load(from + half);
+    }
+    Eight<float> cos, sin;
+    cos.load(cos_sin), sin.load(cos_sin + half);
+#pragma unroll
+    for (int j = 0; j < EACH; ++j) {
+        const int head = part + j * n_parts;
+        const bool is_there = head < n_all, is_q = head < n_heads, is_v = head >= n_heads + n_kv_heads;
+        if (q_norm != nullptr) norm_pairs(x[j], y[j], is_q ? q_norm : k_norm, begin, n_lanes, is_v, eps, shift);
+        if (!is_v)
+#pragma unroll
+            for (int i = 0; i < 8; i += 2) {
+                const float x0 = x[j][i], x1 = x[j][i + 1], y0 = y[j][i], y1 = y[j][i + 1];
+                x[j].set(i, x0 * cos[i] - y0 * sin[i], x1 * cos[i + 1] - y1 * sin[i + 1]);
+                y[j].set(i, y0 * cos[i] + x0 * sin[i], y1 * cos[i + 1] + x1 * sin[i + 1]);
+            }
+        if (is_q && is_there) {
+            TYPE* to = q + (int64_t(token) * n_heads + head) * head_dim + begin;
+            x[j].store(to), y[j].store(to + half);
+        }
+        const Cache cache = is_v ? Cache{v_values, v_scale} : Cache{k_values, k_scale};
+        const int64_t kv_head = place * n_kv_heads + head - n_heads - (is_v ? n_kv_heads : 0);
+        write_pairs(x[j], y[j], cache, kv_head, begin, n_lanes, is_there && !is_q && place >= 0);
+    }
+}
+
+#define PAIRS_KERNEL(each, blocks)                                                                               \
+    extern "C" __global__ void __launch_bounds__(PAIR_THREADS, blocks) rope_write_pairs_##each(                  \
+        const TYPE* qkv, TYPE* q, const TYPE* q_norm, const TYPE* k_norm, const float* table,                    \
+        const int64_t* position, const int64_t* slot, void* k_values, float* k_scale, void* v_values,            \
+        float* v_scale, int n_tokens, int n_heads, int n_kv_heads, int n_lanes, int n_parts, float eps,          \
+        float shift) {                                                                                           \
+        rope_write_pairs<each>(qkv, q, q_norm, k_norm, table, position, slot, k_values, k_scale, v_values,       \
+                               v_scale, n_tokens, n_heads, n_kv_heads, n_lanes, n_parts, eps, shift);            \
+    }
+PAIRS_KERNEL(1, 8)
+PAIRS_KERNEL(2, sizeof(TYPE) == 2 ? 7 : 4)
