@@ -9,6 +9,7 @@ from sailfish.cli.inspect import show_weights
 from sailfish.cli.options import ENGINE, AsJson, Download, Model, Offline, Settings, with_settings
 from sailfish.kernels.contract import Choice
 from sailfish.plan import render
+from sailfish.plan.ops import launches_saved
 
 
 @with_settings(ENGINE)
@@ -45,11 +46,17 @@ def explain(
         for choice in start.ops
     ]
     launches = {} if start.overlay is None else start.overlay.launches
+    unfused = {
+        n_runs: sum(kernels.values())
+        + launches_saved(manifest.model, start.plan.formats, start.ops, int(n_runs))
+        for n_runs, kernels in launches.items()
+    }
     data = {
         "target": manifest.target,
         "settings": decisions,
         "ops": ops,
         "launches": launches,
+        "launches_one_by_one": unfused,
         "downgrades": start.downgrades,
         "weights": kinds(artifact),
         "quantised_by": manifest.quantised_by,
@@ -66,10 +73,12 @@ def explain(
     tables.show(f"Ops on {manifest.target}", ("op", "for", "implementation", "why", "declined"), rows)
     if launches:
         counts = [
-            (f"up to {n_runs}", str(sum(kernels.values())), _counted(kernels))
+            (f"up to {n_runs}", str(sum(kernels.values())), str(unfused[n_runs]), _counted(kernels))
             for n_runs, kernels in sorted(launches.items())
         ]
-        tables.show("Launches of a captured decode", ("sequences", "launches", "kernels"), counts)
+        tables.show(
+            "Launches of a captured decode", ("sequences", "launches", "one by one", "kernels"), counts
+        )
     for downgrade in start.downgrades:
         opening.say(f"downgrade: {downgrade}")
 

@@ -13,7 +13,7 @@ from sailfish.kernels.contract import TARGETS, Case, Choice, Impl, Ops, StepBoun
 from sailfish.kernels.fused_table import FUSED
 from sailfish.kernels.table import OPS, implementations
 
-ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, None)
+ROW_BUCKETS = (1, 8, 16, 32, 64, 128, 256, None)
 """Rows of activations up to which a linear's implementation is chosen apart; None: all that are more."""
 
 

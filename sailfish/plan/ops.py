@@ -6,8 +6,10 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from sailfish.checkpoint.model_config import ModelConfig
+from sailfish.kernels import fused_table
 from sailfish.kernels.choose import choose, choose_by_rows, known_target, workspace_bytes
 from sailfish.kernels.contract import Case, Choice, StepBounds
+from sailfish.kernels.fused_table import FUSED
 from sailfish.kernels.plain.limits import (
     CPU_ATTENTION_BYTES,
     CUDA_ATTENTION_BYTES,
@@ -15,7 +17,7 @@ from sailfish.kernels.plain.limits import (
     MEMO_FRACTION,
 )
 from sailfish.kernels.table import OPS
-from sailfish.plan.formats import int4_sizes, kind_of
+from sailfish.plan.formats import format_of, int4_sizes, kind_of
 from sailfish.plan.settings import Settings
 from sailfish.plan.types import CacheDtype, Plan, WeightFormat, WeightFormats
 
@@ -133,7 +135,7 @@ def linear_shapes(model: ModelConfig, formats: WeightFormats) -> list[tuple[Weig
     """Return (format, outputs, inputs) of every linear of the model, each once."""
     d, width = model.d_model, model.n_heads * model.head_dim
     found = {
-        (formats.layers, (model.n_heads + 2 * model.n_kv_heads) * model.head_dim, d): None,
+        (formats.layers, _qkv_width(model), d): None,
         (formats.layers, d, width): None,
     }
     for layer in model.layers:
@@ -142,7 +144,7 @@ def linear_shapes(model: ModelConfig, formats: WeightFormats) -> list[tuple[Weig
             found[formats.layers, d, model.d_mlp] = None
         else:
             found["plain", layer.moe.n_experts, d] = None
-    widths = {"qkv": (model.n_heads + 2 * model.n_kv_heads) * model.head_dim, "gate_up": 2 * model.d_mlp}
+    widths = {"qkv": _qkv_width(model), "gate_up": 2 * model.d_mlp}
     inputs = {"o": width, "down": model.d_mlp}
     for name in formats.dense:
         kind = kind_of(name)
@@ -151,12 +153,34 @@ def linear_shapes(model: ModelConfig, formats: WeightFormats) -> list[tuple[Weig
     return list(found)
 
 
+def launches_saved(model: ModelConfig, formats: WeightFormats, choices: Iterable[Choice], n_rows: int) -> int:
+    """Return how many launches fewer a step of so many rows takes for its fused products."""
+    choices = [choice for choice in choices if choice.op in FUSED]
+    n_saved = 0
+    for i, layer in enumerate(model.layers):
+        # The first layer has no sum to norm.
+        for kind, is_there in (("qkv", i > 0), ("gate_up", layer.moe is None)):
+            if not is_there:
+                continue
+            format = format_of(f"layers.{i}.{kind}.weight", formats)
+            op = "norm_linear" if format == "plain" else f"norm_linear_{format}"
+            activation = model.activation if kind == "gate_up" else ""
+            n_out = 2 * model.d_mlp if activation else _qkv_width(model)
+            n_saved += next(
+                fused_table.launches_saved(choice)
+                for choice in choices
+                if (choice.op, choice.n_out, choice.activation) == (op, n_out, activation)
+                and (choice.max_rows is None or n_rows <= choice.max_rows)
+            )
+    return n_saved
+
+
 def norm_linear_shapes(
     model: ModelConfig, formats: WeightFormats
 ) -> list[tuple[WeightFormat, int, int, str]]:
     """Return (format, outputs, inputs, activation or "") of every linear behind a norm, each once."""
     d = model.d_model
-    qkv = ((model.n_heads + 2 * model.n_kv_heads) * model.head_dim, d, "")
+    qkv = (_qkv_width(model), d, "")
     gate_up = (2 * model.d_mlp, d, model.activation)
     found = {(formats.layers, *qkv): None}
     if any(layer.moe is None for layer in model.layers):
@@ -165,3 +189,7 @@ def norm_linear_shapes(
         if kind in ("qkv", "gate_up"):
             found["plain", *(qkv if kind == "qkv" else gate_up)] = None
     return list(found)
+
+
+def _qkv_width(model: ModelConfig) -> int:
+    return (model.n_heads + 2 * model.n_kv_heads) * model.head_dim

@@ -145,6 +145,22 @@ def test_on_a_cpu_norm_linear_and_activation_run_one_by_one(op: str) -> None:
         assert all("made for CUDA" in reason for _, reason in choice.declined)
 
 
+def _named(op: str, activation: str, n_out: int = 28672) -> list[tuple[str, int | None]]:
+    choices = choose_by_rows(_fused(op, "sm_90", n_out, activation))
+    return [(choice.implementation, choice.max_rows) for choice in choices]
+
+
+def test_on_hopper_products_are_fused_by_rows() -> None:
+    assert _named("norm_linear_int4", "silu") == [
+        ("cuda_stream_int4_fused", 1),
+        ("cuda_stream_int4_gated", 16),
+        ("cuda_wide_int4_gated", None),
+    ]
+    assert _named("norm_linear_int4", "", 6144) == [("cuda_stream_int4_fused", 1), ("one_by_one", None)]
+    assert _named("norm_linear_fp8", "silu") == [("one_by_one", 128), ("cuda_wide_fp8_gated", None)]
+    assert _named("norm_linear_int8", "") == [("one_by_one", None)]
+
+
 def test_outputs_that_do_not_take_turns_of_eight_are_activated_apart() -> None:
     [choice] = choose_by_rows(_fused("norm_linear_int4", "sm_90", 28664, "silu"))
     assert choice.implementation == "one_by_one"

@@ -19,7 +19,7 @@ from sailfish.plan import DeviceOverlay, make_plan, suggest
 from sailfish.plan.formats import arena_tensors
 from sailfish.plan.graphs import decode_buckets
 from sailfish.plan.memory import weights_bytes
-from sailfish.plan.ops import choose_ops
+from sailfish.plan.ops import choose_ops, launches_saved
 from sailfish.plan.render import as_data, decision_rows, memory_rows
 from sailfish.plan.strict import refuse_downgrades
 from sailfish.plan.types import Decision, Plan, WeightFormats
@@ -373,6 +373,21 @@ def test_asking_for_more_never_plans_fewer_bytes_outside_the_kv_blocks(
     larger = make_plan(replace(config, **{name: small + more}), model, roomy)  # type: ignore[arg-type]
     for line in FIXED:
         assert less.memory_bytes(line) <= larger.memory_bytes(line)
+
+
+@pytest.mark.parametrize(
+    ("weights", "rows", "saved"),
+    [
+        ("int4", 1, 32 * 2 + 31),  # every layer's norms and activations, but for the first norm
+        ("int4", 16, 32),
+        ("int4", 256, 32),
+        ("fp8", 256, 0),  # what quantises takes the place of what activated
+    ],
+)
+def test_fused_products_save_launches(weights: str, rows: int, saved: int) -> None:
+    plan = make_plan(EngineConfig(weights=weights), LLAMA_8B, H200)
+    choices = choose_ops(LLAMA_8B, plan)
+    assert launches_saved(LLAMA_8B, plan.formats, choices, rows) == saved
 
 
 def test_planning_is_pure() -> None:
