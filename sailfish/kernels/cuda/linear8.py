@@ -19,11 +19,9 @@ from sailfish.kernels.cuda.program import Defines, Variant
 from sailfish.kernels.cuda.wide import ACTIVATIONS
 
 _FILE, _ENTRY = "wide8.cu", "wide_linear_8"
-_SHARED_BYTES = 227 << 10
+_SHARED_BYTES = {1: 227 << 10, 2: 113 << 10}
+"""Shared memory of a block, by blocks on a multiprocessor."""
 _INPUTS = 128
-_GROUPS = 2
-_THREADS = 128 * (_GROUPS + 1)
-_CHUNK = 64
 _TYPES = {torch.bfloat16: "bf16", torch.float32: "float"}
 _SCALE_THREADS = 256
 
@@ -35,20 +33,44 @@ class Shape:
     tokens: int
     """Tokens of a tile."""
     tiles: int
-    """64-row tiles of each of the two warpgroups that multiply."""
+    """64-row tiles of each warpgroup that multiplies."""
     unit_us: float
     """What a block takes for 128 inputs of a tile, on an H200."""
+    groups: int = 2
+    """Warpgroups of a block that multiply."""
+    per_sm: int = 1
+    """Blocks that fit on a multiprocessor."""
 
     @property
     def rows(self) -> int:
         """Return the outputs of a block's tile."""
-        return 64 * _GROUPS * self.tiles
+        return 64 * self.groups * self.tiles
+
+    @property
+    def threads(self) -> int:
+        """Return the threads of a block, the producers' warpgroup included."""
+        return 128 * (self.groups + 1)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Return the shared memory of a block."""
+        return _SHARED_BYTES[self.per_sm]
+
+    @property
+    def chunk(self) -> int:
+        """Return the tokens that are stored at once."""
+        return 32 if self.tokens % 64 or self.per_sm > 1 else 64
+
+    @property
+    def gated_chunk(self) -> int:
+        """Return the tokens that are stored at once of half as many outputs, behind an activation."""
+        return self.chunk if self.tokens % (2 * self.chunk) else 2 * self.chunk
 
     @property
     def slots(self) -> int:
         """Return the slots of 128 inputs that fit in shared memory."""
         slot_bytes = (self.tokens + self.rows) * _INPUTS + 16
-        return min(8, (_SHARED_BYTES - _GROUPS * 2 * _CHUNK * 128) // slot_bytes)
+        return min(8, (self.shared_bytes - self.groups * 2 * self.chunk * 128 - 8) // slot_bytes)
 
     @property
     def can_split(self) -> bool:
@@ -62,6 +84,8 @@ class Shape:
             ("TOKENS", self.tokens),
             ("TILES", self.tiles),
             ("SLOTS", self.slots),
+            ("GROUPS", self.groups),
+            ("PER_SM", self.per_sm),
         )
 
 
@@ -71,6 +95,7 @@ SHAPES = (
     Shape(128, 1, 0.32),
     Shape(64, 2, 0.37),
     Shape(64, 1, 0.24),
+    Shape(32, 1, 0.16, groups=1, per_sm=2),
 )
 _SPLIT_US = 4.0
 """What it takes two blocks to add up, and to be started together."""
@@ -169,13 +194,15 @@ def choose(n_tokens: int, n_out: int, n_in: int) -> tuple[Shape, int]:
     def predicted_us(candidate: tuple[Shape, int]) -> float:
         shape, splits = candidate
         n_blocks = -(-n_tokens // shape.tokens) * -(-n_out // shape.rows) * splits
-        n_waves = -(-n_blocks // program.n_processors())
+        n_waves = -(-n_blocks // (program.n_processors() * shape.per_sm))
         if splits > 1 and n_waves > 1:
             return math.inf
         return n_waves * -(-n_units // splits) * shape.unit_us + (splits > 1) * _SPLIT_US
 
-    splittable = [(shape, 2) for shape in SHAPES if shape.can_split and n_units > 1]
-    return min([*((shape, 1) for shape in SHAPES), *splittable], key=predicted_us)
+    # Tiles of 32 tokens are for weights that are read once: two of them would not be ahead of one of 64.
+    fitting = [shape for shape in SHAPES if shape.tokens >= min(n_tokens, 64)]
+    splittable = [(shape, 2) for shape in fitting if shape.can_split and n_units > 1]
+    return min([*((shape, 1) for shape in fitting), *splittable], key=predicted_us)
 
 
 def launch(
@@ -196,8 +223,8 @@ def launch(
     row_tiles = -(-n_out // shape.rows)
     n_units = -(-n_in // _INPUTS)
     n_tiles = token_tiles * row_tiles
-    n_clusters = n_tiles if splits > 1 else min(n_tiles, program.n_processors())
-    stored_tokens = _CHUNK if activation is None else min(shape.tokens, 2 * _CHUNK)
+    n_clusters = n_tiles if splits > 1 else min(n_tiles, program.n_processors() * shape.per_sm)
+    stored_tokens = shape.chunk if activation is None else shape.gated_chunk
     stored = (stored_tokens if splits == 1 else 8, 64 if activation is None else 32)
     maps = tensormap.argument(
         _map(x.values_TI, "uint8", (shape.tokens, _INPUTS)),
@@ -209,10 +236,10 @@ def launch(
     sizes = (n_tokens, n_out, n_units, token_tiles, row_tiles)
     program.kernel(_FILE, _ENTRY, shape.defines(x.values_TI.dtype)).launch(
         (n_clusters * splits,),
-        _THREADS,
+        shape.threads,
         (maps, _Problem(*scales, *sizes, ACTIVATIONS[activation])),
         program.stream(),
-        shared_bytes=_SHARED_BYTES,
+        shared_bytes=shape.shared_bytes,
         after=True,
         cluster=splits,
     )

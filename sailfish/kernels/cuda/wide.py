@@ -59,7 +59,7 @@ class Shape:
     @property
     def gated_chunk(self) -> int:
         """Return the tokens that are stored at once of half as many outputs, behind an activation."""
-        return min(self.tokens, 2 * self.chunk)
+        return self.chunk if self.tokens % (2 * self.chunk) else 2 * self.chunk
 
     @property
     def slots(self) -> int:
@@ -88,6 +88,9 @@ STEP_US = {
     Shape(64, 2): 0.222,
     Shape(64, 2, per_sm=2): 0.215,
     Shape(64, 4): 0.403,
+    Shape(96, 2): 0.250,
+    Shape(96, 3): 0.350,
+    Shape(96, 4): 0.460,
     Shape(128, 2): 0.300,
     Shape(128, 3): 0.420,
     Shape(128, 4): 0.553,

@@ -24,7 +24,7 @@ constexpr int CONSUMERS = 128 * GROUPS, STRIPS = 4 * GROUPS, ROWS = 64 * GROUPS,
 constexpr int X_BYTES = TOKENS * 128, W_BYTES = STRIPS * 512, SCALE_BYTES = STRIPS * 32 * SCALES;
 constexpr int W_AT = SLOTS * X_BYTES, SCALE_AT = W_AT + SLOTS * W_BYTES, ZERO_AT = SCALE_AT + SLOTS * SCALE_BYTES;
 constexpr int CHUNK = TOKENS % 64 || GROUPS > 2 || PER_SM > 1 ? 32 : 64;  // tokens that are stored at once
-constexpr int GATED_CHUNK = TOKENS < 2 * CHUNK ? TOKENS : 2 * CHUNK;  // the same of half as many outputs
+constexpr int GATED_CHUNK = TOKENS % (2 * CHUNK) ? CHUNK : 2 * CHUNK;  // the same of half as many outputs
 constexpr int STAGED_BYTES = CHUNK * 256;  // of a consumer: two chunks, or its share of a split tile
 constexpr int STAGED_AT = (ZERO_AT + ZEROS * SLOTS * SCALE_BYTES + 1023) / 1024 * 1024;
 constexpr int FULL_AT = STAGED_AT + GROUPS * STAGED_BYTES, EMPTY_AT = FULL_AT + 8 * SLOTS;

@@ -41,6 +41,15 @@ __device__ __forceinline__ void wgmma<64>(float* d, const uint32_t* a, uint64_t 
                  : WGMMA_32(0)
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
 }
+#define WGMMA_D96 WGMMA_D64 ", " WGMMA_R32
+template <>
+__device__ __forceinline__ void wgmma<96>(float* d, const uint32_t* a, uint64_t b, int add) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %53, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n96k16" WGMMA_KIND "{" WGMMA_D96
+                 "}, {%48, %49, %50, %51}, %52, p, 1, 1, 0;\n}"
+                 : WGMMA_32(0), WGMMA_16(32)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
+}
 #define WGMMA_D128 WGMMA_R0 ", " WGMMA_R16 ", " WGMMA_R32 ", " WGMMA_R48
 template <>
 __device__ __forceinline__ void wgmma<128>(float* d, const uint32_t* a, uint64_t b, int add) {

@@ -3,7 +3,7 @@
 //
 // Made transposed, Y^T = W X^T: rows of the weight are wgmma's 64, tokens its N. A block has two producer
 // warps, which keep a ring of slots full through the bulk copy engine (a slot: 128 inputs of the block's tokens
-// and of its rows), and two consumer warpgroups of 64 * TILES rows each. Blocks walk over tiles of the result, or
+// and of its rows), and GROUPS consumer warpgroups of 64 * TILES rows each. Blocks walk over tiles of the result, or
 // the blocks of a cluster share the inputs of one tile and add up through each other's shared memory.
 #include "gate.cuh"
 #include "wide8.cuh"
@@ -12,14 +12,16 @@
 #define TOKENS 128  // tokens of a tile
 #define TILES 1     // tiles of 64 rows of each consumer
 #define SLOTS 6     // slots of the ring
+#define GROUPS 2    // consumer warpgroups
+#define PER_SM 1    // blocks that fit on a multiprocessor
 #endif
 
-constexpr int GROUPS = 2, CONSUMERS = 128 * GROUPS, ROWS = 64 * GROUPS * TILES, OCTETS = TOKENS / 8;
+constexpr int CONSUMERS = 128 * GROUPS, ROWS = 64 * GROUPS * TILES, OCTETS = TOKENS / 8;
 constexpr int INPUTS = 128;  // of a slot: rows of 128 bytes
 constexpr int X_BYTES = TOKENS * INPUTS, W_BYTES = ROWS * INPUTS;
 constexpr int W_AT = SLOTS * X_BYTES, STAGED_AT = W_AT + SLOTS * W_BYTES;
-constexpr int CHUNK = 64, STAGED_BYTES = 2 * CHUNK * 128;  // tokens that are stored at once; two buffers of them
-constexpr int GATED_CHUNK = TOKENS < 2 * CHUNK ? TOKENS : 2 * CHUNK;  // the same of half as many outputs
+constexpr int CHUNK = TOKENS % 64 || PER_SM > 1 ? 32 : 64, STAGED_BYTES = 2 * CHUNK * 128;  // tokens that are stored at once; two buffers of them
+constexpr int GATED_CHUNK = TOKENS % (2 * CHUNK) ? CHUNK : 2 * CHUNK;  // the same of half as many outputs
 constexpr int FULL_AT = STAGED_AT + GROUPS * STAGED_BYTES, EMPTY_AT = FULL_AT + 8 * SLOTS;
 constexpr int SENT_AT = EMPTY_AT + 8 * SLOTS;
 constexpr int BAND = 16;  // token tiles that are walked together: their tokens stay in L2
@@ -307,7 +309,7 @@ __device__ __forceinline__ void consume(const Problem& p, const Maps& maps, uint
     store_wait_read<0>();
 }
 
-extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
+extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, PER_SM)
     wide_linear_8(const __grid_constant__ Maps maps, const Problem p) {
     extern __shared__ __align__(1024) uint8_t shared[];
     const uint32_t smem = shared_address(shared);
@@ -324,13 +326,13 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
     }
     __syncthreads();
     if (warp >= CONSUMERS / 32) {
-        give_registers<40>();
+        if (PER_SM == 1) give_registers<40>();
         if (warp == CONSUMERS / 32) produce<true>(p, maps, smem, split, splits);
         if (warp == CONSUMERS / 32 + 1) produce<false>(p, maps, smem, split, splits);
         __syncwarp();
         if (splits > 1) cluster_meet();
     } else {
-        take_registers<232>();
+        if (PER_SM == 1) take_registers<232>();
         consume(p, maps, smem, split, splits, warp / 4);
         __syncwarp();
     }

@@ -30,6 +30,7 @@ __device__ __forceinline__ Total total_of(uint32_t bits) { return __uint_as_floa
 #define NAMES_80 "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
 #define NAMES_96 "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111"
 #define NAMES_112 "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+#define NAMED_16 NAMES_0
 #define NAMED_32 NAMES_0 ", " NAMES_16
 #define NAMED_64 NAMED_32 ", " NAMES_32 ", " NAMES_48
 #define NAMED_128 NAMED_64 ", " NAMES_64 ", " NAMES_80 ", " NAMES_96 ", " NAMES_112
@@ -37,6 +38,13 @@ __device__ __forceinline__ Total total_of(uint32_t bits) { return __uint_as_floa
 // d[64 x N] += a[64 x 32] b[32 x N], or = if not `add`.
 template <int N>
 __device__ __forceinline__ void wgmma(Total* d, uint64_t a, uint64_t b, int add);
+template <>
+__device__ __forceinline__ void wgmma<32>(Total* d, uint64_t a, uint64_t b, int add) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %18, 0;\nwgmma.mma_async.sync.aligned.m64n32k32" KIND
+                 "{" NAMED_16 "}, %16, %17" END
+                 : SUMS_16(0)
+                 : "l"(a), "l"(b), "r"(add));
+}
 template <>
 __device__ __forceinline__ void wgmma<64>(Total* d, uint64_t a, uint64_t b, int add) {
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\nwgmma.mma_async.sync.aligned.m64n64k32" KIND
