@@ -120,7 +120,8 @@ def test_only_slots_that_are_not_negative_are_written(
         a, b = getattr(mine, name), getattr(theirs, name)
         if a is None:
             continue
-        step = 1.01 if a.dtype == torch.int8 else 0.3 if a.dtype == torch.float8_e4m3fn else 4e-3  # cancellation
+        # what turns may cancel, but for a rounding of the norm
+        step = 1.01 if a.dtype == torch.int8 else 0.3 if a.dtype == torch.float8_e4m3fn else 4e-3
         rounding = 0.13 if a.dtype == torch.float8_e4m3fn else 1.6e-2
         torch.testing.assert_close(a.float(), b.float(), atol=step, rtol=rounding)
 
