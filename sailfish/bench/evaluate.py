@@ -219,5 +219,6 @@ def _remember(
 
 
 def _write_rows(rows: TextIO, tasks: TaskSet, scores: TaskScores) -> None:
-    for number, row in enumerate(scores.rows, tasks.n_shots):
-        rows.write(json.dumps({"task": tasks.name, "row": number, **row}) + "\n")
+    for number, (row, given) in enumerate(zip(scores.rows, scores.given, strict=True), tasks.n_shots):
+        found = {"written": given} if isinstance(given, str) else {"logprobs": [one.logprob for one in given]}
+        rows.write(json.dumps({"task": tasks.name, "row": number, **row, **found}) + "\n")

@@ -38,6 +38,8 @@ class TaskScores:
 
     rows: tuple[Mapping[str, float], ...]
     """Metric -> value: 0 or 1, or for "logprob" what it says."""
+    given: tuple[Sequence[Likelihood] | str, ...] = ()
+    """What the model gave each question: likelihoods of its continuations, or a text."""
 
     def summary(self) -> dict[str, Interval]:
         """Return the mean of each metric over rows with its normal interval; two rows at least.
@@ -93,7 +95,7 @@ def collected(tasks: TaskSet, found: Sequence[Sequence[Likelihood] | str]) -> Ta
             case AnswerQuestion():
                 assert isinstance(given, str)
                 rows.append(score_answer(question, given))
-    return TaskScores(rows=tuple(rows))
+    return TaskScores(rows=tuple(rows), given=tuple(found))
 
 
 def _compared(answer: str) -> str:
