@@ -128,7 +128,7 @@ def test_the_layers_of_an_8b_shape_are_divided_as_measured() -> None:
     plain = {key: (s.strip_warps, s.splits, s.columns, s.ring) for key, s in divisions.items()}
     assert plain == {
         (4096, 6144, 1): (2, 2, 132, 4),
-        (4096, 4096, 1): (1, 2, 66, 4),
+        (4096, 4096, 1): (1, 2, 132, 4),
         (4096, 28672, 1): (2, 2, 132, 4),
         (14336, 4096, 1): (1, 2, 132, 4),
         (4096, 6144, 8): (1, 1, 132, 5),

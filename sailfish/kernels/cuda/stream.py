@@ -292,7 +292,7 @@ def _launch(
     card = this_card()
     split = split or choose(product, card)
     shared_bytes = product.shared_bytes(split, card.clusters)
-    if card.clusters and (product.n_tokens > 1 or not product.span):
+    if card.clusters and split.blocks == 1:
         # A processor that is free early would take two blocks of the next product, and keep all waiting.
         shared_bytes = max(shared_bytes, card.half_bytes + 1)
     shape = _Shape(
@@ -362,9 +362,9 @@ def _defines(product: Product, split: Split) -> Defines:
         ("CHUNK_WARPS", split.chunk_warps),
         ("BLOCK_SPLITS", split.splits),
         ("RING", split.ring),
-        ("BLOCKS_PER_PROCESSOR", 2 if product.tiles == 1 else 1),
+        ("BLOCKS_PER_PROCESSOR", split.blocks),
         ("ACTIVATION", _ACTIVATIONS[product.activation]),
-        ("NORM", product.norm_groups),
+        ("NORM", product.norm_groups(split)),
     )
 
 
@@ -374,6 +374,7 @@ def _variants() -> Iterator[Variant]:
         *(("stream_rows.cu", ("FORMAT", form)) for form in (_PLAIN, _INT8, _FP8)),
     )
     narrow = Split(strip_warps=1, chunk_warps=8, splits=1, columns=1, ring=4)
+    pair = Split(strip_warps=2, chunk_warps=4, splits=2, columns=1, ring=4, blocks=2)
     wide = Split(strip_warps=4, chunk_warps=2, splits=2, columns=1, ring=3)
     alone = Split(strip_warps=8, chunk_warps=1, splits=1, columns=1, ring=3)
     for file, define in readers:
@@ -391,13 +392,13 @@ def _variants() -> Iterator[Variant]:
             (torch.bfloat16, torch.float16), (product, many), (narrow, wide)
         ):
             yield Variant(file, _defines(replace(each, dtype=dtype), split))
-        yield Variant(file, _defines(replace(product, activation="silu"), narrow))
+        yield Variant(file, _defines(replace(product, activation="silu"), pair))
         yield Variant(file, _defines(replace(many, activation="gelu_tanh"), wide))
         if define in (("GROUP", 32), ("GROUP", 128), ("FORMAT", _PLAIN)):
             yield Variant(file, _defines(replace(product, activation="silu"), alone))
             for n_tokens in (1, 4):
                 normed = replace(product, n_tokens=n_tokens, activation="silu", has_norm=True)
-                yield Variant(file, _defines(normed, narrow))
+                yield Variant(file, _defines(normed, pair))
 
 
 VARIANTS = tuple(_variants())

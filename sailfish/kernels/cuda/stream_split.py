@@ -27,8 +27,7 @@ _RESERVED_BYTES = 1024 + 384
 """Of shared memory, by the system in each block and by the kernel itself."""
 _MOST_IN_CLUSTER = 8
 _WARPS = 8
-_FEW_UNITS = 150
-"""Of 16 outputs and a chunk of inputs, for each processor."""
+_PAIRED_TOKENS = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +44,8 @@ class Split:
     """Ranges of outputs."""
     ring: int
     """Stages of weights in flight."""
+    blocks: int = 1
+    """That a processor has room for, of this product or of it and the next."""
 
     @property
     def warps(self) -> int:
@@ -73,12 +74,11 @@ class Product:
     activation: str | None = None
     has_norm: bool = False
 
-    @property
-    def norm_groups(self) -> int:
+    def norm_groups(self, split: Split) -> int:
         """Return the groups of a norm's inputs for each warp, a power of two, 0 without a norm."""
         if not self.has_norm:
             return 0
-        groups = parts(self.n_tokens * self.row_bytes, 2 * NORM_WIDTH * _WARPS)
+        groups = parts(self.n_tokens * self.row_bytes, 2 * NORM_WIDTH * split.warps)
         return 1 << (groups - 1).bit_length()
 
     @property
@@ -153,7 +153,7 @@ class Card:
 @lru_cache(maxsize=1024)
 def choose(product: Product, card: Card) -> Split:
     """Return how a product is divided on a card: the first of the measured orders that fits."""
-    if product.span and product.n_tokens == 1 and card.clusters:
+    if product.span and product.n_tokens <= _PAIRED_TOKENS and card.clusters:
         for split in _pairs(product, card):
             if product.shared_bytes(split, card.clusters) <= card.half_bytes:
                 return split
@@ -166,24 +166,24 @@ def choose(product: Product, card: Card) -> Split:
 
 
 def _pairs(product: Product, card: Card) -> Iterator[Split]:
-    """Yield divisions for one token among clusters of two blocks, of which a processor has room for two.
+    """Yield divisions for very few tokens into small blocks, of which a processor has room for two.
 
     Measured on an H200 in a chain of whole layers: what a processor that is free early takes of the next
-    product is then small, and at the end of it all have had as much. An 8B layer took 46 us, against 65 with
-    one block of all inputs a processor. Small products have a block a processor, or too little in each.
+    product is then small, and at the end of it all have had as much. A layer of an 8B shape took 46 us,
+    against 65 with one block of all inputs a processor. Clusters of two halve x; heads have more outputs
+    than sums fit beside it, and take many blocks.
     """
-    columns = card.processors
-    if product.strips * product.chunks < _FEW_UNITS * card.processors:
-        columns //= 2
-    strip_warps = 2 if columns == card.processors and product.strips >= 2 * columns else 1
-    if _parts_of_inputs(product) >= 2:
-        for ring in (4, 3):
+    for (splits, rounds), ring in itertools.product(((2, 1), (1, 4), (1, 8), (1, 16)), (4, 3)):
+        columns = card.processors * rounds
+        strip_warps = 2 if product.strips >= 2 * columns else 1
+        if splits <= _parts_of_inputs(product):
             yield Split(
                 strip_warps=strip_warps,
                 chunk_warps=_WARPS // strip_warps,
-                splits=2,
-                columns=max(1, columns),
+                splits=splits,
+                columns=columns,
                 ring=ring,
+                blocks=2,
             )
 
 
@@ -200,13 +200,14 @@ def _orders(product: Product, card: Card) -> Iterator[Split]:
     otherwise; clusters of 4 were never better than they.
     """
     narrow, wide = ((1, 1),), ((2, 1), (4, 1), (8, 1))  # strips in a stage, and blocks that a processor runs
+    many = ((4, 1), (4, 2), (4, 4)) if card.clusters else ((4, 1),)
     per_block = product.strips // card.processors
     if not product.span:
         yield from _divided(product, card, (1, 2, 8, 16), ((1, 1), (1, 2), (1, 4), (1, 8)), (4, 3))
     elif product.tiles == 1:
         yield from _divided(product, card, (1, 2, 8, 16), wide if per_block >= 4 else narrow, (5, 4, 3))
     else:
-        yield from _divided(product, card, (2, 8), ((4, 1) if per_block >= 8 else (2, 1),), (5, 4, 3))
+        yield from _divided(product, card, (2, 8), many if per_block >= 8 else ((2, 1),), (5, 4, 3))
     small = (*wide, (4, 2), (4, 4), (8, 8), (8, 32), (8, 64))
     yield from _divided(product, card, (1, 2, 4, 8, 16, 32, 64), small, (5, 4, 3, 2))
     # Very many outputs beside very many inputs: blocks of a few strips each.
@@ -229,6 +230,7 @@ def _divided(
                 splits=splits,
                 columns=max(1, card.blocks(splits) // splits) * rounds,
                 ring=ring,
+                blocks=2 if product.tiles == 1 and not card.clusters else 1,
             )
 
 
