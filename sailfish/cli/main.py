@@ -15,6 +15,8 @@ COMMANDS = {
     "generate": "Continue a prompt, or answer a batch of JSON lines.",
     "chat": "Talk to a model in the terminal.",
     "build": "Turn a checkpoint into an engine directory.",
+    "compress": "Turn a checkpoint into a smaller one, and tell what it cost.",
+    "recipe": "List, print and compare the recipes of compress.",
     "plan": "Show the memory a model needs, here or on another device.",
     "explain": "Show every setting and op as asked for, as active, and why.",
     "eval": "Measure perplexity, the distance to a parent, and scores on tasks.",

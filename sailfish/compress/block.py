@@ -12,6 +12,7 @@ from sailfish.checkpoint.model_config import ModelConfig
 from sailfish.checkpoint.names import TensorSpec, tensor_specs
 from sailfish.checkpoint.safetensors_reader import Checkpoint
 from sailfish.kernels.choose import bind
+from sailfish.kernels.composed import norm_linear
 from sailfish.kernels.contract import ActivationFormat, AttentionSpan, Ops, Quantised
 from sailfish.kernels.reference.elementwise import gated
 from sailfish.kernels.reference.moe import route
@@ -107,7 +108,6 @@ class Block:
         window_tokens: int,
         *,
         head: tuple[Tensor, Tensor] | None = None,
-        see: See | None = None,
         rounded: Mapping[str, ActivationFormat] | None = None,
     ) -> None:
         """Take the block's tensors by the checkpoint's names, of any device and float dtype.
@@ -134,7 +134,7 @@ class Block:
             page_tokens=_PAGE_TOKENS,
             formats=WeightFormats(),
         )
-        self._taps = _Taps(bind(choose_all(cases)), names, id(weights[_NORM]), see, dict(rounded or {}))
+        self._taps = _Taps(bind(choose_all(cases)), names, id(weights[_NORM]), dict(rounded or {}))
         self._decoder = Decoder(one, weights, self._taps.ops(), max_positions=window_tokens)
         n_blocks = -(-window_tokens // _PAGE_TOKENS)
         norm_D = weights[_NORM]
@@ -149,8 +149,11 @@ class Block:
         self._block_1W = torch.arange(n_blocks, dtype=torch.int32, device=self._device).unsqueeze(0)
 
     @torch.inference_mode()
-    def run(self, hidden_TD: Tensor) -> Tensor:
-        """Return what the block makes of a window's states; after the final norm where it has the head."""
+    def run(self, hidden_TD: Tensor, see: See | None = None) -> Tensor:
+        """Return what the block makes of a window's states; after the final norm where it has the head.
+
+        `see` is told what each site reads.
+        """
         n_tokens = len(hidden_TD)
         position_T = torch.arange(n_tokens, device=self._device)
         span = AttentionSpan(
@@ -163,7 +166,7 @@ class Block:
         )
         # Blocks lie in order, so that a token's slot is its position.
         step = StepInputs(token_T=position_T, position_T=position_T, slot_T=position_T, span=span)
-        self._taps.hidden_TD = hidden_TD
+        self._taps.hidden_TD, self._taps.see = hidden_TD, see
         normed_TD = self._decoder.forward(step, self._kv)
         return normed_TD if self._is_last else self._taps.hidden_TD
 
@@ -181,13 +184,12 @@ class _Taps:
         ops: Ops,
         names: Mapping[int, str],
         final_norm: int,
-        see: See | None,
         rounded: dict[str, ActivationFormat],
     ) -> None:
         self._ops = ops
         self._names = names
         self._final_norm = final_norm
-        self._see = see
+        self.see: See | None = None
         self._rounded = rounded
         self.hidden_TD = torch.empty(0)
 
@@ -198,6 +200,7 @@ class _Taps:
             embed=lambda *_: self.hidden_TD,
             add_rms_norm=self._add_rms_norm,
             linear=self._linear,
+            norm_linear=norm_linear,
             moe=self._moe,
         )
 
@@ -221,8 +224,8 @@ class _Taps:
 
     def _read(self, name: str, x_TI: Tensor) -> Tensor:
         """Show a site's inputs, and return them as it reads them."""
-        if self._see is not None:
-            self._see(name, x_TI)
+        if self.see is not None:
+            self.see(name, x_TI)
         to = self._rounded.get(name)
         if to is None:
             return x_TI
@@ -239,13 +242,13 @@ class _Taps:
         normalise: bool,
         activation: str,
     ) -> Tensor:
-        if self._see is not None:
+        if self.see is not None:
             _, expert_TA = route(router_TX, n_active, normalise)
             for x, gate_up_2MD in enumerate(gate_up_X2MD):
                 routed_TD = x_TD[(expert_TA == x).any(1)]
-                self._see(f"experts.{x}.gate_up", routed_TD)
+                self.see(f"experts.{x}.gate_up", routed_TD)
                 gate, up = (routed_TD @ gate_up_2MD.T).chunk(2, -1)
-                self._see(f"experts.{x}.down", gated(gate, up, activation))
+                self.see(f"experts.{x}.down", gated(gate, up, activation))
         return self._ops.moe(x_TD, router_TX, gate_up_X2MD, down_XDM, n_active, normalise, activation)
 
 

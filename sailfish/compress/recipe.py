@@ -268,6 +268,10 @@ def _check(recipe: Recipe, where: str) -> None:
     prune = recipe.prune
     if prune is not None and (prune.zeros is None) is (prune.keep is None or prune.of is None):
         raise refuse("prune needs keep and of, or zeros", "write keep: 2 and of: 4, or zeros: 0.5")
+    if prune is not None and any(found.method == "gptq" for found in rounds):
+        raise refuse("GPTQ would fill the zeros that pruning leaves", "write method: rtn for round")
+    if recipe.fold is not None and recipe.round is None:
+        raise refuse("fold makes weights easier to round and nothing is rounded", "write round:")
     if recipe.round is None and prune is None:
         raise refuse("nothing is pruned or rounded", "write round: or prune:")
     calibration = recipe.calibration

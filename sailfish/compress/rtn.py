@@ -20,7 +20,6 @@ Format8 = Literal["int8", "fp8"]
 LARGEST_8: dict[Format8, float] = {"int8": 127.0, "fp8": 448.0}
 """What the largest absolute value of a row is stored as."""
 _DTYPE_8 = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
-_MIDDLE = 8
 _CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 """Ranges tried for a group, as shares of its largest absolute value. Weights are near normal: of 128 of them
 the extremes are so rare that finer steps gain more than cutting them loses."""
@@ -103,10 +102,17 @@ def quantise_8(
 
 
 def restore_int4(code_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor | None, group: int | None) -> Tensor:
+    """Return the float32 weights [O, I] that codes, scales and zeros of 4 bits stand for."""
+    return restore_int(code_OI, scale_OG, zero_OG, group)
+
+
+def restore_int(
+    code_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor | None, group: int | None, *, bits: int = 4
+) -> Tensor:
     """Return the float32 weights [O, I] that codes, scales and zeros stand for."""
     n_in = code_OI.shape[1]
     group = n_in if group is None else group
-    zero = _MIDDLE if zero_OG is None else _spread(zero_OG, group, n_in)
+    zero = 2 ** (bits - 1) if zero_OG is None else _spread(zero_OG, group, n_in)
     return (code_OI.float() - zero) * _spread(scale_OG, group, n_in)
 
 

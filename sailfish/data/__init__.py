@@ -10,3 +10,8 @@ DEMO_MODEL_NAME = "books-4m"
 def demo_model() -> Path:
     """Return the directory of the packaged checkpoint."""
     return Path(__file__).parent / DEMO_MODEL_NAME
+
+
+def sample_text() -> Path:
+    """Return a text that the packaged model wrote, for calibration and measurements without one's own."""
+    return Path(__file__).parent / "sample.txt.xz"

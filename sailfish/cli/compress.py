@@ -1,0 +1,212 @@
+"""`sailfish compress`: a checkpoint becomes a smaller one, with a report of what that cost."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from sailfish.base.errors import ConfigError
+from sailfish.base.sources import environment
+from sailfish.base.units import format_bytes, format_duration
+from sailfish.cli import opening, tables
+from sailfish.cli.options import AsJson, Download, Offline
+
+if TYPE_CHECKING:
+    from sailfish.compress.report import Report
+
+_DEFAULT = "w4a16-gptq"
+
+
+_Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A dense checkpoint: a directory, a Hub id, or books-4m.")
+]
+_Recipes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--recipe",
+        "-r",
+        metavar="NAME",
+        help=f"A packaged recipe or a .yaml file; may be repeated. Default: {_DEFAULT}.",
+    ),
+]
+_Out = Annotated[
+    Path | None,
+    typer.Option(
+        "--out", "-o", metavar="DIR", help="The new checkpoint; of several recipes a folder of them."
+    ),
+]
+_Calibration = Annotated[
+    Path | None,
+    typer.Option(
+        "--calibration",
+        metavar="FILE",
+        help='Text, JSON lines with "text" (.xz, .gz too) or ids (.json). Default: a packaged text.',
+    ),
+]
+_Evaluation = Annotated[
+    Path | None,
+    typer.Option(
+        "--eval", metavar="FILE", help="Text to measure quality over. Default: the end of the calibration's."
+    ),
+]
+_Samples = Annotated[
+    int | None,
+    typer.Option("--samples", min=1, metavar="N", help="Calibration windows. Default: the recipe's."),
+]
+_Length = Annotated[
+    int | None,
+    typer.Option("--length", min=2, metavar="TOKENS", help="Tokens of a window. Default: the recipe's."),
+]
+_EvalWindows = Annotated[
+    int,
+    typer.Option("--eval-windows", min=2, metavar="N", help="Windows that quality is measured over."),
+]
+_Seed = Annotated[
+    int | None,
+    typer.Option("--seed", metavar="N", help="Draws the calibration windows. Default: the recipe's."),
+]
+_Strict = Annotated[bool, typer.Option("--strict", help="Fail rather than fall back to less.")]
+_MustPay = Annotated[
+    bool, typer.Option("--must-pay", help="Refuse a format that is no faster here where the parent fits.")
+]
+_Device = Annotated[
+    str | None,
+    typer.Option("--device", metavar="cpu|cuda", help="Where it is done. Default: cuda when there is a GPU."),
+]
+_Dtype = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype",
+        metavar="float32|bfloat16",
+        help="Of activations. Default: float32 on the CPU, else bfloat16.",
+    ),
+]
+
+
+def compress(
+    model: _Model,
+    recipe: _Recipes = None,
+    out: _Out = None,
+    calibration: _Calibration = None,
+    evaluation: _Evaluation = None,
+    samples: _Samples = None,
+    length: _Length = None,
+    eval_windows: _EvalWindows = 16,
+    seed: _Seed = None,
+    strict: _Strict = False,
+    must_pay: _MustPay = False,
+    device: _Device = None,
+    dtype: _Dtype = None,
+    as_json: AsJson = False,
+    offline: Offline = False,
+    download: Download = False,
+) -> None:
+    """Turn a dense checkpoint into a smaller one that other tools load too, and tell what it cost.
+
+    Block by block: one block's weights and the windows' states are in memory. `sailfish recipe` lists and
+    prints the recipes. compression.html beside the weights is the report.
+    """
+    from sailfish.compress.recipe import load
+
+    source = opening.locate(model, offline=offline, download=download)
+    names = recipe or [_DEFAULT]
+    found = [load(name) for name in names]
+    if out is None:
+        stem = source.resolve().name
+        out = Path(f"{stem}-{found[0].name}" if len(found) == 1 else f"{stem}-compressed")
+    if len({one.name for one in found}) < len(found):
+        raise ConfigError("a recipe is given twice", hint="give each once", param="recipe")
+    changes = {"samples": samples, "tokens": length, "seed": seed}
+    from sailfish.compress.many import make_all
+
+    with _progress() as tell:
+        reports = make_all(
+            source,
+            out,
+            found,
+            changes={key: value for key, value in changes.items() if value is not None},
+            calibration=calibration,
+            evaluation=evaluation,
+            n_evaluation=eval_windows,
+            strict=strict,
+            must_pay=must_pay,
+            device=device,
+            dtype=dtype,
+            environ=environment(),
+            tell=tell,
+        )
+    if as_json:
+        tables.show_json(reports)
+        return
+    _show(reports)
+    typer.echo(f"wrote {out}; its report: {out / 'compression.html'}")
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """Draw a bar of blocks on standard error; nothing where no one looks."""
+    if not sys.stderr.isatty():
+        yield lambda what, done, total: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        task = bars.add_task("reading the texts", total=None)
+        yield lambda what, done, total: bars.update(task, description=what, completed=done, total=total)
+
+
+def _show(reports: list[Report]) -> None:
+    first = reports[0]
+    rows = [
+        (
+            "parent",
+            format_bytes(first.bytes_before),
+            "",
+            f"{first.quality.parent_perplexity.value:.3f}",
+            "",
+            "",
+            "",
+            "1.00 x",
+            "",
+        )
+    ]
+    rows += [
+        (
+            str(report.recipe["name"]),
+            format_bytes(report.bytes_after),
+            f"{report.linear_bits:.3f}",
+            f"{report.quality.perplexity.value:.3f}",
+            f"{report.quality.increase.value:+.2%}",
+            f"{report.quality.kl.value:.4f}",
+            f"{report.quality.top1.value:.2%}",
+            _speed(report),
+            format_duration(sum(report.seconds.values())),
+        )
+        for report in reports
+    ]
+    columns = ("recipe", "size", "bits", "perplexity", "change", "KL", "same top", "speed", "time")
+    tables.show(
+        f"{first.parent} on {first.device}: {first.quality.n_tokens:,} tokens of {first.quality.text}",
+        columns,
+        rows,
+        right=columns[1:],
+    )
+    for report in reports:
+        for warning in report.warnings:
+            opening.say(f"warning: {report.recipe['name']}: {warning}")
+        for fallback in report.fallbacks:
+            opening.say(f"fallback: {report.recipe['name']}: {fallback.where}: {fallback.why}")
+
+
+def _speed(report: Report) -> str:
+    timed = [s for s in report.speeds if s.rows == 1 and s.dense_us is not None and s.packed_us]
+    if not timed:
+        return "no kernel here" if report.speeds else ""
+    dense = sum((s.dense_us or 0.0) * s.n_linears for s in timed)
+    return f"{dense / sum((s.packed_us or 0.0) * s.n_linears for s in timed):.2f} x"

@@ -1,0 +1,290 @@
+"""Compresses a checkpoint block by block: one block's weights and the states of the windows are in memory.
+
+Calibration reads each block's inputs as the blocks before it, already compressed, make them. The measured
+windows go through the parent and through what became of it side by side, so that quality needs no second
+reading and no second copy of the model.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sailfish.base.errors import BuildError, CheckpointError, EngineError
+from sailfish.checkpoint.formats.codec import quantised_modules
+from sailfish.checkpoint.formats.tensors import StoredTensor
+from sailfish.checkpoint.formats.writer import CheckpointWriter
+from sailfish.checkpoint.hf_config import load_model_config
+from sailfish.checkpoint.model_config import ModelConfig
+from sailfish.checkpoint.names import check_tensors, tensor_specs
+from sailfish.checkpoint.safetensors_reader import Checkpoint
+from sailfish.compress.block import Block, Device, Site, block_specs, read_tensor, sites
+from sailfish.compress.inputs import Inputs
+from sailfish.compress.recipe import Recipe
+from sailfish.compress.report import Fallback, LinearFacts
+from sailfish.compress.step import CompressedBlock, compress_block
+from sailfish.compress.storing import Store
+from sailfish.compress.texts import Texts
+from sailfish.hardware.memory import begin_cuda_peak, cuda_memory
+from sailfish.kernels.contract import ActivationFormat
+from sailfish.quality.metrics import compare_tokens
+from sailfish.quality.scores import Comparison, Scores
+from sailfish.quality.windows import Window
+
+Tell = Callable[[str, int, int], None]
+"""Told (what is done, blocks done, blocks in all)."""
+_LOGITS = {"cpu": 1 << 20, "cuda": 1 << 25}
+"""Logits worked on at a time."""
+_STORED = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
+@dataclass(slots=True, kw_only=True)
+class Run:
+    """What one pass over the blocks found."""
+
+    comparison: Comparison
+    drift: list[float] = field(default_factory=list)
+    linears: list[LinearFacts] = field(default_factory=list)
+    fallbacks: list[Fallback] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    bytes_before: int = 0
+    bytes_after: int = 0
+    peak_bytes: int = 0
+
+
+def compress(
+    source: Path,
+    out: CheckpointWriter | None,
+    recipe: Recipe,
+    texts: Texts,
+    on: Device,
+    tell: Tell,
+    finish: Callable[[Run], dict[str, bytes]],
+) -> Run:
+    """Compress the dense checkpoint in `source`; without `out` nothing is written, and all is measured.
+
+    `finish` is called when all is measured and before the checkpoint gets its name: it returns the files
+    to put beside the weights, or raises to have nothing written. Raises CheckpointError for a checkpoint
+    that cannot be compressed, BuildError where a linear cannot.
+    """
+    checkpoint, config = _opened(source)
+    store = Store(source, checkpoint, recipe, out)
+    driver = _Driver(checkpoint, config, recipe, texts, on, store)
+    if on.torch == "cuda":
+        begin_cuda_peak()
+    run = driver.run(tell)
+    store.copy_rest()
+    run.bytes_before = sum(ref.n_bytes for ref in checkpoint.tensors.values())
+    run.bytes_after = store.n_bytes
+    peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    run.peak_bytes = cuda_memory().peak_allocated_bytes if on.torch == "cuda" else peak_kib * 1024
+    with _timed(run.seconds, "report and writing"):
+        store.finish(finish(run))
+    return run
+
+
+def _opened(source: Path) -> tuple[Checkpoint, ModelConfig]:
+    checkpoint = Checkpoint.open(source)
+    if quantised_modules(checkpoint.tensors):
+        raise CheckpointError(
+            f"{source} is quantised already", hint="compress the dense model it was made of"
+        )
+    config = load_model_config(source)
+    check_tensors(config, checkpoint)
+    return checkpoint, config
+
+
+class _Driver:
+    """The states of all windows, and the blocks one after the other."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        config: ModelConfig,
+        recipe: Recipe,
+        texts: Texts,
+        on: Device,
+        store: Store,
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._config = config
+        self._recipe = recipe
+        self._on = on
+        self._store = store
+        self._window_tokens = max(len(window.tokens) for window in (*texts.evaluation, *texts.calibration))
+        specs = {spec.name: spec for spec in tensor_specs(config)}
+        table_VD = read_tensor(checkpoint, specs["embed.weight"].sources[0])
+        self._norm_D = read_tensor(checkpoint, specs["final_norm.weight"].sources[0])
+        head = specs.get("head.weight")
+        self._head_VD = table_VD if head is None else read_tensor(checkpoint, head.sources[0])
+        self._windows = texts.evaluation
+        calibration = texts.calibration if recipe.needs_inputs else []
+        self._calibration = [self._embedded(window, table_VD) for window in calibration]
+        self._parent = [self._embedded(window, table_VD) for window in texts.evaluation]
+        self._child = list(self._parent)
+
+    def run(self, tell: Tell) -> Run:
+        """Compress every block, and compare what comes out of the last one."""
+        n_layers = self._config.n_layers
+        run = Run(
+            comparison=Comparison(
+                model=Scores(nll=[]), parent=Scores(nll=[]), kl=[], is_same_top=[], acceptance=[]
+            )
+        )
+        parent = child = None
+        for layer in range(n_layers):
+            parent = child = None  # gives their memory back before the next ones take theirs
+            is_last = layer == n_layers - 1
+            tell("compressing", layer, n_layers)
+            specs = block_specs(self._config, layer)
+            tensors = {source: read_tensor(self._checkpoint, source) for s in specs for source in s.sources}
+            parent = self._block(layer, tensors, is_last, {})
+            where = sites(self._config, layer)
+            inputs = {site.name: Inputs(site.n_in, self._on.torch) for site in where}
+            with _timed(run.seconds, "calibration"):
+                self._see(parent, inputs)
+            with _timed(run.seconds, "measuring"):
+                self._parent = [parent.run(hidden_TD) for hidden_TD in self._parent]
+            if not is_last:
+                parent = None
+            with _timed(run.seconds, "methods"):
+                made = self._compressed(layer, where, tensors, inputs)
+            self._keep(made, tensors, run)
+            child = self._block(layer, made.tensors, is_last, self._rounded(where))
+            with _timed(run.seconds, "calibration"):
+                if not is_last:
+                    self._calibration = [child.run(hidden_TD) for hidden_TD in self._calibration]
+            with _timed(run.seconds, "measuring"):
+                self._child = [child.run(hidden_TD) for hidden_TD in self._child]
+                run.drift.append(_drift(self._child, self._parent))
+        tell("compressing", n_layers, n_layers)
+        assert parent is not None and child is not None, "a decoder has at least one layer"
+        with _timed(run.seconds, "measuring"):
+            run.comparison = self._compare(parent, child)
+        return run
+
+    def _see(self, block: Block, inputs: dict[str, Inputs]) -> None:
+        """Have a block with its parent's weights read the calibration windows, and gather its inputs."""
+        for hidden_TD in self._calibration:
+            block.run(hidden_TD, lambda name, x_TI: inputs[name].add(x_TI))
+
+    def _embedded(self, window: Window, table_VD: Tensor) -> Tensor:
+        """Return a window's embeddings on the device, rounded as the embedding op rounds them."""
+        dtype = torch.float32 if self._on.dtype == "float32" else torch.bfloat16
+        rows_TD = table_VD[torch.tensor(window.tokens)].to(dtype)
+        scale = torch.tensor(self._config.embed_scale, dtype=dtype)
+        return (rows_TD * scale if self._config.embed_scale != 1 else rows_TD).to(self._on.torch)
+
+    def _block(
+        self, layer: int, tensors: dict[str, Tensor], is_last: bool, rounded: dict[str, ActivationFormat]
+    ) -> Block:
+        head = (self._norm_D, self._head_VD) if is_last else None
+        return Block(self._config, layer, tensors, self._on, self._window_tokens, head=head, rounded=rounded)
+
+    def _compressed(
+        self, layer: int, where: Sequence[Site], tensors: dict[str, Tensor], inputs: dict[str, Inputs]
+    ) -> CompressedBlock:
+        norms = {
+            spec.name.split(".")[2]: spec.sources[0]
+            for spec in block_specs(self._config, layer)
+            if spec.name.endswith(("attn_norm.weight", "mlp_norm.weight"))
+        }
+        return compress_block(self._config, where, tensors, norms, inputs, self._recipe, self._on.torch)
+
+    def _rounded(self, where: Sequence[Site]) -> dict[str, ActivationFormat]:
+        """Return the sites that round their inputs as the model will run them."""
+        if self._recipe.activations == "none":
+            return {}
+        to: ActivationFormat = "fp8" if self._recipe.layout == "float-quantized" else "int8"
+        return {
+            site.name: to
+            for site in where
+            if all(self._recipe.round_of(module) is not None for module in site.modules)
+        }
+
+    def _keep(self, made: CompressedBlock, tensors: dict[str, Tensor], run: Run) -> None:
+        for module, linear in made.linears.items():
+            n_bytes = self._store.linear(module, linear)
+            run.linears += [_sized(facts, n_bytes, tensors) for facts in made.facts if facts.module == module]
+        for name in sorted(made.changed):
+            self._store.dense(name, _stored(made.tensors[name]))
+        for facts in made.facts:
+            if facts.module not in made.linears:
+                weight = tensors[f"{facts.module}.weight"]
+                run.linears.append(_sized(facts, weight.numel() * weight.element_size(), tensors))
+        run.fallbacks += made.fallbacks
+
+    def _compare(self, parent: Block, child: Block) -> Comparison:
+        columns: list[list[np.ndarray[tuple[int], np.dtype[np.float64]]]] = [[] for _ in range(5)]
+        rows = max(1, _LOGITS[self._on.torch] // len(self._head_VD))
+        for number, window in enumerate(self._windows):
+            target_S = torch.tensor(window.tokens[window.n_context :]).to(self._on.torch)
+            scored = slice(window.n_context - 1, -1)
+            ours, theirs = self._child[number][scored], self._parent[number][scored]
+            parts = [
+                compare_tokens(
+                    child.logits(ours[start : start + rows]),
+                    parent.logits(theirs[start : start + rows]),
+                    target_S[start : start + rows],
+                )
+                for start in range(0, len(target_S), rows)
+            ]
+            for column, values in zip(columns, zip(*parts, strict=True), strict=True):
+                column.append(torch.cat(values).cpu().numpy())
+                if not np.isfinite(column[-1]).all():
+                    raise EngineError(f"the logits of window {number + 1} are not finite")
+        nll, parent_nll, kl, is_same_top, acceptance = columns
+        return Comparison(
+            model=Scores(nll=nll),
+            parent=Scores(nll=parent_nll),
+            kl=kl,
+            is_same_top=is_same_top,
+            acceptance=acceptance,
+        )
+
+
+def refuse_fallbacks(fallbacks: Sequence[Fallback]) -> None:
+    """Raise BuildError naming the first fallback, if there is one."""
+    if fallbacks:
+        first = fallbacks[0]
+        raise BuildError(
+            f"{first.where}: {first.why}; {len(fallbacks)} such",
+            hint="calibrate with more text, or leave --strict out",
+        )
+
+
+def _sized(facts: LinearFacts, n_bytes: int, tensors: dict[str, Tensor]) -> LinearFacts:
+    weight = tensors[f"{facts.module}.weight"]
+    values = {name: getattr(facts, name) for name in facts.__struct_fields__}
+    return LinearFacts(
+        **{**values, "n_bytes": n_bytes, "dense_bytes": weight.numel() * weight.element_size()}
+    )
+
+
+def _stored(tensor: Tensor) -> StoredTensor:
+    bits = tensor.contiguous().view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor.contiguous()
+    array = bits.numpy()
+    return StoredTensor(
+        dtype=_STORED[tensor.dtype], array=array.view("<u2") if tensor.dtype == torch.bfloat16 else array
+    )
+
+
+def _drift(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
+    wrong = sum(float((a.float() - b.float()).square().sum()) for a, b in zip(ours, theirs, strict=True))
+    size = sum(float(b.float().square().sum()) for b in theirs)
+    return (wrong / size) ** 0.5 if size else 0.0
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], what: str) -> Iterator[None]:
+    begin = time.perf_counter()
+    yield
+    seconds[what] = seconds.get(what, 0.0) + time.perf_counter() - begin

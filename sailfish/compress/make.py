@@ -1,0 +1,242 @@
+"""`sailfish compress` in one call: reads, compresses, measures, refuses what does not pay, and reports."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import torch
+
+from sailfish.artifact.reader import header_digest
+from sailfish.base.errors import BuildError
+from sailfish.checkpoint.formats.writer import CheckpointWriter
+from sailfish.checkpoint.hf_config import load_model_config
+from sailfish.checkpoint.model_config import ModelConfig
+from sailfish.checkpoint.safetensors_reader import Checkpoint
+from sailfish.compress import recipe as recipes
+from sailfish.compress.block import Device
+from sailfish.compress.driver import Run, Tell, compress, refuse_fallbacks
+from sailfish.compress.page import page
+from sailfish.compress.recipe import Bound, Recipe
+from sailfish.compress.report import (
+    PAGE_FILE,
+    REPORT_FILE,
+    Estimate,
+    LinearSpeed,
+    Quality,
+    Report,
+    to_json,
+)
+from sailfish.compress.speed import speeds, total_us
+from sailfish.compress.texts import Texts, read_texts
+from sailfish.quality.intervals import Interval
+from sailfish.version import __version__
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What is asked for."""
+
+    source: Path
+    recipe: Recipe
+    calibration: Path | None
+    """None: the packaged text."""
+    evaluation: Path | None
+    """None: windows that are held out of the calibration's file."""
+    n_evaluation: int
+    """Windows that quality is measured over."""
+    on: Device
+    device_name: str
+    free_bytes: int
+    """Memory that a model may take on the device."""
+    strict: bool = False
+    must_pay: bool = False
+
+
+class Costly(BuildError):
+    """A result that costs more than the recipe's bound; it was not written."""
+
+    code = "costs_too_much"
+
+
+def make(request: Request, out: Path | None, tell: Tell) -> Report:
+    """Compress `request.source` into the new directory `out` (None: measure only) and return the report.
+
+    Raises Costly where quality falls below the recipe's bound, with the nearest packaged recipe that was
+    measured and keeps it; BuildError where a fallback or a format that does not pay is refused. Nothing is
+    written then.
+    """
+    config = load_model_config(request.source)
+    texts = _texts(request, config)
+    if out is None:
+        return _measured(request, config, texts, None, tell)
+    with CheckpointWriter(out) as writer:
+        try:
+            return _measured(request, config, texts, writer, tell)
+        except Costly as error:
+            nearest = _nearest(request, tell)
+            hint = "raise the bound in a recipe of your own" if nearest is None else nearest
+            raise Costly(error.message, hint=hint) from None
+
+
+def exceeds(quality: Quality, bound: Bound) -> str | None:
+    """Return in words which figure is beyond its bound, None if none is."""
+    if bound.max_ppl_increase is not None and quality.increase.value > bound.max_ppl_increase:
+        return f"perplexity rises by {quality.increase.value:.2%}, more than {bound.max_ppl_increase:.2%}"
+    if bound.max_kl is not None and quality.kl.value > bound.max_kl:
+        return f"the divergence from the parent is {quality.kl.value:.4f}, more than {bound.max_kl:g}"
+    return None
+
+
+def _texts(request: Request, config: ModelConfig) -> Texts:
+    return read_texts(
+        request.source,
+        request.calibration,
+        request.evaluation,
+        request.recipe.calibration,
+        request.n_evaluation,
+        vocab_size=config.vocab_size,
+        context_tokens=config.context_tokens,
+    )
+
+
+def _measured(
+    request: Request, config: ModelConfig, texts: Texts, out: CheckpointWriter | None, tell: Tell
+) -> Report:
+    timed = speeds(config, request.recipe, request.on)
+    made: list[Report] = []
+
+    def finish(run: Run) -> dict[str, bytes]:
+        report = _report(request, texts, run, timed)
+        made.append(report)
+        if request.strict:
+            refuse_fallbacks(run.fallbacks)
+        reason = exceeds(report.quality, request.recipe.bound)
+        if reason is not None:
+            raise Costly(f"{request.recipe.name} costs too much: {reason}")
+        if request.must_pay:
+            _refuse_slow(report, request)
+        return {REPORT_FILE: to_json(report), PAGE_FILE: page([report]).encode()}
+
+    compress(request.source, out, request.recipe, texts, request.on, tell, finish)
+    return made[0]
+
+
+def _refuse_slow(report: Report, request: Request) -> None:
+    """Refuse a format that is no faster than its parent where the parent fits the device."""
+    if report.bytes_before > request.free_bytes:
+        return
+    times = total_us(report.speeds, 1)
+    if times is None:
+        raise BuildError(
+            f"{request.recipe.name} does not pay: no kernel here reads its weights, and the parent fits",
+            hint="leave --must-pay out, or compress on the device that will run it with --device",
+        )
+    if times[1] >= times[0]:
+        raise BuildError(
+            f"{request.recipe.name} does not pay: its linears take {times[1]:.0f} us for a token, "
+            f"the parent's {times[0]:.0f} us, and the parent fits"
+        )
+
+
+def _nearest(request: Request, tell: Tell) -> str | None:
+    """Measure the other packaged recipes, smallest first, and return the first that keeps the bound."""
+    asked = request.recipe
+    others = [recipes.load(name) for name in recipes.names() if name != asked.name]
+    others = [
+        other
+        for other in others
+        if (other.layout == "dense") is (asked.layout == "dense")
+        and other.bits_per_weight >= asked.bits_per_weight
+    ]
+    for other in sorted(others, key=lambda other: (other.bits_per_weight, other.name)):
+        trial = msgspec.structs.replace(other, bound=asked.bound, calibration=asked.calibration)
+        try:
+            report = make(_with(request, trial), None, tell)
+        except BuildError:
+            continue
+        quality = report.quality
+        return (
+            f"{other.name} keeps it: perplexity {quality.increase.value:+.2%}, "
+            f"divergence {quality.kl.value:.4f}, {report.linear_bits:.2f} bits a weight"
+        )
+    return None
+
+
+def _with(request: Request, recipe: Recipe) -> Request:
+    return Request(
+        source=request.source,
+        recipe=recipe,
+        calibration=request.calibration,
+        evaluation=request.evaluation,
+        n_evaluation=request.n_evaluation,
+        on=request.on,
+        device_name=request.device_name,
+        free_bytes=request.free_bytes,
+    )
+
+
+def _report(request: Request, texts: Texts, run: Run, timed: list[LinearSpeed]) -> Report:
+    n_weights = sum(facts.n_out * facts.n_in for facts in run.linears)
+    summary = run.comparison.summary()
+    return Report(
+        recipe=msgspec.to_builtins(request.recipe),
+        parent=request.source.resolve().name,
+        parent_digest=_digest(request.source),
+        sailfish=__version__,
+        torch=str(torch.__version__),
+        device=request.device_name,
+        calibration=texts.calibration_words if request.recipe.needs_inputs else "none",
+        calibration_digest=texts.digest,
+        calibration_windows=len(texts.calibration) if request.recipe.needs_inputs else 0,
+        calibration_tokens=len(texts.calibration[0].tokens),
+        seed=request.recipe.calibration.seed,
+        bytes_before=run.bytes_before,
+        bytes_after=run.bytes_after,
+        linear_bits=8 * sum(facts.n_bytes for facts in run.linears) / max(1, n_weights),
+        quality=Quality(
+            text=texts.evaluation_words,
+            n_windows=summary.n_windows,
+            window_tokens=len(texts.evaluation[0].tokens),
+            n_tokens=summary.n_tokens,
+            dtype=request.on.dtype,
+            perplexity=_estimate(summary.perplexity),
+            parent_perplexity=_estimate(summary.parent_perplexity),
+            increase=_estimate(summary.increase),
+            kl=_estimate(summary.kl),
+            kl_p99=_estimate(summary.kl_p99),
+            kl_p999=_estimate(summary.kl_p999),
+            top1=_estimate(summary.top1),
+        ),
+        block_drift=run.drift,
+        linears=run.linears,
+        speeds=timed,
+        warnings=_warnings(request, texts, run, timed),
+        fallbacks=run.fallbacks,
+        seconds=dict(run.seconds),
+        peak_bytes=run.peak_bytes,
+    )
+
+
+def _warnings(request: Request, texts: Texts, run: Run, timed: Sequence[LinearSpeed]) -> list[str]:
+    found = [w for w in texts.warnings if request.recipe.needs_inputs or "calibrat" not in w]
+    slow = sorted({speed.implementation for speed in timed if speed.packed_us is None})
+    if slow:
+        found.append(f"no speed is given: packed linears run as {', '.join(slow)} on {request.device_name}")
+    if run.bytes_after >= run.bytes_before:
+        found.append("the result is no smaller than its parent: zeros are stored like other weights")
+    return found
+
+
+def _estimate(interval: Interval) -> Estimate:
+    return Estimate(value=interval.value, low=interval.low, high=interval.high)
+
+
+def _digest(source: Path) -> str:
+    state = hashlib.sha256((source / "config.json").read_bytes())
+    for file in sorted(Checkpoint.open(source).file_bytes):
+        state.update(header_digest(source / file)[1].encode())
+    return state.hexdigest()

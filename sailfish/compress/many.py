@@ -1,0 +1,78 @@
+"""Runs one recipe or several over a checkpoint, and writes one page that shows them side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+
+from sailfish.base.errors import ConfigError
+from sailfish.compress.block import Device
+from sailfish.compress.driver import Tell
+from sailfish.compress.make import Request, make
+from sailfish.compress.page import page
+from sailfish.compress.recipe import Recipe
+from sailfish.compress.report import PAGE_FILE, Report
+from sailfish.hardware.probe import probe
+from sailfish.plan.types import Dtype
+
+_DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16")
+
+
+def make_all(
+    source: Path,
+    out: Path,
+    recipes: Sequence[Recipe],
+    *,
+    changes: Mapping[str, int],
+    calibration: Path | None,
+    evaluation: Path | None,
+    n_evaluation: int,
+    strict: bool,
+    must_pay: bool,
+    device: str | None,
+    dtype: str | None,
+    environ: Mapping[str, str],
+    tell: Tell,
+) -> list[Report]:
+    """Return the report of each recipe, done on this machine's `device`; None takes a GPU if one is there.
+
+    One recipe makes the directory `out`; several make directories of their names in it, and a page that
+    compares them. `changes` are fields of the recipes' calibration. Raises as `make` does.
+    """
+    hardware = probe(device, environ=environ)
+    usual: Dtype = "float32" if hardware.device == "cpu" else "bfloat16"
+    if dtype is not None and dtype not in _DTYPES:
+        raise ConfigError(
+            f"dtype {dtype!r} is not supported", hint=f"use {' or '.join(_DTYPES)}", param="dtype"
+        )
+    on = Device(target=hardware.target, dtype=dtype if dtype is not None else usual)
+    if len(recipes) > 1:
+        if out.exists():
+            raise ConfigError(f"{out} exists already", hint="name a directory that does not")
+        out.mkdir(parents=True)
+    reports = []
+    for recipe in recipes:
+        wanted = msgspec.structs.replace(recipe.calibration, **changes)
+        request = Request(
+            source=source,
+            recipe=msgspec.structs.replace(recipe, calibration=wanted),
+            calibration=calibration,
+            evaluation=evaluation,
+            n_evaluation=n_evaluation,
+            on=on,
+            device_name=hardware.name,
+            free_bytes=hardware.free_bytes,
+            strict=strict,
+            must_pay=must_pay,
+        )
+        its = out if len(recipes) == 1 else out / recipe.name
+
+        def told(what: str, done: int, total: int, name: str = recipe.name) -> None:
+            tell(f"{name}: {what}", done, total)
+
+        reports.append(make(request, its, told))
+    if len(recipes) > 1:
+        (out / PAGE_FILE).write_text(page(reports), encoding="utf-8")
+    return reports

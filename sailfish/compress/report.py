@@ -1,0 +1,125 @@
+"""What a compression did and what it cost: the report that every compressed checkpoint carries. No torch."""
+
+from __future__ import annotations
+
+import msgspec
+
+REPORT_FILE = "compression.json"
+PAGE_FILE = "compression.html"
+
+
+class Fallback(msgspec.Struct, frozen=True, kw_only=True):
+    """Something that was done with less than was asked for; `--strict` makes it an error."""
+
+    what: str
+    where: str
+    why: str
+
+
+class LinearFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """One linear: how it was compressed, and how far it is from its parent."""
+
+    module: str
+    n_out: int
+    n_in: int
+    how: str
+    output_error: float | None
+    """||X (W - Wq)|| / ||X W|| over what calibration saw of its inputs; None: it saw none."""
+    weight_error: float
+    """||W - Wq|| / ||W||."""
+    zeros_frac: float
+    alpha: float | None
+    """Exponent of the factors folded into its inputs; None: none were."""
+    n_bytes: int = 0
+    """As it is stored, scales and zero points included."""
+    dense_bytes: int = 0
+    """Of the parent's weight."""
+
+
+class Estimate(msgspec.Struct, frozen=True, kw_only=True):
+    """A figure and its 95% interval over windows."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Quality(msgspec.Struct, frozen=True, kw_only=True):
+    """The compressed model beside its parent, over the same windows of text."""
+
+    text: str
+    """Where the windows are from."""
+    n_windows: int
+    window_tokens: int
+    n_tokens: int
+    """Scored ones."""
+    dtype: str
+    """Of activations."""
+    perplexity: Estimate
+    parent_perplexity: Estimate
+    increase: Estimate
+    """Perplexity over the parent's, less 1; paired."""
+    kl: Estimate
+    """Mean divergence from the parent, in nats."""
+    kl_p99: Estimate
+    kl_p999: Estimate
+    top1: Estimate
+    """Share of tokens before which both find the same one likeliest."""
+
+
+class LinearSpeed(msgspec.Struct, frozen=True, kw_only=True):
+    """A shape of linear, packed, beside its dense parent on this device."""
+
+    n_out: int
+    n_in: int
+    n_linears: int
+    rows: int
+    dense_us: float | None
+    packed_us: float | None
+    """None: no kernel of this device reads it, so a reference would be timed."""
+    implementation: str
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True):
+    """All of it."""
+
+    recipe: dict[str, object]
+    """With every value written out."""
+    parent: str
+    parent_digest: str
+    """SHA-256 over the names, types, shapes and sizes of the parent's tensors, and its config.json."""
+    sailfish: str
+    torch: str
+    device: str
+    calibration: str
+    """Where the windows are from."""
+    calibration_digest: str
+    """SHA-256 over the windows' tokens."""
+    calibration_windows: int
+    calibration_tokens: int
+    seed: int
+    bytes_before: int
+    bytes_after: int
+    linear_bits: float
+    """Bits that a weight of the blocks' linears takes, scales and zero points included."""
+    quality: Quality
+    block_drift: list[float]
+    """||y - y of the parent|| / ||y of the parent|| after each block, over the measured windows."""
+    linears: list[LinearFacts]
+    speeds: list[LinearSpeed]
+    warnings: list[str]
+    fallbacks: list[Fallback]
+    seconds: dict[str, float]
+    """Wall time of each part."""
+    peak_bytes: int
+    """Of device memory on a GPU, else of the process."""
+
+
+def to_json(report: Report) -> bytes:
+    """Return the report as indented JSON."""
+    return msgspec.json.format(msgspec.json.encode(report), indent=2)
+
+
+def from_json(data: bytes) -> Report:
+    """Return the report of a JSON text."""
+    return msgspec.json.decode(data, type=Report)

@@ -1,0 +1,137 @@
+"""Writes a compressed checkpoint, tensor by tensor as its blocks are done, then its config. No torch."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sailfish.base.errors import ConfigError
+from sailfish.checkpoint.files import read_bytes, read_json
+from sailfish.checkpoint.formats.codec import write_linear
+from sailfish.checkpoint.formats.config_writer import write_quant_config
+from sailfish.checkpoint.formats.convert import MAX_SMALL_BYTES, SMALL_FILES
+from sailfish.checkpoint.formats.linear import QuantisedLinear
+from sailfish.checkpoint.formats.patterns import LINEAR_CLASSES
+from sailfish.checkpoint.formats.scheme import ActivationScheme, LinearScheme, Method, QuantConfig, Rule
+from sailfish.checkpoint.formats.tensors import StoredTensor
+from sailfish.checkpoint.formats.writer import CheckpointWriter
+from sailfish.checkpoint.safetensors_reader import Checkpoint
+from sailfish.compress.recipe import Recipe, Round
+
+_CONFIG = "config.json"
+_HEAD = "lm_head"
+
+
+class Store:
+    """Where a compressed checkpoint goes: tensors are counted, and written where there is a writer."""
+
+    def __init__(self, source: Path, checkpoint: Checkpoint, recipe: Recipe, writer: CheckpointWriter | None):
+        self._source = source
+        self._checkpoint = checkpoint
+        self._recipe = recipe
+        self._writer = writer
+        self._schemes: dict[str, LinearScheme] = {}
+        self._written: set[str] = set()
+        self.n_bytes = 0
+
+    def linear(self, module: str, linear: QuantisedLinear) -> int:
+        """Take a rounded linear, and return the bytes that it is stored in."""
+        rounding = self._recipe.round_of(module)
+        assert rounding is not None and self._recipe.layout != "dense"
+        scheme = scheme_of(self._recipe, rounding)
+        self._schemes[module] = scheme
+        before = self.n_bytes
+        for part, tensor in write_linear(linear, scheme, module).items():
+            self._add(f"{module}.{part}", tensor)
+        self._written.add(f"{module}.weight")
+        return self.n_bytes - before
+
+    def dense(self, name: str, tensor: StoredTensor) -> None:
+        """Take a tensor that is not the parent's."""
+        self._add(name, tensor)
+        self._written.add(name)
+
+    def finish(self, files: Mapping[str, bytes]) -> None:
+        """Copy all tensors that were not given, then write the config, the tokenizer and `files`."""
+        self.copy_rest()
+        if self._writer is None:
+            return
+        values = read_json(self._source / _CONFIG)
+        if self._schemes:
+            values["quantization_config"] = self.quant_config()
+        small = {
+            name: read_bytes(self._source / name, MAX_SMALL_BYTES)
+            for name in SMALL_FILES
+            if (self._source / name).is_file()
+        }
+        self._writer.finish({**small, **files, _CONFIG: json.dumps(values, indent=2).encode()})
+
+    def copy_rest(self) -> None:
+        """Copy all tensors of the parent that were not given."""
+        for name, ref in self._checkpoint.tensors.items():
+            if name not in self._written:
+                if self._writer is not None:
+                    self._writer.copy(ref, self._checkpoint.bytes(name))
+                self.n_bytes += ref.n_bytes
+                self._written.add(name)
+
+    def quant_config(self) -> dict[str, Any]:
+        """Return the quantization_config of what was taken; ConfigError for what the format cannot say."""
+        dense = sorted(
+            name.removesuffix(".weight")
+            for name, ref in self._checkpoint.tensors.items()
+            if name.endswith(".weight") and len(ref.shape) == 2 and any(p.isdigit() for p in name.split("."))
+        )
+        dense = [module for module in dense if module not in self._schemes]
+        return write_quant_config(_config(self._schemes, dense))
+
+    def _add(self, name: str, tensor: StoredTensor) -> None:
+        if self._writer is not None:
+            self._writer.add(name, tensor)
+        self.n_bytes += tensor.array.nbytes
+
+
+def scheme_of(recipe: Recipe, rounding: Round) -> LinearScheme:
+    """Return how linears that are rounded so are stored in the recipe's layout."""
+    assert recipe.layout != "dense"
+    activations = None
+    if recipe.activations == "dynamic":
+        kind = recipe.layout == "float-quantized"
+        activations = ActivationScheme(kind="float" if kind else "int", dynamic=True, strategy="token")
+    return LinearScheme(
+        layout=recipe.layout,
+        bits=rounding.bits,
+        strategy="channel" if rounding.group is None else "group",
+        group=rounding.group,
+        symmetric=rounding.symmetric and recipe.layout != "awq",
+        activations=activations,
+    )
+
+
+def _config(schemes: Mapping[str, LinearScheme], dense: list[str]) -> QuantConfig:
+    layouts = {scheme.layout for scheme in schemes.values()}
+    if len(layouts) != 1:
+        raise ConfigError(f"linears are stored in {len(layouts)} layouts")
+    layout = next(iter(layouts))
+    usual = Counter(schemes.values()).most_common(1)[0][0]
+    others: dict[LinearScheme, list[str]] = {}
+    for module, scheme in schemes.items():
+        if scheme != usual:
+            others.setdefault(scheme, []).append(module)
+    rest = Rule(targets=LINEAR_CLASSES[:1], scheme=usual)
+    method: Method = "compressed-tensors"
+    if layout in ("gptq", "gptq_v2"):
+        method = "gptq"
+        rules = [Rule(targets=(f"re:^{re.escape(m)}$",), scheme=None) for m in dense]
+        rules += [Rule(targets=(f"re:^{re.escape(m)}$",), scheme=s) for s, ms in others.items() for m in ms]
+        return QuantConfig(method=method, rules=(*rules, rest), ignore=(_HEAD,))
+    if layout == "awq":
+        if others:
+            raise ConfigError("AWQ has one scheme for all linears", hint="use layout: pack-quantized")
+        return QuantConfig(method="awq", rules=(rest,), ignore=tuple(f"in:{m}" for m in (_HEAD, *dense)))
+    rules = [Rule(targets=tuple(modules), scheme=scheme) for scheme, modules in others.items()]
+    return QuantConfig(method=method, rules=(*rules, rest), ignore=(_HEAD, *dense))
