@@ -9,6 +9,7 @@ from pathlib import Path
 
 from sailfish.base.errors import CheckpointError
 from sailfish.checkpoint.files import read_json
+from sailfish.checkpoint.formats.explain import LinearFacts, explain_linears, format_warnings
 from sailfish.checkpoint.hf_config import CONFIG_FILE, load_generation_defaults, load_model_config
 from sailfish.checkpoint.model_config import GenerationDefaults, ModelConfig
 from sailfish.checkpoint.names import check_tensors, tensor_specs
@@ -43,6 +44,8 @@ class CheckpointReport:
     has_chat_template: bool
     defaults: GenerationDefaults
     warnings: tuple[str, ...]
+    linears: tuple[LinearFacts, ...] = ()
+    """Its quantised linears one by one, where they were asked for."""
 
     @property
     def total_bytes(self) -> int:
@@ -50,8 +53,11 @@ class CheckpointReport:
         return sum(self.bytes_by_dtype.values())
 
 
-def inspect_checkpoint(directory: Path | str) -> CheckpointReport:
-    """Check config, headers and tokenizer, and report; a damaged checkpoint raises CheckpointError."""
+def inspect_checkpoint(directory: Path | str, *, each_linear: bool = False) -> CheckpointReport:
+    """Check config, headers and tokenizer, and report; a damaged checkpoint raises CheckpointError.
+
+    With `each_linear` the weights of a quantised checkpoint are read too, and each linear is explained.
+    """
     directory = Path(directory)
     config = load_model_config(directory)
     checkpoint = Checkpoint.open(directory)
@@ -64,7 +70,9 @@ def inspect_checkpoint(directory: Path | str) -> CheckpointReport:
     n_bytes: Counter[str] = Counter()
     for ref in checkpoint.tensors.values():
         n_bytes[ref.dtype] += ref.n_bytes
-    if len(n_bytes) > 1:
+    if config.stored is not None:
+        warnings += format_warnings(checkpoint, config.stored)
+    elif len(n_bytes) > 1:
         warnings.append(f"weights of several dtypes: {', '.join(sorted(n_bytes))}")
     return CheckpointReport(
         directory=directory,
@@ -76,6 +84,7 @@ def inspect_checkpoint(directory: Path | str) -> CheckpointReport:
         has_chat_template=template is not None,
         defaults=load_generation_defaults(directory)[0],
         warnings=tuple(warnings),
+        linears=tuple(explain_linears(checkpoint)) if each_linear and config.stored is not None else (),
     )
 
 

@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
 from sailfish.artifact.contents import kinds
 from sailfish.artifact.reader import Artifact, is_engine
 from sailfish.artifact.side import WEIGHT_ERROR, read_evidence
 from sailfish.base.units import format_bytes
+from sailfish.checkpoint.formats.explain import LinearFacts
 from sailfish.checkpoint.inspect import CheckpointReport, inspect_checkpoint
+from sailfish.checkpoint.model_config import ModelConfig
 from sailfish.cli import opening, tables
 from sailfish.cli.options import AsJson, Download, Model, Offline
 
 
 def inspect(
-    model: Model, as_json: AsJson = False, offline: Offline = False, download: Download = False
+    model: Model,
+    each_linear: Annotated[
+        bool, typer.Option("--linears", help="Read and explain each quantised linear of a checkpoint.")
+    ] = False,
+    as_json: AsJson = False,
+    offline: Offline = False,
+    download: Download = False,
 ) -> None:
-    """Describe a checkpoint or an engine from its small files and headers; weights are not read."""
+    """Describe a checkpoint or an engine from its small files and headers.
+
+    A checkpoint that another tool quantised is explained: its format, what an engine keeps of it, and
+    what deserves a second look. Weights are read with --linears only.
+    """
     directory = opening.locate(model, offline=offline, download=download)
     if is_engine(directory):
         artifact = Artifact.open(directory)
@@ -29,7 +46,7 @@ def inspect(
         else:
             _show_engine(artifact)
         return
-    report = inspect_checkpoint(directory)
+    report = inspect_checkpoint(directory, each_linear=each_linear)
     if as_json:
         tables.show_json(report)
     else:
@@ -102,11 +119,42 @@ def _show_checkpoint(report: CheckpointReport) -> None:
             "weights",
             ", ".join(f"{dtype} {format_bytes(size)}" for dtype, size in report.bytes_by_dtype.items()),
         ),
+        *_stored_rows(config),
         ("tokenizer", token_facts),
         ("chat template", "yes" if report.has_chat_template else "no"),
     ]
     tables.show(f"Checkpoint {report.directory}", ("fact", "value"), rows)
     files = [(name, format_bytes(size)) for name, size in sorted(report.file_bytes.items())]
     tables.show("Files", ("file", "size"), files, right=("size",))
+    if report.linears:
+        _show_linears(report.linears)
     for warning in report.warnings:
         opening.say(f"warning: {warning}")
+
+
+def _stored_rows(config: ModelConfig) -> list[tuple[str, str]]:
+    stored = config.stored
+    if stored is None:
+        return []
+    kept = f"{stored.format}, groups of {stored.group}" if stored.format == "int4" else stored.format
+    kept = "nothing: all are restored" if stored.format == "plain" else kept
+    if stored.dense:
+        kept += f"; {len(stored.dense)} of the layers' products are plain"
+    return [("quantised", stored.words), ("an engine keeps", kept)]
+
+
+def _show_linears(linears: Sequence[LinearFacts]) -> None:
+    rows = [
+        (
+            linear.name,
+            f"{linear.layout}: {linear.words}",
+            " x ".join(map(str, linear.shape)),
+            f"{linear.bits:.4g}",
+            "{:.3g} to {:.3g}".format(*linear.scale_range),
+            "as it is" if linear.kept else "restored",
+            "; ".join(linear.warnings),
+        )
+        for linear in linears
+    ]
+    columns = ("linear", "stored as", "shape", "bits per weight", "scales", "in an engine", "warnings")
+    tables.show("Linears", columns, rows, right=("shape", "bits per weight", "scales"))

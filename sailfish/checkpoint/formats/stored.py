@@ -133,7 +133,9 @@ def _words(config: QuantConfig, schemes: list[LinearScheme]) -> str:
             hint="remove it from config.json if the weights are dense",
             param="quantization_config",
         )
-    return f"{config.method}, {' and '.join(dict.fromkeys(map(scheme_words, schemes)))}"
+    words = f"{config.method}, {' and '.join(dict.fromkeys(map(scheme_words, schemes)))}"
+    is_static = any(scheme.activations is not None and not scheme.activations.dynamic for scheme in schemes)
+    return f"{words} (which an engine scales token by token)" if is_static else words
 
 
 def scheme_words(scheme: LinearScheme) -> str:
