@@ -122,7 +122,10 @@ def decisions(
 
     plain_layers = formats.layers == "plain"
     stored = model.stored
-    why_weights = "as dtype" if stored is None else f"as the checkpoint stores them: {stored.words}"
+    why_weights = "as dtype"
+    if stored is not None:
+        how = "restored from the checkpoint's" if plain_layers else "as the checkpoint stores them"
+        why_weights = f"{how}: {stored.words}"
     active = dtype if plain_layers else _word(formats.layers, formats)
     found = [
         decide("weights", config.weights, active, why_weights),
