@@ -77,7 +77,7 @@ def store_twin(parent: Path, out: Path, schemes: Schemes) -> Path:
     method = "gptq" if is_gptq else "awq" if layouts == {"awq"} else "compressed-tensors"
     tensors: dict[str, Tensor] = {}
     for file in parent.glob("*.safetensors"):
-        tensors |= load_file(file)
+        tensors |= {name: tensor.float() for name, tensor in load_file(file).items()}
     dense, by_scheme = ["lm_head"], dict[LinearScheme, list[str]]()
     work = out.with_name(out.name + ".work")
     with CheckpointWriter(work) as writer:
@@ -89,7 +89,7 @@ def store_twin(parent: Path, out: Path, schemes: Schemes) -> Path:
                 writer.copy(_ref(name, tensor), memoryview(tensor.contiguous().numpy().tobytes()))
                 continue
             by_scheme.setdefault(scheme, []).append(module)
-            linear = round_linear(tensor.float().numpy(), scheme, seed)
+            linear = round_linear(tensor.numpy(), scheme, seed)
             for part, stored in write_linear(linear, scheme, module).items():
                 writer.add(f"{module}.{part}", stored)
         rules = [Rule(targets=tuple(names), scheme=scheme) for scheme, names in by_scheme.items()]
