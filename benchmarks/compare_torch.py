@@ -26,7 +26,7 @@ from sailfish.hardware.replay import replayed_us
 SHAPE = "llama-3.1-8b"
 OUT = Path(__file__).parent / "results" / "compare.jsonl"
 BATCHES = (1, 16, 64, 256)
-GENERATED = (1, 64, 256)
+GENERATED = (64, 256)
 N_IN, N_OUT, N_WARM = 128, 256, 16
 SEEN, CONTEXT = 256, 512
 

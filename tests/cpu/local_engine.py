@@ -50,7 +50,8 @@ class LocalEngine:
     """Submit sequences, run steps, read what a client would have heard."""
 
     def __init__(self, engine_dir: Path, config: EngineConfig) -> None:
-        self.booted = boot(engine_dir, config, {}, lambda *_: None)
+        # As many threads as the suite says: each parallel region waits for cores that others may have.
+        self.booted = boot(engine_dir, config, {"OMP_NUM_THREADS": ""}, lambda *_: None)
         plan = self.booted.plan
         self.heard: dict[int, Heard] = {}
         self.refused: dict[int, wire.Refused] = {}

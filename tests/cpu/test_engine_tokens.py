@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from local_engine import LocalEngine, greedy
+from local_engine import Heard, LocalEngine, greedy
 from twins import TWINS, VOCAB_SIZE, load_truth, make_twin
 
 from sailfish.base.config import EngineConfig
 from sailfish.base.errors import EngineError
 from sailfish.data import demo_model
 from sailfish.engine import wire
+from sailfish.engine.step import RowSampling
 
 NEW_TOKENS = 128
 TIGHT = {"page_tokens": 8, "step_tokens": 48, "max_sequences": 6, "context_tokens": 320}
@@ -116,60 +117,84 @@ def test_books_4m_continues_as_in_transformers(books_engine: Path) -> None:
         assert heard[key].token_ids == true_tokens(truth, prompt, 200)
 
 
+SAMPLED = [
+    greedy(
+        8192,
+        temperature=0.9,
+        seed=seed,
+        top_p=0.95 if seed % 2 else 1.0,
+        top_k=50 if seed % 3 else 8192,
+        repetition_penalty=1.2 if seed % 4 == 0 else 1.0,
+        presence_penalty=0.5 if seed % 5 == 0 else 0.0,
+    )
+    for seed in range(12)
+]
+
+
+def one_by_one(
+    engine: LocalEngine, prompts: list[list[int]], sampling: list[RowSampling], n: int
+) -> list[Heard]:
+    """Return what is heard of each prompt when nothing else runs."""
+    for key, prompt in enumerate(prompts):
+        engine.submit(key, prompt, sampling[key], n)
+        engine.run()
+    return [engine.heard[key] for key in range(len(prompts))]
+
+
+@pytest.fixture(scope="module")
+def sampled_alone(books_engine: Path) -> list[Heard]:
+    engine = LocalEngine(books_engine, EngineConfig(max_sequences=1, prefix_cache=False))
+    return one_by_one(engine, books_prompts() * 3, SAMPLED, 60)
+
+
 @pytest.mark.parametrize("lag", [0, 1])
-def test_sampled_tokens_depend_on_seed_and_position_only(books_engine: Path, lag: int) -> None:
-    prompts = books_prompts() * 3
-    sampling = [
-        greedy(
-            8192,
-            temperature=0.9,
-            seed=seed,
-            top_p=0.95 if seed % 2 else 1.0,
-            top_k=50 if seed % 3 else 8192,
-            repetition_penalty=1.2 if seed % 4 == 0 else 1.0,
-            presence_penalty=0.5 if seed % 5 == 0 else 0.0,
-        )
-        for seed in range(len(prompts))
-    ]
+def test_sampled_tokens_depend_on_seed_and_position_only(
+    books_engine: Path, lag: int, sampled_alone: list[Heard]
+) -> None:
     together = LocalEngine(
         books_engine,
         EngineConfig(
             lag=lag, page_tokens=8, step_tokens=16, max_sequences=5, context_tokens=128, kv_bytes=400_000
         ),
     )
-    for key, prompt in enumerate(prompts):
-        together.submit(key, prompt, sampling[key], 60)
+    for key, prompt in enumerate(books_prompts() * 3):
+        together.submit(key, prompt, SAMPLED[key], 60)
     together.run()
     assert together.scheduler.stats.preemptions > 0
-    alone = LocalEngine(books_engine, EngineConfig(max_sequences=1, prefix_cache=False))
-    for key, prompt in enumerate(prompts):
-        alone.submit(key, prompt, sampling[key], 60)
-        alone.run()
-    for key in range(len(prompts)):
-        assert together.heard[key].token_ids == alone.heard[key].token_ids
+    for key, alone in enumerate(sampled_alone):
+        assert together.heard[key].token_ids == alone.token_ids
     assert together.heard[0].token_ids != together.heard[4].token_ids  # equal prompts, other seeds
+
+
+BFLOAT16 = {"dtype": "bfloat16", "page_tokens": 8, "context_tokens": 256}
+
+
+def cut_prompts() -> list[list[int]]:
+    return [prompt[:n] for prompt in books_prompts() for n in (1, 3, 9)]
+
+
+@pytest.fixture(scope="module")
+def bfloat16_alone(books_engine: Path) -> list[list[Heard]]:
+    """Return what is heard of each prompt that is alone, twice."""
+    prompts = cut_prompts()
+    sampling = [greedy(8192, logprobs=2)] * len(prompts)
+    config = EngineConfig(max_sequences=1, prefix_cache=False, **BFLOAT16)
+    return [one_by_one(LocalEngine(books_engine, config), prompts, sampling, 100) for _ in range(2)]
 
 
 @pytest.mark.parametrize("lag", [0, 1])
 def test_in_bfloat16_a_batch_changes_tokens_only_where_logits_tie(
-    books_engine: Path, lag: int, record_property: Any
+    books_engine: Path, lag: int, bfloat16_alone: list[list[Heard]], record_property: Any
 ) -> None:
-    config = {"dtype": "bfloat16", "page_tokens": 8, "context_tokens": 256}
-    together = LocalEngine(books_engine, EngineConfig(lag=lag, step_tokens=16, max_sequences=5, **config))
-    alone = LocalEngine(books_engine, EngineConfig(max_sequences=1, prefix_cache=False, **config))
-    again = LocalEngine(books_engine, EngineConfig(max_sequences=1, prefix_cache=False, **config))
-    prompts = [prompt[:n] for prompt in books_prompts() for n in (1, 3, 9)]
-    for engine in (together, alone, again):
-        for key, prompt in enumerate(prompts):
-            engine.submit(key, prompt, greedy(8192, logprobs=2), 120)
-            if engine is not together:
-                engine.run()
-        engine.run()
+    together = LocalEngine(books_engine, EngineConfig(lag=lag, step_tokens=16, max_sequences=5, **BFLOAT16))
+    for key, prompt in enumerate(cut_prompts()):
+        together.submit(key, prompt, greedy(8192, logprobs=2), 100)
+    together.run()
     ties = []
-    for key in range(len(prompts)):
-        one, other = alone.heard[key], together.heard[key]
-        assert one.token_ids == again.heard[key].token_ids  # equal shapes: equal tokens
-        at = next((i for i in range(120) if one.token_ids[i] != other.token_ids[i]), None)
+    for key, (one, again) in enumerate(zip(*bfloat16_alone, strict=True)):
+        other = together.heard[key]
+        assert one.token_ids == again.token_ids  # equal shapes: equal tokens
+        at = next((i for i in range(100) if one.token_ids[i] != other.token_ids[i]), None)
         if at is not None:
             best, second = one.logprobs[at].top
             assert {best.token_id, second.token_id} == {one.token_ids[at], other.token_ids[at]}

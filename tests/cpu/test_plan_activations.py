@@ -49,11 +49,11 @@ _MOE = LayerConfig(rope=_ROPE, moe=MoeConfig(n_experts=8, n_active=2, d_mlp=512,
 _MODELS = {
     "dense": _DENSE,
     "wide mlp": replace(_DENSE, d_mlp=4096),
-    "large vocabulary": replace(_DENSE, vocab_size=32768, d_mlp=512),
+    "large vocabulary": replace(_DENSE, vocab_size=16384, d_mlp=512),
     "many heads": replace(_DENSE, n_heads=32, n_kv_heads=8, d_mlp=256),
     "qk-norm": replace(_DENSE, qk_norm=True, n_heads=32, n_kv_heads=32, d_mlp=256),
     "soft-capped scores": replace(_DENSE, attention_softcap=30.0, sandwich_norms=True),
-    "soft-capped logits": replace(_DENSE, logit_softcap=30.0, sandwich_norms=True, vocab_size=32768),
+    "soft-capped logits": replace(_DENSE, logit_softcap=30.0, sandwich_norms=True, vocab_size=16384),
     "experts": replace(_DENSE, layers=(_MOE,) * 2),
 }
 
