@@ -9,10 +9,15 @@ CONSTRAINTS := constraints/$(DEVICE).txt
 MODEL ?= books-4m
 export GOMP_SPINCOUNT ?= 500# OpenMP threads park soon: spinning ones cost a busy machine far more than they gain
 
-.PHONY: demo test check quick static serve bench gpu clean
+.PHONY: demo compress-demo test check quick static serve bench gpu clean
 
 demo: $(VENV)/.ready-client ## build the packaged model, serve it, stream an answer, show the figures
 	@$(BIN)/sailfish demo
+
+compress-demo: $(VENV)/.ready-client ## compress the packaged model by three recipes; show size, quality and the page
+	@rm -rf out/compress-demo
+	@$(BIN)/sailfish compress books-4m -r w4a16-rtn -r w4a16-best -r w8a8-smooth --length 256 --samples 32 \
+		-o out/compress-demo
 
 serve: $(VENV)/.ready-client ## serve MODEL (default: the packaged one) on 127.0.0.1:8000
 	@$(BIN)/sailfish serve $(MODEL)
@@ -23,12 +28,18 @@ bench: $(VENV)/.ready-client ## measure MODEL and append the figures to benchmar
 check: $(VENV)/.ready-check ## format, lint, types, house rules, tests without torch
 	@$(MAKE) --no-print-directory -j2 static quick
 
-test: $(VENV)/.ready-test static ## everything that needs no GPU
-	@$(BIN)/python -m pytest -q -m "not gpu"
+test: $(VENV)/.ready-test ## everything that needs no GPU, in halves at once
+	@$(MAKE) --no-print-directory -j3 static test-computed test-run
 
 gpu: $(VENV)/.ready-test ## the GPU suite, then the measurements
 	@$(BIN)/python -m pytest -q -m gpu tests/gpu
 	@$(BIN)/sailfish bench engine $(MODEL) --device cuda
+
+test-computed: $(VENV)/.ready-test
+	@OMP_NUM_THREADS=1 nice $(BIN)/python -m pytest -q -m "not gpu" -p no:cacheprovider tests/cpu
+
+test-run: $(VENV)/.ready-test
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not gpu" -p no:cacheprovider tests --ignore=tests/cpu
 
 quick: $(VENV)/.ready-check
 	@$(BIN)/python -m pytest -q tests/house tests/notorch
@@ -47,4 +58,4 @@ $(VENV)/.ready-%: pyproject.toml $(CONSTRAINTS)
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip >/dev/null
 	@echo "installing sailfish[$*] into $(VENV) with $(CONSTRAINTS)"
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS) -e ".[$*]"
-	@touch $@
+	@touch $@ $(if $(filter test,$*),$(VENV)/.ready-check $(VENV)/.ready-client)# which it includes
