@@ -22,7 +22,7 @@ for part in "${parts[@]}"; do
     echo "== $part, after $SECONDS s"
     case $part in
         int4) engine llama-3.1-8b --weights int4 --only "$rows,prefill 64,start" ;;
-        bf16) engine llama-3.1-8b --only "$rows,prefill 64,generate B=64,generate B=256,prefix 90,replay 16,start" ;;
+        bf16) engine llama-3.1-8b --only "$rows,prefill 64,generate B=16,generate B=64,generate B=256,prefix 90,replay 16,start" ;;
         fp8) engine llama-3.1-8b --weights fp8 --only "$rows" ;;
         7b) engine llama-2-7b --weights int4 --only "decode,resident weights" ;;
         kernels) bench kernels --out "$out/kernels.jsonl" ;;
