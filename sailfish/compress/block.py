@@ -26,6 +26,7 @@ from sailfish.plan.types import Dtype, WeightFormats
 
 _PAGE_TOKENS = 64
 _SPELLED = {dtype: name for name, dtype in DTYPES.items()}
+_LINEARS = ("qkv", "o", "gate_up", "down")
 _EMBED, _NORM = "embed.weight", "final_norm.weight"
 
 See = Callable[[str, Tensor], None]
@@ -74,7 +75,7 @@ def sites(config: ModelConfig, layer: int) -> list[Site]:
     for spec in block_specs(config, layer):
         name = spec.name.removeprefix("layers.0.").removesuffix(".weight")
         modules = tuple(source.removesuffix(".weight") for source in spec.sources)
-        if name in ("qkv", "o", "gate_up", "down"):
+        if name in _LINEARS:
             found.append(Site(name=name, modules=modules, n_in=spec.shape[-1]))
         elif name.startswith("experts."):
             part, n_experts = name.removeprefix("experts."), spec.shape[0]
@@ -125,7 +126,8 @@ class Block:
         _, n_bytes = arena_layout(arena, on.dtype)
         room = torch.empty(n_bytes, dtype=torch.uint8, device=on.torch)
         weights = assemble(one, WeightFormats(), load_weights(arena, memory, room, on.dtype))
-        names = {id(weights[name]): name.removeprefix("layers.0.").removesuffix(".weight") for name in specs}
+        known = {f"layers.0.{name}.weight": name for name in _LINEARS}
+        names = {id(weights[name]): known[name] for name in specs if name in known}
         cases = op_cases(
             one,
             target=on.target,

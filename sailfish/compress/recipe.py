@@ -264,16 +264,16 @@ def _check(recipe: Recipe, where: str) -> None:
             raise refuse("GPTQ rounds to whole numbers", "use method: rtn for fp8")
         if found.sweeps < 0 or found.sweeps > 100 or found.damp < 0:
             raise refuse(f"{found.sweeps} sweeps with damp {found.damp:g}", "use 0 to 100, and at least 0")
-    _check_layout(recipe, rounds, refuse)
     prune = recipe.prune
+    if recipe.round is None and prune is None:
+        raise refuse("nothing is pruned or rounded", "write round: or prune:")
+    _check_layout(recipe, rounds, refuse)
     if prune is not None and (prune.zeros is None) is (prune.keep is None or prune.of is None):
         raise refuse("prune needs keep and of, or zeros", "write keep: 2 and of: 4, or zeros: 0.5")
     if prune is not None and any(found.method == "gptq" for found in rounds):
         raise refuse("GPTQ would fill the zeros that pruning leaves", "write method: rtn for round")
     if recipe.fold is not None and recipe.round is None:
         raise refuse("fold makes weights easier to round and nothing is rounded", "write round:")
-    if recipe.round is None and prune is None:
-        raise refuse("nothing is pruned or rounded", "write round: or prune:")
     calibration = recipe.calibration
     if calibration.samples < 1 or calibration.tokens < 2:
         raise refuse("calibration reads nothing", "use one sample of two tokens at least")

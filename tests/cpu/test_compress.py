@@ -1,0 +1,264 @@
+"""The compressor beside transformers: what is written is what was measured, in every family."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from twins import TWINS, VOCAB_SIZE, load_truth, make_twin
+
+from sailfish.base.errors import BuildError, CheckpointError, ConfigError
+from sailfish.checkpoint.files import read_json
+from sailfish.checkpoint.formats.codec import layer_tensors, quantised_modules, read_linear
+from sailfish.checkpoint.formats.config import read_quant_config
+from sailfish.checkpoint.formats.linear import QuantisedLinear
+from sailfish.checkpoint.safetensors_reader import Checkpoint
+from sailfish.compress import recipe as recipes
+from sailfish.compress.block import Device, read_tensor
+from sailfish.compress.gptq import Hessian, quantise_gptq
+from sailfish.compress.make import Costly, Request, make
+from sailfish.compress.recipe import Bound, Calibration, Recipe
+from sailfish.compress.report import PAGE_FILE, REPORT_FILE, from_json
+
+LENGTH = 48
+N_SAMPLES, N_EVALUATION = 6, 3
+
+
+def silent(what: str, done: int, total: int) -> None:
+    """Take progress and say nothing."""
+
+
+def tokens(directory: Path, n: int = (N_SAMPLES + N_EVALUATION) * LENGTH) -> Path:
+    """Write a file of random token ids, and return it."""
+    ids = np.random.default_rng(5).integers(0, VOCAB_SIZE, n)
+    (directory / "ids.json").write_text(json.dumps(ids.tolist()), encoding="utf-8")
+    return directory / "ids.json"
+
+
+def small(name: str, **changes: Any) -> Recipe:
+    """Return a packaged recipe in groups of 32, without bounds, with short windows."""
+    recipe = recipes.load(name)
+    rounding = recipe.round
+    if rounding is not None and rounding.group is not None:
+        rounding = msgspec.structs.replace(rounding, group=32)
+    fold = recipe.fold
+    if fold is not None:
+        fold = msgspec.structs.replace(fold, grid=4)
+    return msgspec.structs.replace(
+        recipe,
+        round=rounding,
+        fold=fold,
+        calibration=Calibration(samples=N_SAMPLES, tokens=LENGTH),
+        bound=Bound(),
+        **changes,
+    )
+
+
+def asked(source: Path, recipe: Recipe, text: Path) -> Request:
+    return Request(
+        source=source,
+        recipe=recipe,
+        calibration=text,
+        evaluation=None,
+        n_evaluation=N_EVALUATION,
+        on=Device(target="cpu", dtype="float32"),
+        device_name="cpu",
+        free_bytes=1 << 40,
+    )
+
+
+def linears(directory: Path) -> dict[str, QuantisedLinear]:
+    """Return the rounded linears of a checkpoint by module."""
+    checkpoint = Checkpoint.open(directory)
+    config = read_quant_config(read_json(directory / "config.json")["quantization_config"], "config.json")
+    found = {}
+    for module in quantised_modules(checkpoint.tensors):
+        scheme = config.scheme_of(module)
+        assert scheme is not None
+        found[module] = read_linear(layer_tensors(checkpoint, module), scheme, module)
+    return found
+
+
+def restored(directory: Path, to: Path) -> Path:
+    """Write a compressed checkpoint as a dense one, by our reader of its format, for transformers."""
+    checkpoint = Checkpoint.open(directory)
+    values = read_json(directory / "config.json")
+    rounded = linears(directory) if "quantization_config" in values else {}
+    tensors = {f"{m}.weight": torch.from_numpy(linear.dequantise()) for m, linear in rounded.items()}
+    for name in checkpoint.tensors:
+        if name.rpartition(".")[0] not in rounded or name.endswith(".bias"):
+            tensors[name] = read_tensor(checkpoint, name).clone()
+    values.pop("quantization_config", None)
+    to.mkdir()
+    save_file(tensors, to / "model.safetensors", metadata={"format": "pt"})
+    (to / "config.json").write_text(json.dumps(values), encoding="utf-8")
+    return to
+
+
+def perplexity(directory: Path, text: Path) -> float:
+    """Return transformers' perplexity over the windows at the end of the text."""
+    ids = torch.tensor(json.loads(text.read_text(encoding="utf-8")))
+    windows = ids[-N_EVALUATION * LENGTH :].view(N_EVALUATION, LENGTH)
+    with torch.no_grad():
+        logits = load_truth(directory)(windows).logits[:, :-1].double()
+    nll = torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+    return math.exp(float(nll))
+
+
+@pytest.mark.parametrize("family", TWINS)
+def test_what_is_written_of_any_family_is_what_was_measured(
+    family: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    source, text = make_twin(family, tmp_path_factory.getbasetemp()), tokens(tmp_path)
+    report = make(asked(source, small("w4a16-awq"), text), tmp_path / "out", silent)
+    quality = report.quality
+    assert quality.parent_perplexity.value == pytest.approx(perplexity(source, text), rel=2e-4)
+    truth = perplexity(restored(tmp_path / "out", tmp_path / "dense"), text)
+    assert quality.perplexity.value == pytest.approx(truth, rel=2e-4)
+    assert quality.n_tokens == N_EVALUATION * (LENGTH - 1)
+    assert from_json((tmp_path / "out" / REPORT_FILE).read_bytes()) == report
+    names = {facts.module for facts in report.linears}
+    assert names == set(linears(tmp_path / "out"))
+    assert any(facts.alpha is not None for facts in report.linears)
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_every_packaged_recipe_writes_what_it_measured(
+    name: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    source, text = make_twin("llama", tmp_path_factory.getbasetemp()), tokens(tmp_path)
+    recipe = small(name)
+    report = make(asked(source, recipe, text), tmp_path / "out", silent)
+    if recipe.activations == "none":
+        truth = perplexity(restored(tmp_path / "out", tmp_path / "dense"), text)
+        assert report.quality.perplexity.value == pytest.approx(truth, rel=2e-4)
+    weights = [f for f in (tmp_path / "out").iterdir() if f.suffix == ".safetensors"]
+    assert report.bytes_after <= sum(f.stat().st_size for f in weights) <= report.bytes_after + (1 << 16)
+    assert {"config.json", "tokenizer.json", REPORT_FILE, PAGE_FILE} <= {
+        f.name for f in (tmp_path / "out").iterdir()
+    }
+    if recipe.prune is not None and recipe.prune.keep is not None:
+        for facts in report.linears:
+            checkpoint = Checkpoint.open(restored(tmp_path / "out", tmp_path / facts.module))
+            weight = read_tensor(checkpoint, f"{facts.module}.weight")
+            assert int((weight.view(-1, 4) != 0).sum(1).max()) <= 2
+
+
+def test_later_blocks_are_rounded_to_the_inputs_that_rounded_blocks_make(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    source, text = make_twin("llama", tmp_path_factory.getbasetemp()), tokens(tmp_path)
+    make(asked(source, small("w4a16-gptq"), text), tmp_path / "out", silent)
+    found = linears(tmp_path / "out")
+    model = load_truth(source)
+    ids = torch.tensor(json.loads(text.read_text(encoding="utf-8"))).view(-1, LENGTH)[:N_SAMPLES]
+    for number, layer in enumerate(model.model.layers):
+        hessians = {
+            part: Hessian(layer.get_submodule(part).in_features)
+            for part in ("self_attn.k_proj", "mlp.down_proj")
+        }
+        hooks = [
+            layer.get_submodule(part).register_forward_pre_hook(lambda _, x, h=hessian: h.add(x[0]))
+            for part, hessian in hessians.items()
+        ]
+        with torch.no_grad():
+            model(ids)
+        for hook in hooks:
+            hook.remove()
+        for part, hessian in hessians.items():
+            linear = found[f"model.layers.{number}.{part}"]
+            code, scale, *_ = quantise_gptq(
+                layer.get_submodule(part).weight.detach(), hessian.mean_II, 32, search=False, refit=False
+            )
+            assert np.array_equal(linear.scale_OG, scale.float().numpy())
+            assert float((torch.from_numpy(linear.code_OI) != code).float().mean()) < 0.01
+        with torch.no_grad():
+            for module, linear in found.items():
+                if module.startswith(f"model.layers.{number}."):
+                    model.get_submodule(module).weight.copy_(torch.from_numpy(linear.dequantise()))
+
+
+def test_a_result_beyond_the_bound_is_not_written_and_the_nearest_recipe_that_keeps_it_is_named(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    source, text = make_twin("llama", tmp_path_factory.getbasetemp()), tokens(tmp_path)
+    recipe = msgspec.structs.replace(recipes.load("w4a16-2of4"), calibration=small("fp8").calibration)
+    bound = Bound(max_kl=0.02)
+    with pytest.raises(
+        Costly, match=r"w4a16-2of4 costs too much: the divergence .*, more than 0\.02"
+    ) as caught:
+        make(asked(source, msgspec.structs.replace(recipe, bound=bound), text), tmp_path / "out", silent)
+    assert " keeps it: perplexity " in str(caught.value.hint)
+    assert [path.name for path in tmp_path.iterdir()] == ["ids.json"]
+
+
+def test_a_singular_hessian_is_listed_and_refused_where_strict(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    source, text = make_twin("llama", tmp_path_factory.getbasetemp()), tokens(tmp_path)
+    recipe = small("w4a16-gptq")
+    assert recipe.round is not None
+    recipe = msgspec.structs.replace(
+        recipe,
+        round=msgspec.structs.replace(recipe.round, damp=0.0),
+        calibration=Calibration(samples=1, tokens=LENGTH),
+    )
+    request = asked(source, recipe, text)
+    report = make(request, tmp_path / "loose", silent)
+    assert {fallback.what for fallback in report.fallbacks} == {"damping"}
+    with pytest.raises(BuildError, match="the Hessian was singular"):
+        make(replace(request, strict=True), tmp_path / "strict", silent)
+    assert not (tmp_path / "strict").exists()
+
+
+def test_a_format_that_no_kernel_here_reads_does_not_pay(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    source, text = make_twin("llama", tmp_path_factory.getbasetemp()), tokens(tmp_path)
+    request = replace(asked(source, small("w4a16-rtn"), text), must_pay=True)
+    with pytest.raises(BuildError, match="does not pay: no kernel here reads its weights"):
+        make(request, tmp_path / "out", silent)
+    report = make(replace(request, free_bytes=0), tmp_path / "out", silent)
+    assert all(speed.packed_us is None for speed in report.speeds)
+
+
+def test_linears_named_in_overrides_are_rounded_otherwise(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    source, text = make_twin("llama", tmp_path_factory.getbasetemp()), tokens(tmp_path)
+    recipe = small(
+        "w4a16-rtn",
+        overrides=[
+            recipes.Override(match="re:.*down_proj", round=recipes.Round(to="int8", group=None)),
+            recipes.Override(match="model.layers.1.self_attn.q_proj", round=None),
+        ],
+    )
+    report = make(asked(source, recipe, text), tmp_path / "out", silent)
+    found = linears(tmp_path / "out")
+    assert {linear.bits for module, linear in found.items() if "down_proj" in module} == {8}
+    assert {linear.bits for module, linear in found.items() if "down_proj" not in module} == {4}
+    assert "model.layers.1.self_attn.q_proj" not in found
+    truth = perplexity(restored(tmp_path / "out", tmp_path / "dense"), text)
+    assert report.quality.perplexity.value == pytest.approx(truth, rel=2e-4)
+
+
+def test_what_cannot_be_compressed_is_refused_in_words(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    source, text = make_twin("llama", tmp_path_factory.getbasetemp()), tokens(tmp_path)
+    make(asked(source, small("fp8"), text), tmp_path / "out", silent)
+    with pytest.raises(CheckpointError, match="is quantised already"):
+        make(asked(tmp_path / "out", small("fp8"), text), tmp_path / "again", silent)
+    with pytest.raises(ConfigError, match="exists already"):
+        make(asked(source, small("fp8"), text), tmp_path / "out", silent)
+    short = tokens(tmp_path, n=LENGTH)
+    with pytest.raises(ConfigError, match="are not enough"):
+        make(asked(source, small("fp8"), short), tmp_path / "short", silent)
