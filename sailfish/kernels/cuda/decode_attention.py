@@ -258,16 +258,13 @@ VARIANTS = tuple(_variants())
 
 
 def _maps(kv: KvLayer) -> tuple[bytes, ...]:
-    """Describe K and V to the copy engine: tiles of one head, 128 bytes wide, elements by twos of bytes.
-
-    Fetches of 128 bytes rather than 256 stream a large cache at 4,517 GB/s rather than 4,169 on an H200.
-    """
+    """Describe K and V to the copy engine: tiles of one head, 128 bytes wide, elements by twos of bytes."""
     n_blocks, page_tokens, n_kv_heads, head_dim = kv.k_NPKE.shape
     size = kv.k_NPKE.element_size()
     shape = (n_blocks, page_tokens, n_kv_heads, head_dim * size // 2)
     strides = tuple(stride * size for stride in kv.k_NPKE.stride()[:3])
     return tuple(
-        tensormap.tensor(cache.data_ptr(), "bfloat16", shape, strides, (1, _TILE_TOKENS, 1, 64), True, 128)
+        tensormap.tensor(cache.data_ptr(), "bfloat16", shape, strides, (1, _TILE_TOKENS, 1, 64), True)
         for cache in (kv.k_NPKE, kv.v_NPKE)
     )
 
