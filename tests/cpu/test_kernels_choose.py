@@ -157,7 +157,12 @@ def test_on_hopper_products_are_fused_by_rows() -> None:
         ("cuda_wide_int4_gated", None),
     ]
     assert _named("norm_linear_int4", "", 6144) == [("cuda_stream_int4_fused", 1), ("one_by_one", None)]
-    assert _named("norm_linear_fp8", "silu") == [("one_by_one", 128), ("cuda_wide_fp8_gated", None)]
+    assert _named("norm_linear_fp8", "silu") == [("one_by_one", 64), ("cuda_wide_fp8_gated", None)]
+    assert _named("norm_linear", "silu") == [
+        ("cuda_stream_bf16_fused", 1),
+        ("cuda_stream_bf16_gated", 8),
+        ("one_by_one", None),
+    ]
     assert _named("norm_linear_int8", "") == [("one_by_one", None)]
 
 
