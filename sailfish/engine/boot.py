@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,7 +24,6 @@ from sailfish.engine.table import DeviceTable
 from sailfish.engine.warm import warm_up
 from sailfish.hardware.probe import probe
 from sailfish.kernels.choose import bind
-from sailfish.kernels.cuda.graph import Cuts
 from sailfish.models.arena import arena_layout
 from sailfish.models.decoder import Decoder, KvCache
 from sailfish.models.load import assemble, load_weights
@@ -96,14 +95,12 @@ def boot(
     has_scales = SCALE_BYTES[plan.kv_dtype] > 0
     kv = KvCache.of(cache, torch.ones(shape[:-1], device=device) if has_scales else None)
     meter.mark("kv_blocks")
-    ops = bind(start.ops)
-    cuts = Cuts(ops.attention)
-    decoder = Decoder(model, weights, replace(ops, attention=cuts), max_positions=plan.context_tokens)
+    decoder = Decoder(model, weights, bind(start.ops), max_positions=plan.context_tokens)
     table = DeviceTable(
         plan.max_sequences, plan.context_tokens, plan.blocks_per_sequence, plan.page_tokens, device
     )
     meter.mark("workspaces")
-    runner = Runner(decoder, kv, table, StepGraphs(plan.graph_buckets, plan.graph_chunks, cuts))
+    runner = Runner(decoder, kv, table, StepGraphs(plan.graph_buckets, plan.graph_chunks))
     warm_up(runner, plan, model.vocab_size)
     meter.mark("activations")
     on_progress("warm-up", f"one step of {plan.step_tokens} tokens and {plan.max_sequences} sequences")

@@ -1,4 +1,4 @@
-"""Steps captured as CUDA graphs, one for each planned size: decodes whole, steps with prompts in pieces."""
+"""Steps captured as CUDA graphs, one for each planned size: decodes whole, of others the forward pass."""
 
 from __future__ import annotations
 
@@ -9,23 +9,21 @@ from functools import partial
 
 from torch import Tensor
 
-from sailfish.kernels.contract import AttentionSpan
-from sailfish.kernels.cuda.graph import CutGraph, Cuts, Graph, new_pool
+from sailfish.kernels.cuda.graph import Graph, new_pool
 
 
 class StepGraphs:
     """Captured steps that share one pool of temporaries.
 
-    A decode is one graph, from its inputs to its draws. A forward pass over prompts is cut at attention.
+    A decode is one graph, from its inputs to its draws; so is a forward pass with prompts, up to the head.
     """
 
-    def __init__(self, buckets: Sequence[int], chunks: Sequence[int] = (), cuts: Cuts | None = None) -> None:
+    def __init__(self, buckets: Sequence[int], chunks: Sequence[int] = ()) -> None:
         """Take the numbers of runs of decodes, and of tokens of steps with prompts, ascending."""
         self._buckets = tuple(buckets)
         self._chunks = tuple(chunks)
-        self._cuts = cuts
         self._graphs: dict[int, Graph] = {}
-        self._cut_graphs: dict[int, CutGraph] = {}
+        self._chunk_graphs: dict[int, Graph] = {}
 
     @property
     def most_runs(self) -> int:
@@ -45,41 +43,30 @@ class StepGraphs:
     def fitting_chunk(self, n_tokens: int) -> int | None:
         """Return the smallest captured number of tokens that holds a step of `n_tokens`."""
         at = bisect_left(self._chunks, n_tokens)
-        return self._chunks[at] if self._cut_graphs and at < len(self._chunks) else None
+        return self._chunks[at] if self._chunk_graphs and at < len(self._chunks) else None
 
     def capture(self, decode: Callable[[int], Tensor], forward: Callable[[int], Tensor]) -> None:
-        """Capture `decode(n_runs)` and `forward(n_tokens)` for every bucket.
-
-        The largest first, whose temporaries hold the rest's.
-        """
+        """Capture `decode(n_runs)` and `forward(n_tokens)` for every bucket."""
         pool = new_pool()
-        captured: dict[int, Graph] = {}
-        cut: dict[int, CutGraph] = {}
         was_collecting = gc.isenabled()
         gc.disable()  # the end of another engine's graph would end a capture too
         try:
-            for n_runs in reversed(self._buckets):
-                decode(n_runs)  # loads what it needs, which a capture may not
-                captured[n_runs] = Graph(partial(decode, n_runs), pool)
-            for n_tokens in reversed(self._chunks):
-                forward(n_tokens)
-                assert self._cuts is not None, "who asks for chunks says where to cut"
-                cut[n_tokens] = CutGraph(partial(forward, n_tokens), self._cuts, pool)
+            graphs = _captured(decode, self._buckets, pool)
+            self._graphs, self._chunk_graphs = graphs, _captured(forward, self._chunks, pool)
         finally:
             if was_collecting:
                 gc.enable()
-        self._graphs, self._cut_graphs = captured, cut
 
     def replay(self, n_runs: int) -> Tensor:
         """Launch the step of a bucket; return what its capture returned, good until the next replay."""
         return self._graphs[n_runs].replay()
 
-    def replay_chunk(self, n_tokens: int, span: AttentionSpan) -> Tensor:
+    def replay_chunk(self, n_tokens: int) -> Tensor:
         """Launch a forward pass; return what its capture returned, good until the next replay."""
-        return self._cut_graphs[n_tokens].replay(span)
+        return self._chunk_graphs[n_tokens].replay()
 
     def launches(self) -> dict[int, dict[str, int]]:
-        """Return how often each step launches each kernel, by bucket; the last of equal neighbours stands."""
+        """Return how often decodes launch each kernel, by bucket; the last of equal neighbours stands."""
         found: dict[int, dict[str, int]] = {}
         for n_runs, graph in sorted(self._graphs.items()):
             counts = dict(graph.kernels())
@@ -87,3 +74,12 @@ class StepGraphs:
                 del found[last]
             found[n_runs] = counts
         return found
+
+
+def _captured(function: Callable[[int], Tensor], sizes: Sequence[int], pool: object) -> dict[int, Graph]:
+    """Capture the largest first, whose temporaries hold the rest's."""
+    graphs = {}
+    for size in reversed(sizes):
+        function(size)  # loads what it needs, which a capture may not
+        graphs[size] = Graph(partial(function, size), pool)
+    return graphs

@@ -1,6 +1,7 @@
 """The engine's one loop: take messages, plan a step, run it, tell the clients. No torch, no sockets.
 
-At lag 1 step n+1 is planned and launched before the tokens of step n are known.
+At lag 1 step n+1 is planned and launched before the tokens of step n are known, though not long before: what
+arrives while a long step runs is part of the next one.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ import queue
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from sailfish.base.errors import EngineError, SailfishError
 from sailfish.engine import wire
 from sailfish.engine.api import EngineStats
+from sailfish.engine.foresight import StepTimes
 from sailfish.engine.scheduler import Scheduler
 from sailfish.engine.sequence import Draws, Sequence, SequenceEvent
 from sailfish.engine.step import StepPlan, StepResult
@@ -45,6 +47,15 @@ class Disconnect:
     """Loop message: a client's connection ended."""
 
 
+class _Launched(NamedTuple):
+    """A step in flight."""
+
+    step_id: int
+    handle: StepHandle
+    n_tokens: int
+    at_s: float
+
+
 class EngineLoop:
     """Drive one scheduler and one runner until told to stop.
 
@@ -68,7 +79,9 @@ class EngineLoop:
         self._send = send
         self._lag = lag
         self._reserved_bytes = reserved_bytes
-        self._in_flight: deque[tuple[int, StepHandle]] = deque()
+        self._in_flight: deque[_Launched] = deque()
+        self._times = StepTimes()
+        self._last_end_s = 0.0
         self._drain_until_s: float | None = None
         self._n_failed = 0
         """Steps that failed one after the other."""
@@ -83,6 +96,7 @@ class EngineLoop:
         while not (self.is_draining and self.scheduler.is_idle and not self._in_flight):
             is_idle = self.scheduler.is_idle and not self._in_flight
             self._take_messages(_IDLE_WAIT_S if is_idle else None)
+            self._await_messages()
             now_s = time.monotonic()
             if self._drain_until_s is not None and now_s >= self._drain_until_s:
                 self._emit(self.scheduler.abort_all(now_s))
@@ -96,18 +110,22 @@ class EngineLoop:
             self._emit(events)
         if plan is not None:
             try:
-                self._in_flight.append((plan.step_id, self.runner.execute(plan)))
+                handle = self.runner.execute(plan)
+                self._in_flight.append(_Launched(plan.step_id, handle, plan.n_tokens, self.step_started_s))
             except Exception as error:  # noqa: BLE001 - a step's fault ends its own sequences, not the engine
                 self._fail(plan.step_id, error)
         if self._in_flight and (plan is None or len(self._in_flight) > self._lag):
-            step_id, handle = self._in_flight.popleft()
+            step = self._in_flight.popleft()
             try:
-                result = handle.result()
+                result = step.handle.result()
             except Exception as error:  # noqa: BLE001 - as above
-                self._fail(step_id, error)
+                self._fail(step.step_id, error)
             else:
                 self._n_failed = 0
-                draws, events = self.scheduler.commit(result, time.monotonic())
+                now_s = time.monotonic()
+                self._times.observe(step.n_tokens, now_s - max(step.at_s, self._last_end_s))
+                self._last_end_s = now_s
+                draws, events = self.scheduler.commit(result, now_s)
                 self._emit(events, draws)
         self.step_started_s = None
 
@@ -120,6 +138,18 @@ class EngineLoop:
                 client, message = self.inbox.get_nowait()
         except queue.Empty:
             return
+
+    def _await_messages(self) -> None:
+        """Handle what comes while the next step need not be planned."""
+        if len(self._in_flight) != 1:
+            return
+        (step,) = self._in_flight
+        until_s = max(step.at_s, self._last_end_s) + self._times.spare_s(step.n_tokens)
+        while (wait_s := until_s - time.monotonic()) > 0:
+            try:
+                self._handle(*self.inbox.get(timeout=wait_s))
+            except queue.Empty:
+                return
 
     def _handle(self, client: int, message: wire.ToEngine | Disconnect) -> None:
         now_s = time.monotonic()

@@ -9,10 +9,10 @@ from sailfish.engine.api import TokenLogprob, TopLogprob
 from sailfish.engine.graphs import StepGraphs
 from sailfish.engine.packing import Batch
 from sailfish.engine.sampler import sample, top_logprobs
+from sailfish.engine.spans import CapturedSpans
 from sailfish.engine.step import RowRun, StepPlan, StepResult
 from sailfish.engine.table import DeviceTable
 from sailfish.engine.transfer import Pending, download, upload
-from sailfish.kernels.contract import AttentionSpan
 from sailfish.kernels.cuda.sampling import pick
 from sailfish.kernels.rows import StepTensors
 from sailfish.kernels.step_words import StepLayout
@@ -83,9 +83,15 @@ class Runner:
         self._kv = kv
         self._table = table
         self._graphs = graphs or StepGraphs(())
-        shape = (3, self._graphs.most_tokens)
-        self._inputs_3T = torch.zeros(shape, dtype=torch.int64, device=table.device)
+        most_tokens = self._graphs.most_tokens
+        self._inputs_3T = torch.zeros(3, most_tokens, dtype=torch.int64, device=table.device)
         """What captured steps with prompts read: tokens, positions, slots."""
+        self._spans = CapturedSpans(
+            table.rows.block_RW,
+            most_tokens=most_tokens,
+            context_tokens=table.context_tokens,
+            head_dim=kv.layers[0].k_NPKE.shape[-1],
+        )
         self._stream: torch.cuda.Stream | None = None
         if table.device.type == "cuda":
             self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
@@ -133,22 +139,14 @@ class Runner:
         return logits_SV
 
     def _forward_alone(self, n_tokens: int) -> Tensor:
-        """Run a forward pass as it is captured, cut at attention, of `n_tokens` tokens; return hidden_TD."""
+        """Run a forward pass as it is captured, of `n_tokens` tokens; return hidden_TD."""
         token_T, position_T, slot_T = self._inputs_3T[:, :n_tokens]
-        nothing_B = torch.zeros(1, dtype=torch.int32, device=token_T.device)
-        span = AttentionSpan(
-            block_table_RW=self._table.rows.block_RW,
-            row_B=nothing_B[:0],
-            query_start=(0,),
-            kv_len=(),
-            kv_len_B=nothing_B[:0],
-            query_start_B1=nothing_B,
-        )
+        span = self._spans.span(n_tokens)
         inputs = StepInputs(token_T=token_T, position_T=position_T, slot_T=slot_T, span=span)
         return self._decoder.forward(inputs, self._kv)
 
     def _run(self, plan: StepPlan, batch: Batch) -> Step:
-        """Run a step of any kind, its forward pass in pieces if that is captured, else launch by launch."""
+        """Run a step of any kind, its forward pass as it is captured, or else launch by launch."""
         table = self._table
         ends = tuple(batch.query_start_B1.tolist())
         kv_len = tuple((batch.start_B + batch.count_B).tolist())
@@ -159,7 +157,8 @@ class Runner:
         if n_tokens is None:
             hidden_TD = self._decoder.forward(inputs, self._kv)
         else:
-            hidden_TD = self._graphs.replay_chunk(n_tokens, inputs.span)
+            self._spans.send(batch, kv_len, ends)
+            hidden_TD = self._graphs.replay_chunk(n_tokens)
         n_top = [table.sampling_of(run.row).prompt_logprobs for run in plan.spans]
         prompt_logprobs = [
             [] if n is None else self._prompt_logprobs(hidden_TD[ends[i] : ends[i + 1]], run, n)

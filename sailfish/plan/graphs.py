@@ -17,10 +17,8 @@ from sailfish.plan.types import Decision, MemoryLine
 
 _STEPS = ((1, 1), (2, 2), (4, 4), (8, 8), (128, 16), (256, 32), (512, 64))
 """From so many runs on, the next bucket is so many further: padding is 7 rows up to 128, 12% above."""
-_CHUNKS = (16, 32, 64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
+_CHUNKS = (16, 32, 64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024, 1280, 1536, 2048)
 """A longer step computes for longer than the host takes to launch it kernel by kernel."""
-_PIECE_BYTES = MIB // 8
-"""Driver memory of what is captured between two calls of attention."""
 _POOL_BYTES = 64 * MIB
 """What the pool holds beyond the largest step: it grows by 20 MiB at a time, unevenly cut."""
 _GRAPH_BYTES = 2 * MIB
@@ -69,7 +67,7 @@ def plan_graphs(
             ),
         )
     buckets = decode_buckets(min(settings.max_sequences, settings.step_tokens))
-    chunks = chunk_buckets(settings.step_tokens)
+    chunks = chunk_buckets(settings.step_tokens, settings.mixed_tokens)
     most = replace(settings, max_sequences=buckets[-1], step_tokens=max(buckets[-1], chunks[-1]))
     inside = workspaces(model, hardware.target, most)
     pool_bytes = captured_peak_bytes(
@@ -80,13 +78,12 @@ def plan_graphs(
         attention_workspace_bytes=inside["attention"],
         linear_workspace_bytes=max(inside[op] for op in LINEAR_OPS),
     )
-    n_pieces = len(chunks) * (model.n_layers + 1)
     return Graphs(
         buckets=buckets,
         chunks=chunks,
         line=MemoryLine(
             name="graphs",
-            bytes=pool_bytes + _POOL_BYTES + len(buckets) * _GRAPH_BYTES + n_pieces * _PIECE_BYTES,
+            bytes=pool_bytes + _POOL_BYTES + (len(buckets) + len(chunks)) * _GRAPH_BYTES,
             why=f"{len(buckets)} decodes of 1 to {buckets[-1]} sequences, {len(chunks)} steps of up to "
             f"{chunks[-1]} tokens, one pool of temporaries",
         ),
@@ -94,8 +91,8 @@ def plan_graphs(
             name="cuda_graphs",
             requested=requested,
             active="on",
-            why=f"a decode of up to {buckets[-1]} sequences is one launch, a step of up to {chunks[-1]} "
-            f"tokens with prompts two a layer",
+            why=f"a decode of up to {buckets[-1]} sequences is one launch, as are the layers of a step "
+            f"of up to {chunks[-1]} tokens with prompts",
         ),
     )
 
@@ -109,10 +106,13 @@ def decode_buckets(most: int) -> tuple[int, ...]:
     return tuple(found)
 
 
-def chunk_buckets(step_tokens: int) -> tuple[int, ...]:
-    """Return the numbers of tokens to capture a step with prompts for, none above `step_tokens`."""
+def chunk_buckets(step_tokens: int, mixed_tokens: int) -> tuple[int, ...]:
+    """Return the numbers of tokens to capture a step with prompts for, none above `step_tokens`.
+
+    Many steps have `mixed_tokens`, which are therefore one of them.
+    """
     most = min(step_tokens, _CHUNKS[-1])
-    return (*(n for n in _CHUNKS if n < most), most)
+    return tuple(sorted({*(n for n in (*_CHUNKS, mixed_tokens) if n < most), most}))
 
 
 def _obstacle(config: EngineConfig, hardware: HardwareProfile, choices: Iterable[Choice]) -> str | None:

@@ -23,7 +23,7 @@ _PAGE_TOKENS = (8, 16, 32, 64, 128, 256)
 _MAX_SEQUENCES = 4096
 _MAX_STEP_TOKENS = 1 << 18
 _MAX_QUEUE = 1 << 20
-_MIXED_S = 0.025
+_MIXED_S = 0.027
 """What prompts may add to the time between two tokens of an answer, where the device is known."""
 _MIXED_TOKENS = 512
 """The same in tokens, where it is not."""
@@ -122,8 +122,8 @@ def settle(
     page_tokens = answers.settle(
         "page_tokens",
         config.page_tokens,
-        16 if is_cpu else 64,
-        "small blocks share more prefixes" if is_cpu else "long reads of the cache for each block looked up",
+        16,
+        "small blocks share more of a prefix",
     )
     max_queue = answers.settle(
         "max_queue", config.max_queue, max(256, 4 * max_sequences), "some batches' worth of waiting requests"

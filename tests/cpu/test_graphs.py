@@ -19,13 +19,13 @@ class FakeGraph:
     calls: list[str] = []
 
     def __init__(self, function: Callable[[], None], *rest: object) -> None:
-        assert rest in (("pool",), ("cuts", "pool")) and not gc.isenabled()
+        assert rest == ("pool",) and not gc.isenabled()
         self._n_before = len(self.calls)
         function()
         self.captured = self.calls[self._n_before]
 
-    def replay(self, span: str = "") -> None:
-        self.calls.append(f"replay {self.captured}{span}")
+    def replay(self) -> None:
+        self.calls.append(f"replay {self.captured}")
 
     def kernels(self) -> Counter[str]:
         n_runs = int(self.captured.removeprefix("decode "))
@@ -35,14 +35,13 @@ class FakeGraph:
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(graphs, "Graph", FakeGraph)
-    monkeypatch.setattr(graphs, "CutGraph", FakeGraph)
     monkeypatch.setattr(graphs, "new_pool", lambda: "pool")
     monkeypatch.setattr(FakeGraph, "calls", [])
     return FakeGraph.calls
 
 
 def test_the_largest_step_is_captured_first_each_after_one_run_as_it_is(calls: list[str]) -> None:
-    steps = StepGraphs((1, 4, 9), (16, 32), "cuts")  # type: ignore[arg-type]
+    steps = StepGraphs((1, 4, 9), (16, 32))
     assert [steps.fitting(n) for n in (1, 4, 9)] == [None, None, None], "nothing is captured yet"
     assert (steps.fitting_chunk(3), steps.most_tokens) == (None, 32)
     steps.capture(
@@ -55,8 +54,8 @@ def test_the_largest_step_is_captured_first_each_after_one_run_as_it_is(calls: l
     steps.replay(4)
     assert calls[-1] == "replay decode 4"
     assert [steps.fitting_chunk(n) for n in (1, 16, 17, 33)] == [16, 16, 32, None]
-    steps.replay_chunk(16, " over a span")  # type: ignore[arg-type]
-    assert calls[-1] == "replay forward 16 over a span"
+    steps.replay_chunk(16)
+    assert calls[-1] == "replay forward 16"
 
 
 def test_a_capture_that_fails_leaves_every_step_to_be_launched(calls: list[str]) -> None:

@@ -19,8 +19,6 @@ from sailfish.build.builder import build_engine
 from sailfish.data import demo_model
 from sailfish.engine import wire
 from sailfish.engine.step import RowSampling
-from sailfish.kernels.contract import AttentionSpan
-from sailfish.models.decoder import StepInputs
 
 pytestmark = pytest.mark.gpu
 PROMPTS = [[1000 + 37 * i + j for j in range(1 + 5 * i)] for i in range(12)]
@@ -78,14 +76,8 @@ def test_bfloat16_tokens_differ_from_those_alone_at_ties_only(engine_dir: Path, 
 def as_captured(engine: LocalEngine) -> LocalEngine:
     """Let the engine launch one by one what it has captured, padding included."""
     runner = engine.booted.runner
-
-    def forward(n_tokens: int, span: AttentionSpan) -> torch.Tensor:
-        token_T, position_T, slot_T = runner._inputs_3T[:, :n_tokens]
-        step = StepInputs(token_T=token_T, position_T=position_T, slot_T=slot_T, span=span)
-        return runner._decoder.forward(step, runner._kv)
-
     runner._graphs.replay = runner._decode  # type: ignore[method-assign]
-    runner._graphs.replay_chunk = forward  # type: ignore[method-assign]
+    runner._graphs.replay_chunk = runner._forward_alone  # type: ignore[method-assign]
     return engine
 
 
@@ -95,7 +87,7 @@ def test_a_replayed_step_draws_what_its_launches_draw_whatever_comes_and_goes(
     engine_dir: Path, seed: int, lag: int
 ) -> None:
     """Starts, chunks, preemptions, aborts and all kinds of sampling; every token is equal."""
-    config: dict[str, Any] = {**SMALL, "kv_bytes": 1 << 20, "max_sequences": 11, "step_tokens": 48}
+    config: dict[str, Any] = {**SMALL, "kv_bytes": 5 << 17, "max_sequences": 11, "step_tokens": 48}
     heard = []
     for wrap in (lambda engine: engine, as_captured):
         engine = wrap(LocalEngine(engine_dir, EngineConfig(dtype="bfloat16", lag=lag, **config)))
@@ -122,9 +114,9 @@ def count_replays(engine: LocalEngine) -> Counter[tuple[str, int]]:
     graphs = engine.booted.runner._graphs
     counts: Counter[tuple[str, int]] = Counter()
 
-    def counted(kind: str, inner: Callable[..., torch.Tensor], size: int, *rest: Any) -> torch.Tensor:
+    def counted(kind: str, inner: Callable[[int], torch.Tensor], size: int) -> torch.Tensor:
         counts[kind, size] += 1
-        return inner(size, *rest)
+        return inner(size)
 
     graphs.replay = partial(counted, "decode", graphs.replay)  # type: ignore[method-assign]
     graphs.replay_chunk = partial(counted, "chunk", graphs.replay_chunk)  # type: ignore[method-assign]

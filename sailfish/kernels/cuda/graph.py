@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sailfish.kernels.contract import Attention, AttentionSpan, KvLayer
 from sailfish.kernels.cuda.driver import _check, _driver
 
 _KERNEL_NODE = 0
@@ -56,80 +55,6 @@ class Graph:
         nodes = (ctypes.c_void_p * n_nodes.value)()
         _check(_driver().cuGraphGetNodes(handle, nodes, ctypes.byref(n_nodes)))
         return Counter(_node_name(ctypes.c_void_p(node)) for node in nodes)
-
-
-class Cuts:
-    """Attention, at which the capture of a step with prompts is cut, for the host says what it launches."""
-
-    def __init__(self, attention: Attention) -> None:
-        """Take an implementation that can be captured, which hence takes `out_THE`."""
-        self.attention: Any = attention
-        self.cut: Callable[..., Tensor] | None = None
-        """What a capture does where attention is called."""
-
-    def __call__(
-        self,
-        q_THE: Tensor,
-        kv: KvLayer,
-        span: AttentionSpan,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> Tensor:
-        """Meet `contract.Attention`, or end a piece of a captured step."""
-        if self.cut is not None:
-            return self.cut(q_THE, kv, scale, window, softcap)
-        out_THE: Tensor = self.attention(q_THE, kv, span, scale, window, softcap)
-        return out_THE
-
-
-class CutGraph:
-    """What one call of a function launched, in pieces between calls of attention."""
-
-    def __init__(self, function: Callable[[], Tensor], cuts: Cuts, pool: Any) -> None:
-        """Capture a call on the current stream; `function` must have run on that stream before.
-
-        Temporaries, and what the function returns, come from `pool`, which graphs that never run at the
-        same time share.
-        """
-        self._pool = pool
-        self._pieces: list[torch.cuda.CUDAGraph] = []
-        self._between: list[tuple[Tensor, KvLayer, float, int | None, float | None, Tensor]] = []
-        self._cuts = cuts
-        self._begin()
-        cuts.cut = self._cut
-        try:
-            self._result = _borrowed(function())
-        finally:
-            cuts.cut = None
-            self._pieces[-1].capture_end()
-
-    def replay(self, span: AttentionSpan) -> Tensor:
-        """Launch everything on the current stream, attention over `span`.
-
-        Returns what the function returned, which lasts until another graph of the pool is replayed.
-        """
-        attention = self._cuts.attention
-        for piece, (q_THE, kv, scale, window, softcap, out_THE) in zip(
-            self._pieces, self._between, strict=False
-        ):
-            piece.replay()
-            attention(q_THE, kv, span, scale, window, softcap, out_THE=out_THE)
-        self._pieces[-1].replay()
-        return self._result
-
-    def _begin(self) -> None:
-        self._pieces.append(torch.cuda.CUDAGraph())
-        self._pieces[-1].capture_begin(pool=self._pool, capture_error_mode="thread_local")
-
-    def _cut(
-        self, q_THE: Tensor, kv: KvLayer, scale: float, window: int | None, softcap: float | None
-    ) -> Tensor:
-        self._pieces[-1].capture_end()
-        self._begin()
-        out_THE = torch.empty_like(q_THE)
-        self._between.append((_borrowed(q_THE), kv, scale, window, softcap, _borrowed(out_THE)))
-        return out_THE
 
 
 class _Place:

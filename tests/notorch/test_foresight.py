@@ -1,0 +1,84 @@
+"""A step is planned late enough that what arrives while a long one runs is part of the next."""
+
+from __future__ import annotations
+
+import queue
+
+from fake_runner import FakeRunner, sampling
+
+from sailfish.engine import wire
+from sailfish.engine.foresight import StepTimes
+from sailfish.engine.limits import SchedulerLimits
+from sailfish.engine.loop import EngineLoop
+from sailfish.engine.scheduler import Scheduler
+from sailfish.engine.step import StepPlan, StepResult, decode_result
+
+
+def test_the_next_plan_is_due_before_the_shortest_like_step_would_end() -> None:
+    times = StepTimes()
+    assert times.spare_s(1024) == 0.0, "nothing is known yet"
+    for elapsed_s in (0.040, 0.030, 0.035):
+        times.observe(1030, elapsed_s)
+    assert 0.02 < times.spare_s(1024) < 0.85 * 0.0315
+    assert times.spare_s(2048) == 0.0, "of another size nothing is known"
+    for _ in range(60):
+        times.observe(1030, 0.060)
+    assert 0.04 < times.spare_s(1024) < 0.06, "a time that is not reached any more is forgotten"
+
+
+def test_short_steps_are_followed_at_once() -> None:
+    times = StepTimes()
+    times.observe(256, 0.009)
+    assert times.spare_s(256) == 0.0
+
+
+class _Done:
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+
+    def result(self) -> StepResult:
+        return decode_result(self._data)
+
+
+class _Runner:
+    def __init__(self, limits: SchedulerLimits) -> None:
+        self._fake = FakeRunner(limits)
+        self.plans: list[StepPlan] = []
+
+    def execute(self, plan: StepPlan) -> _Done:
+        self.plans.append(plan)
+        return _Done(self._fake.execute(plan))
+
+
+class _Inbox:
+    """Has a message only for who waits."""
+
+    def __init__(self, messages: list[wire.Submit]) -> None:
+        self.messages = messages
+
+    def get_nowait(self) -> tuple[int, wire.Submit]:
+        raise queue.Empty
+
+    def get(self, timeout: float) -> tuple[int, wire.Submit]:
+        if timeout > 5.0 and self.messages:
+            return 0, self.messages.pop()
+        raise queue.Empty
+
+
+def test_what_comes_while_a_long_step_runs_is_in_the_next_one() -> None:
+    limits = SchedulerLimits(
+        max_sequences=4, step_tokens=64, context_tokens=64, max_queue=9, page_tokens=4, n_blocks=64, lag=1
+    )
+    runner = _Runner(limits)
+    scheduler = Scheduler(limits, engine_digest="digest", kv_dtype="float32")
+    loop = EngineLoop(scheduler, runner, lambda *_: None, 1, lambda: 0)
+    loop.inbox.put((0, wire.Submit(1, [1, 2, 3], sampling(), 8, 0, None, "")))
+    loop._take_messages(None)
+    loop.step()
+    loop.inbox = _Inbox([wire.Submit(2, [1, 1], sampling(), 8, 0, None, "")])  # type: ignore[assignment]
+    loop._await_messages()
+    assert scheduler.n_waiting == 0, "a short step is not waited for"
+    loop._times.observe(3, 100.0)
+    loop._await_messages()
+    loop.step()
+    assert [len(plan.starts) for plan in runner.plans] == [1, 1]
