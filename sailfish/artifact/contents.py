@@ -34,12 +34,12 @@ def kinds(artifact: Artifact) -> list[Kind]:
     """Return the kinds of weights in the order the forward pass meets them."""
     plan, model = artifact.manifest.plan, artifact.manifest.model
     errors = _errors(artifact)
-    found: dict[str, Kind] = {}
+    found: dict[tuple[str, str], Kind] = {}
     for spec, format in engine_specs(model, plan.formats):
         name = kind_of(spec.name)
         tensors = parts(spec, format, plan.formats)
-        last = found.get(name)
-        found[name] = Kind(
+        last = found.get((name, format))
+        found[name, format] = Kind(
             name=name,
             format=plan.dtype if format == "plain" else format,
             n_tensors=1 + (last.n_tensors if last else 0),

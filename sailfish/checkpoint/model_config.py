@@ -56,13 +56,13 @@ class StoredWeights:
     """What the weights of attention and MLP are in a checkpoint that holds them quantised."""
 
     format: Literal["plain", "int4", "int8", "fp8"]
-    """What an engine multiplies them in; "plain": all are restored to the engine's dtype."""
+    """What an engine multiplies most in; "plain": all are restored to the engine's dtype."""
     group: int
     """Inputs that share a scale, in 4 bits."""
     zero_points: bool
     """4-bit weights have a code of their own for zero in each group."""
-    dense: tuple[str, ...]
-    """Engine's names of those that are plain although `format` says otherwise."""
+    others: tuple[tuple[str, Literal["plain", "int4", "int8", "fp8"]], ...]
+    """(name in an engine, format) of those that are in another format."""
     words: str
     """How the checkpoint stores them, as in "gptq, 4 bits in groups of 128"."""
     restored: str | None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -138,8 +139,8 @@ def _stored_rows(config: ModelConfig) -> list[tuple[str, str]]:
         return []
     kept = f"{stored.format}, groups of {stored.group}" if stored.format == "int4" else stored.format
     kept = "nothing: all are restored" if stored.format == "plain" else kept
-    if stored.dense:
-        kept += f"; {len(stored.dense)} of the layers' products are plain"
+    for format, n in sorted(Counter(format for _, format in stored.others).items()):
+        kept += f"; {n} of the layers' weights in {format}" if format != "plain" else f"; {n} are plain"
     return [("quantised", stored.words), ("an engine keeps", kept)]
 
 

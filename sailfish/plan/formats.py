@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -66,7 +67,7 @@ def _stored_formats(
     config: EngineConfig, stored: StoredWeights, head: WeightFormat, embedding: WeightFormat
 ) -> WeightFormats:
     """Return the checkpoint's own formats; what else is asked for must not contradict them."""
-    is_int4 = stored.format == "int4"
+    is_int4 = "int4" in (stored.format, *(format for _, format in stored.others))
     asked = {"weights": config.weights, "weight_group": config.weight_group}
     for name, there in (("weights", stored.format), ("weight_group", stored.group if is_int4 else None)):
         if asked[name] not in (None, there) and not (there is None and head == "int4"):
@@ -83,7 +84,7 @@ def _stored_formats(
         group=group,
         stored=True,
         zero_points=stored.zero_points,
-        dense=stored.dense,
+        others=stored.others,
     )
 
 
@@ -106,6 +107,8 @@ def words(formats: WeightFormats) -> str:
     """Return the formats in words, as in "int4 (groups of 128), int8 head"."""
     parts = [_word(formats.layers, formats)] if formats.layers != "plain" else []
     parts += ["stored"] if formats.stored else []
+    others = Counter(format for _, format in formats.others)
+    parts += [f"{n} of the layers' weights {format}" for format, n in sorted(others.items())]
     parts += [f"{_word(formats.head, formats)} head"] if formats.head != "plain" else []
     parts += [f"{formats.embedding} embedding"] if formats.embedding != "plain" else []
     return ", ".join(parts) or "plain"
@@ -142,7 +145,8 @@ def decisions(
         group, why = "none", "no weight is in 4 bits"
     found.append(decide("weight_group", config.weight_group, group, why))
     if stored is not None and stored.restored is not None and config.weights not in PLAIN:
-        many = "all" if plain_layers else f"{len(formats.dense)} of the layers'"
+        n_plain = sum(format == "plain" for _, format in formats.others)
+        many = "all" if plain_layers else f"{n_plain} of the layers'" if n_plain else "others"
         why = f"{stored.restored} ({stored.words})"
         found.append(
             Decision(
@@ -178,7 +182,9 @@ def format_of(name: str, formats: WeightFormats) -> WeightFormat:
         return formats.embedding
     if name == _HEAD:
         return formats.head
-    return formats.layers if LAYER_WEIGHT.fullmatch(name) and name not in formats.dense else "plain"
+    if not LAYER_WEIGHT.fullmatch(name):
+        return "plain"
+    return next((format for other, format in formats.others if other == name), formats.layers)
 
 
 def kind_of(name: str) -> str:
@@ -230,7 +236,7 @@ def int4_sizes(n_out: int, n_in: int, group: int) -> tuple[int, int, int]:
 
 
 def _has_int4(formats: WeightFormats) -> bool:
-    return "int4" in (formats.layers, formats.head)
+    return "int4" in (formats.layers, formats.head, *(format for _, format in formats.others))
 
 
 def _format(asked: str | None) -> WeightFormat:

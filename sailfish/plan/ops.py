@@ -146,9 +146,8 @@ def linear_shapes(model: ModelConfig, formats: WeightFormats) -> list[tuple[Weig
             found["plain", layer.moe.n_experts, d] = None
     widths = {"qkv": _qkv_width(model), "gate_up": 2 * model.d_mlp}
     inputs = {"o": width, "down": model.d_mlp}
-    for name in formats.dense:
-        kind = kind_of(name)
-        found["plain", widths.get(kind, d), inputs.get(kind, d)] = None
+    for kind, format in {(kind_of(name), format): None for name, format in formats.others}:
+        found[format, widths.get(kind, d), inputs.get(kind, d)] = None
     found[formats.head, model.vocab_size, d] = None
     return list(found)
 
@@ -185,9 +184,9 @@ def norm_linear_shapes(
     found = {(formats.layers, *qkv): None}
     if any(layer.moe is None for layer in model.layers):
         found[formats.layers, *gate_up] = None
-    for kind in map(kind_of, formats.dense):
+    for kind, format in {(kind_of(name), format): None for name, format in formats.others}:
         if kind in ("qkv", "gate_up"):
-            found["plain", *(qkv if kind == "qkv" else gate_up)] = None
+            found[format, *(qkv if kind == "qkv" else gate_up)] = None
     return list(found)
 
 

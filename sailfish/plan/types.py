@@ -29,8 +29,8 @@ class WeightFormats:
     """Layers' weights are as the checkpoint has them: in 4 bits their scales are in the plan's dtype."""
     zero_points: bool = False
     """4-bit weights of layers have zero points, in the plan's dtype too."""
-    dense: tuple[str, ...] = ()
-    """Weights of layers that are plain although `layers` says otherwise."""
+    others: tuple[tuple[str, WeightFormat], ...] = ()
+    """(name, format) of layers' weights that are in another format than `layers`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

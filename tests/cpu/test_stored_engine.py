@@ -79,6 +79,11 @@ QUANTISED: dict[str, tuple[str, Schemes, str]] = {
     "fp8": ("qwen2", {"": FP8}, "fp8"),
     "8 bits, activations as they are": ("llama", {"": replace(INT8, activations=None)}, "plain"),
     "8 bits in groups": ("llama", {"": replace(G32, bits=8)}, "plain"),
+    "int8 beside int4, and fp8 in a layer": (
+        "llama",
+        {"layers.1.self_attn.o": FP8, "mlp.down": INT8, "": G32},
+        "int4",
+    ),
     "experts": ("mixtral", {"block_sparse_moe.gate|mlp.gate$": None, "": G32}, "int4"),
 }
 
@@ -141,8 +146,8 @@ def interchange(name: str, home: Path) -> Path:
 def check_logits(source: Path, engine: Artifact, *, vocab_size: int) -> None:
     """Compare a prompt's logits with transformers' of the same numbers, computed in float32."""
     prompt = torch.randint(0, vocab_size, (150,), generator=torch.Generator().manual_seed(3)).tolist()
-    layers = engine.manifest.plan.formats.layers
-    is_8_bit = layers in ("int8", "fp8")
+    formats = engine.manifest.plan.formats
+    is_8_bit = not {"int8", "fp8"}.isdisjoint((formats.layers, *(other for _, other in formats.others)))
     with torch.inference_mode():
         truth = stored_truth(source, rounds_activations=is_8_bit)
         expected = truth(torch.tensor([prompt])).logits[0]

@@ -26,7 +26,7 @@ from sailfish.cli.main import main
 
 G32 = LinearScheme(layout="pack-quantized", bits=4, strategy="group", group=32)
 GPTQ = replace(G32, layout="gptq")
-STORED = StoredWeights(format="int4", group=32, zero_points=False, dense=(), words="", restored=None)
+STORED = StoredWeights(format="int4", group=32, zero_points=False, others=(), words="", restored=None)
 
 
 def one(

@@ -19,7 +19,7 @@ from sailfish.checkpoint.safetensors_reader import Checkpoint
 GROUPS = (128, 64, 32)
 """Inputs that may share a scale in an engine's 4-bit weights, widest first; wider groups are cut up."""
 
-_Format = Literal["int4", "int8", "fp8"]
+_Format = Literal["plain", "int4", "int8", "fp8"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,8 +36,8 @@ def stored_weights(
 ) -> StoredWeights:
     """Return what an engine makes of a checkpoint with this `quantization_config`; `where` names its file.
 
-    An engine has one format for the weights of attention and MLP; those that it does not hold are restored,
-    and `restored` says why. UnsupportedModelError for a config that is not read, CheckpointError where the
+    Weights of attention and MLP keep their format where an engine has it; the others are restored, and
+    `restored` says why. UnsupportedModelError for a config that is not read, CheckpointError where the
     tensors contradict it.
     """
     config, checkpoint = read_quant_config(quantisation, where), Checkpoint.open(directory)
@@ -53,18 +53,21 @@ def stored_weights(
         if LAYER_WEIGHT.fullmatch(spec.name):
             found[spec.name] = _kept_of(its, reasons)
         else:
-            reasons.append(f"{spec.name.removesuffix('.weight')} has no quantised form in an engine")
+            kind = (
+                spec.name.split(".")[2:-1] if spec.name.startswith("layers.") else spec.name.split(".")[:-1]
+            )
+            reasons.append(f"no kernel has a quantised {' '.join(kind)}")
     formats = Counter(kept.format for kept in found.values() if kept is not None)
     format = formats.most_common(1)[0][0] if formats else None
-    reasons += [f"an engine has one format beside the plain one, here {format}" for other in formats][1:]
-    chosen = [kept for kept in found.values() if kept is not None and kept.format == format]
+    each: dict[str, _Format] = {
+        name: "plain" if kept is None else kept.format for name, kept in found.items()
+    }
+    in_4_bits = [kept for kept in found.values() if kept is not None and kept.format == "int4"]
     return StoredWeights(
         format=format or "plain",
-        group=min((kept.group for kept in chosen), default=GROUPS[0]),
-        zero_points=any(kept.zero_points for kept in chosen),
-        dense=tuple(n for n, kept in found.items() if kept is None or kept.format != format)
-        if format
-        else (),
+        group=min((kept.group for kept in in_4_bits), default=GROUPS[0]),
+        zero_points=any(kept.zero_points for kept in in_4_bits),
+        others=tuple((name, other) for name, other in each.items() if other != format) if format else (),
         words=_words(config, [scheme for scheme in schemes.values() if scheme is not None]),
         restored="; ".join(dict.fromkeys(reasons)) or None,
     )
