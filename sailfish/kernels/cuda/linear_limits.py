@@ -9,6 +9,10 @@ STREAMED_BF16_WEIGHTS = 60_000_000
 """From here on cuBLAS streams bfloat16 as fast (on an H200 57 against 58 us for 4096 x 28672); below,
 its split sums cost a launch more (34 against 31 us for 14336 x 4096). With an activation behind it, which
 cuBLAS leaves to another launch, a layer of an 8B shape takes 6 us less at one row, 4.5 at eight."""
+STREAMED_BF16_MORE_ROWS = 16
+STREAMED_BF16_FEWER_WEIGHTS = 32_000_000
+"""With more than 8 rows only smaller weights: q, k, v and o of an 8B shape take 6 us off a layer of 138 us.
+Sums of more outputs, or activations of more inputs, leave too little room for weights in flight."""
 STREAMED_BF16_OUTPUTS = 1024
 STREAMED_INT4_ROWS = 16
 """From there on wgmma is ahead: at 32 rows 71 against 95 us for the four layers of an 8B shape on an H200."""
@@ -33,11 +37,13 @@ _MMA_PART_BYTES = 16 << 20
 
 def rejects_stream_bf16(case: Case) -> str | None:
     """Say why bfloat16 weights are not streamed, or return None."""
-    if case.n_out * case.n_in > STREAMED_BF16_WEIGHTS and not case.activation:
+    n_weights = case.n_out * case.n_in
+    if n_weights > STREAMED_BF16_WEIGHTS and not case.activation:
         return "cuBLAS streams a weight of this size as fast"
     if case.n_out < STREAMED_BF16_OUTPUTS:
         return f"{case.n_out} outputs are too few to fill the card"
-    return _rejects_inputs(case, STREAMED_INPUTS) or _rejects(case, STREAMED_BF16_ROWS)
+    rows = STREAMED_BF16_MORE_ROWS if n_weights <= STREAMED_BF16_FEWER_WEIGHTS else STREAMED_BF16_ROWS
+    return _rejects_inputs(case, STREAMED_INPUTS) or _rejects(case, rows)
 
 
 def rejects_stream_int4(case: Case) -> str | None:

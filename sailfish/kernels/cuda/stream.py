@@ -237,6 +237,7 @@ def _rows(form: int, x_TI: Tensor, weight_OI: Tensor, dtype: torch.dtype, activa
         n_out=weight_OI.shape[0],
         chunks=parts(row_bytes, CHUNK_BYTES),
         activation=activation,
+        is_8_bit=form != _PLAIN,
     )
 
 
@@ -375,6 +376,8 @@ def _variants() -> Iterator[Variant]:
     )
     narrow = Split(strip_warps=1, chunk_warps=8, splits=1, columns=1, ring=4)
     pair = Split(strip_warps=2, chunk_warps=4, splits=2, columns=1, ring=4, blocks=2)
+    slim = Split(strip_warps=1, chunk_warps=4, splits=2, columns=1, ring=4, blocks=2)
+    broad = Split(strip_warps=2, chunk_warps=8, splits=1, columns=1, ring=3)
     wide = Split(strip_warps=4, chunk_warps=2, splits=2, columns=1, ring=3)
     alone = Split(strip_warps=8, chunk_warps=1, splits=1, columns=1, ring=3)
     for file, define in readers:
@@ -394,8 +397,11 @@ def _variants() -> Iterator[Variant]:
             yield Variant(file, _defines(replace(each, dtype=dtype), split))
         yield Variant(file, _defines(replace(product, activation="silu"), pair))
         yield Variant(file, _defines(replace(many, activation="gelu_tanh"), wide))
+        if define in (("FORMAT", _INT8), ("FORMAT", _FP8)):
+            yield Variant(file, _defines(product, slim))
         if define in (("GROUP", 32), ("GROUP", 128), ("FORMAT", _PLAIN)):
             yield Variant(file, _defines(replace(product, activation="silu"), alone))
+            yield Variant(file, _defines(replace(product, has_norm=True), broad))
             for n_tokens in (1, 4):
                 normed = replace(product, n_tokens=n_tokens, activation="silu", has_norm=True)
                 yield Variant(file, _defines(normed, pair))

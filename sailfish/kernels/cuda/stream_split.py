@@ -28,6 +28,7 @@ _RESERVED_BYTES = 1024 + 384
 _MOST_IN_CLUSTER = 8
 _WARPS = 8
 _PAIRED_TOKENS = 2
+_FEW_STRIPS = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +74,7 @@ class Product:
     """Chunks that no split may part."""
     activation: str | None = None
     has_norm: bool = False
+    is_8_bit: bool = False
 
     def norm_groups(self, split: Split) -> int:
         """Return the groups of a norm's inputs for each warp, a power of two, 0 without a norm."""
@@ -80,6 +82,11 @@ class Product:
             return 0
         groups = parts(self.n_tokens * self.row_bytes, 2 * NORM_WIDTH * split.warps)
         return 1 << (groups - 1).bit_length()
+
+    @property
+    def is_for_pairs(self) -> bool:
+        """Say whether tokens are so few that small blocks are best; bfloat16 weights take as long."""
+        return self.n_tokens <= (_PAIRED_TOKENS if self.span else int(self.is_8_bit))
 
     @property
     def tiles(self) -> int:
@@ -153,9 +160,10 @@ class Card:
 @lru_cache(maxsize=1024)
 def choose(product: Product, card: Card) -> Split:
     """Return how a product is divided on a card: the first of the measured orders that fits."""
-    if product.span and product.n_tokens <= _PAIRED_TOKENS and card.clusters:
+    if card.clusters and product.is_for_pairs:
         for split in _pairs(product, card):
-            if product.shared_bytes(split, card.clusters) <= card.half_bytes:
+            room = card.half_bytes if split.blocks == 2 else card.shared_bytes
+            if product.shared_bytes(split, card.clusters) <= room:
                 return split
     for split in _orders(product, card):
         if product.shared_bytes(split, card.clusters) <= card.shared_bytes:
@@ -169,10 +177,18 @@ def _pairs(product: Product, card: Card) -> Iterator[Split]:
     """Yield divisions for very few tokens into small blocks, of which a processor has room for two.
 
     Measured on an H200 in a chain of whole layers: what a processor that is free early takes of the next
-    product is then small, and at the end of it all have had as much. A layer of an 8B shape took 46 us,
-    against 65 with one block of all inputs a processor. Clusters of two halve x; heads have more outputs
-    than sums fit beside it, and take many blocks.
+    product is then small, and at the end of it all have had as much. A layer of an 8B shape in 4 bits took
+    44 us, against 65 with one block of all inputs a processor; in 8 bits 71 against 73. Clusters of two
+    halve x. Products of a few strips a processor want as many warps in one block, which read x once; heads
+    have more outputs than sums fit beside it, and take many blocks.
     """
+    if not product.span:
+        pair = Split(strip_warps=1, chunk_warps=4, splits=2, columns=card.processors, ring=4, blocks=2)
+        if product.chunks >= 2:
+            yield pair
+        return
+    if 2 <= product.strips // card.processors < _FEW_STRIPS and product.n_tokens == 1:
+        yield Split(strip_warps=2, chunk_warps=_WARPS, columns=card.processors, ring=3)
     for (splits, rounds), ring in itertools.product(((2, 1), (1, 4), (1, 8), (1, 16)), (4, 3)):
         columns = card.processors * rounds
         strip_warps = 2 if product.strips >= 2 * columns else 1
