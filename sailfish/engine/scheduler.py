@@ -131,7 +131,7 @@ class Scheduler:
         step = Flight(planned_s=now_s)
         budget, prefills = self._plan_decodes(step)
         if step.decodes:
-            budget = min(budget, self.limits.prompt_tokens_beside(len(step.decodes)))
+            budget = min(budget, self.limits.prompt_tokens_beside(len(step.decodes), self._waiting_tokens))
         if budget > 0:
             self._plan_prefills(step, prefills, budget, now_s)
         if not step.decodes and not step.spans:

@@ -147,9 +147,6 @@ class FakeRunner:
         assert plan.runs, "a step runs something"
         assert len(set(running)) == len(running), "a row runs once a step"
         assert plan.n_tokens <= self.limits.step_tokens, "the token budget is exceeded"
-        if plan.n_decodes and plan.spans:
-            most = self.limits.prompt_tokens_beside(plan.n_decodes)
-            assert plan.n_tokens - plan.n_decodes <= most, "decodes wait for more than they are to"
         changed = {start.row for start in plan.starts} | {row for row, _, _ in plan.appended}
         assert changed <= set(running), "only rows that run are written"
         self.n_tokens += plan.n_tokens
@@ -240,8 +237,12 @@ class Rig:
         """Plan, run and commit once; `fault` is "launch", "result", "nan" or nothing."""
         for answer in self.answers.values():
             answer.n_steps += answer.reason is None
+        n_waiting, preemptions = self.scheduler._waiting_tokens, self.scheduler.stats.preemptions
         plan, events = self.scheduler.schedule(self.now_s)
         self.take(events)
+        if plan is not None and plan.n_decodes and preemptions == self.scheduler.stats.preemptions:
+            most = self.scheduler.limits.prompt_tokens_beside(plan.n_decodes, n_waiting)
+            assert plan.n_tokens - plan.n_decodes <= most, "decodes wait for more than they are to"
         if plan is None:
             assert self._in_flight or self.scheduler.is_idle, "sequences live and nothing runs"
         else:

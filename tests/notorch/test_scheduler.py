@@ -243,11 +243,25 @@ def test_a_step_in_which_others_decode_takes_few_tokens_of_prompts(lag: int) -> 
     rig.submit(prompt_of(100), max_tokens=30)
     rig.step()
     rig.step()
-    rig.submit(prompt_of(200, 2), max_tokens=30)
+    rig.submit(prompt_of(120, 2), max_tokens=30)
     rig.run()
     assert [run.count for plan in rig.plans[:2] for run in plan.spans] == [64, 36]
     beside = [plan for plan in rig.plans if plan.n_decodes and plan.spans]
     assert {plan.n_tokens for plan in beside[:-1]} == {16}
+    check_all(rig)
+
+
+def test_a_long_queue_of_prompts_is_worth_long_steps() -> None:
+    """While more than two steps of prompts wait, a step is as long as it may be."""
+    rig = Rig(limits(step_tokens=32, mixed_tokens=8, n_blocks=256, max_sequences=4))
+    rig.submit(prompt_of(4), max_tokens=60)
+    rig.step()
+    for token_id in range(2, 8):
+        rig.submit(prompt_of(20, token_id), max_tokens=1)
+    for _ in range(12):
+        rig.step()
+    assert [plan.n_tokens for plan in rig.plans[1:]][:3] == [32, 32, 8]
+    rig.run()
     check_all(rig)
 
 
@@ -446,7 +460,7 @@ def test_limits_come_from_the_plan() -> None:
     )
     found = SchedulerLimits.of(plan)
     assert (found.n_blocks, found.watermark_blocks, found.max_queue) == (640, 10, 9)
-    assert found.prompt_tokens_beside(8) == 40 and found.prompt_tokens_beside(48) == 12
+    assert found.prompt_tokens_beside(8, 256) == 40 and found.prompt_tokens_beside(48, 0) == 12
 
 
 def test_the_figures_add_up() -> None:
