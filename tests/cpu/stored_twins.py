@@ -26,7 +26,8 @@ from sailfish.checkpoint.formats.writer import CheckpointWriter
 from sailfish.checkpoint.safetensors_reader import Checkpoint, TensorRef
 
 Schemes = Mapping[str, LinearScheme | None]
-"""Expression of module names -> how they are stored; the first that matches counts, None: dense."""
+"""Expression of layers' module names, or "lm_head" -> how they are stored; the first that matches counts,
+None: dense."""
 
 
 def round_linear(weight_OI: NDArray[np.float32], scheme: LinearScheme, seed: int) -> QuantisedLinear:
@@ -78,12 +79,13 @@ def store_twin(parent: Path, out: Path, schemes: Schemes) -> Path:
     tensors: dict[str, Tensor] = {}
     for file in parent.glob("*.safetensors"):
         tensors |= {name: tensor.float() for name, tensor in load_file(file).items()}
-    dense, by_scheme = ["lm_head"], dict[LinearScheme, list[str]]()
+    dense = [] if "lm_head" in schemes else ["lm_head"]
+    by_scheme: dict[LinearScheme, list[str]] = {}
     work = out.with_name(out.name + ".work")
     with CheckpointWriter(work) as writer:
         for seed, (name, tensor) in enumerate(sorted(tensors.items())):
             module = name.removesuffix(".weight")
-            scheme = _scheme_of(module, schemes) if tensor.ndim == 2 and ".layers." in name else None
+            scheme = _scheme_of(module, schemes) if tensor.ndim == 2 else None
             if scheme is None:
                 dense += [module] if tensor.ndim == 2 and ".layers." in name else []
                 writer.copy(_ref(name, tensor), memoryview(tensor.contiguous().numpy().tobytes()))
@@ -175,6 +177,8 @@ def _rounding(linear: torch.nn.Linear, largest: float) -> Callable[[Tensor], Ten
 
 
 def _scheme_of(module: str, schemes: Schemes) -> LinearScheme | None:
+    if ".layers." not in module:
+        return schemes.get(module)
     return next((scheme for pattern, scheme in schemes.items() if re.search(pattern, module)), None)
 
 

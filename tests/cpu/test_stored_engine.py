@@ -84,6 +84,7 @@ QUANTISED: dict[str, tuple[str, Schemes, str]] = {
         {"layers.1.self_attn.o": FP8, "mlp.down": INT8, "": G32},
         "int4",
     ),
+    "the head": ("llama", {"lm_head": G64, "": G32}, "int4"),
     "experts": ("mixtral", {"block_sparse_moe.gate|mlp.gate$": None, "": G32}, "int4"),
 }
 
