@@ -76,6 +76,16 @@ _Strict = Annotated[bool, typer.Option("--strict", help="Fail rather than fall b
 _MustPay = Annotated[
     bool, typer.Option("--must-pay", help="Refuse a format that is no faster here where the parent fits.")
 ]
+_Budget = Annotated[
+    str | None,
+    typer.Option("--budget", metavar="BITS", help="Mean bits of a weight, as in 4.25bpw; matrices differ."),
+]
+_MaxKl = Annotated[
+    float | None,
+    typer.Option(
+        "--max-kl", min=0.0, metavar="NATS", help="Spend as few bits as keep this divergence; refuse more."
+    ),
+]
 _Device = Annotated[
     str | None,
     typer.Option("--device", metavar="cpu|cuda", help="Where it is done. Default: cuda when there is a GPU."),
@@ -102,6 +112,8 @@ def compress(
     seed: _Seed = None,
     strict: _Strict = False,
     must_pay: _MustPay = False,
+    budget: _Budget = None,
+    max_kl: _MaxKl = None,
     device: _Device = None,
     dtype: _Dtype = None,
     as_json: AsJson = False,
@@ -137,6 +149,8 @@ def compress(
             n_evaluation=eval_windows,
             strict=strict,
             must_pay=must_pay,
+            budget_bits=None if budget is None else _bits(budget),
+            max_kl=max_kl,
             device=device,
             dtype=dtype,
             environ=environment(),
@@ -147,6 +161,18 @@ def compress(
         return
     _show(reports)
     typer.echo(f"wrote {out}; its report: {out / 'compression.html'}")
+
+
+def _bits(text: str) -> float:
+    try:
+        bits = float(text.strip().lower().removesuffix("bpw"))
+    except ValueError:
+        bits = 0.0
+    if not 0 < bits <= 16:
+        raise ConfigError(
+            f"a budget of {text!r} is none", hint="write bits a weight: 4.25bpw", param="budget"
+        )
+    return bits
 
 
 @contextlib.contextmanager

@@ -119,9 +119,9 @@ class Block:
         one = _one(config, layer, 1 if head is None else len(head[1]))
         self._is_last = head is not None
         specs = {spec.name: spec for spec in block_specs(config, layer)}
-        memory = {name: [_Memory(tensors[source]) for source in spec.sources] for name, spec in specs.items()}
+        memory = {name: [Memory(tensors[source]) for source in spec.sources] for name, spec in specs.items()}
         norm, table = head if head is not None else (torch.zeros(one.d_model), torch.zeros(1, one.d_model))
-        memory |= {_NORM: [_Memory(norm)], _EMBED: [_Memory(table)]}
+        memory |= {_NORM: [Memory(norm)], _EMBED: [Memory(table)]}
         arena = arena_tensors(one, WeightFormats())
         _, n_bytes = arena_layout(arena, on.dtype)
         room = torch.empty(n_bytes, dtype=torch.uint8, device=on.torch)
@@ -254,7 +254,7 @@ class _Taps:
         return self._ops.moe(x_TD, router_TX, gate_up_X2MD, down_XDM, n_active, normalise, activation)
 
 
-class _Memory:
+class Memory:
     """A tensor of this process as a piece that weights are loaded from."""
 
     def __init__(self, tensor: Tensor) -> None:

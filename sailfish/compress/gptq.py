@@ -55,10 +55,20 @@ class Hessian:
 
     def add(self, x_TI: Tensor) -> None:
         """Add inputs [..., I] of any float dtype, each of the leading axes' elements weighing the same."""
-        x_TI = x_TI.reshape(-1, self.mean_II.shape[0]).to(self.mean_II)
+        x_TI = x_TI.reshape(-1, self.mean_II.shape[0])
         if not len(x_TI):
             return
         before, self.n_tokens = self.n_tokens, self.n_tokens + len(x_TI)
+        if (
+            x_TI.is_cuda
+            and x_TI.dtype in (torch.bfloat16, torch.float16)
+            and self.mean_II.dtype == torch.float32
+        ):
+            # Products of 16-bit numbers are exact in float32: tensor cores sum them, ten times as fast.
+            product_II = torch.mm(x_TI.T, x_TI, out_dtype=torch.float32)
+            self.mean_II.mul_(before / self.n_tokens).add_(product_II, alpha=1 / self.n_tokens)
+            return
+        x_TI = x_TI.to(self.mean_II)
         self.mean_II.addmm_(x_TI.T, x_TI, beta=before / self.n_tokens, alpha=1 / self.n_tokens)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
@@ -20,7 +20,7 @@ from sailfish.compress import recipe as recipes
 from sailfish.compress.block import Device
 from sailfish.compress.driver import Run, Tell, compress, refuse_fallbacks
 from sailfish.compress.page import page
-from sailfish.compress.recipe import Bound, Recipe
+from sailfish.compress.recipe import Bound, Recipe, stored_bits
 from sailfish.compress.report import (
     PAGE_FILE,
     REPORT_FILE,
@@ -28,8 +28,10 @@ from sailfish.compress.report import (
     LinearSpeed,
     Quality,
     Report,
+    Sensitivity,
     to_json,
 )
+from sailfish.compress.sensitivity import CANDIDATES, N_WINDOWS, choose, measure, mixed
 from sailfish.compress.speed import speeds, total_us
 from sailfish.compress.texts import Texts, read_texts
 from sailfish.quality.intervals import Interval
@@ -54,6 +56,8 @@ class Request:
     """Memory that a model may take on the device."""
     strict: bool = False
     must_pay: bool = False
+    sensitivity: tuple[Sensitivity, ...] = ()
+    """What the recipe's overrides were chosen from."""
 
 
 class Costly(BuildError):
@@ -80,6 +84,32 @@ def make(request: Request, out: Path | None, tell: Tell) -> Report:
             nearest = _nearest(request, tell)
             hint = "raise the bound in a recipe of your own" if nearest is None else nearest
             raise Costly(error.message, hint=hint) from None
+
+
+def within(request: Request, budget_bits: float | None, max_kl: float | None, tell: Tell) -> Request:
+    """Return the request with bits given to each matrix as it needs them, on some calibration windows.
+
+    `max_kl` also becomes the recipe's bound. ConfigError where a budget cannot be kept or the recipe mixed.
+    """
+    config = load_model_config(request.source)
+    mixed(request.recipe, [])  # refuses before anything is read or measured
+    windows = _texts(request, config).calibration[:N_WINDOWS]
+    costs = measure(request.source, windows, CANDIDATES, request.on, tell)
+    chosen = choose(costs, budget_bits=budget_bits, max_kl=max_kl)
+    recipe = mixed(request.recipe, chosen)
+    if max_kl is not None:
+        recipe = msgspec.structs.replace(recipe, bound=msgspec.structs.replace(recipe.bound, max_kl=max_kl))
+    facts = tuple(
+        Sensitivity(
+            matrix=cost.matrix,
+            format=f"{cost.rounding.to}, {cost.rounding.group or 'rows'}",
+            bits=stored_bits(cost.rounding),
+            kl=cost.kl,
+            is_chosen=cost in chosen,
+        )
+        for cost in costs
+    )
+    return replace(request, recipe=recipe, sensitivity=facts)
 
 
 def exceeds(quality: Quality, bound: Bound) -> str | None:
@@ -155,7 +185,7 @@ def _nearest(request: Request, tell: Tell) -> str | None:
     for other in sorted(others, key=lambda other: (other.bits_per_weight, other.name)):
         trial = msgspec.structs.replace(other, bound=asked.bound, calibration=asked.calibration)
         try:
-            report = make(_with(request, trial), None, tell)
+            report = make(replace(request, recipe=trial, strict=False, must_pay=False), None, tell)
         except BuildError:
             continue
         quality = report.quality
@@ -164,19 +194,6 @@ def _nearest(request: Request, tell: Tell) -> str | None:
             f"divergence {quality.kl.value:.4f}, {report.linear_bits:.2f} bits a weight"
         )
     return None
-
-
-def _with(request: Request, recipe: Recipe) -> Request:
-    return Request(
-        source=request.source,
-        recipe=recipe,
-        calibration=request.calibration,
-        evaluation=request.evaluation,
-        n_evaluation=request.n_evaluation,
-        on=request.on,
-        device_name=request.device_name,
-        free_bytes=request.free_bytes,
-    )
 
 
 def _report(request: Request, texts: Texts, run: Run, timed: list[LinearSpeed]) -> Report:
@@ -214,6 +231,7 @@ def _report(request: Request, texts: Texts, run: Run, timed: list[LinearSpeed]) 
         block_drift=run.drift,
         linears=run.linears,
         speeds=timed,
+        sensitivity=list(request.sensitivity),
         warnings=_warnings(request, texts, run, timed),
         fallbacks=run.fallbacks,
         seconds=dict(run.seconds),

@@ -10,7 +10,7 @@ import msgspec
 from sailfish.base.errors import ConfigError
 from sailfish.compress.block import Device
 from sailfish.compress.driver import Tell
-from sailfish.compress.make import Request, make
+from sailfish.compress.make import Request, make, within
 from sailfish.compress.page import page
 from sailfish.compress.recipe import Recipe
 from sailfish.compress.report import PAGE_FILE, Report
@@ -31,6 +31,8 @@ def make_all(
     n_evaluation: int,
     strict: bool,
     must_pay: bool,
+    budget_bits: float | None,
+    max_kl: float | None,
     device: str | None,
     dtype: str | None,
     environ: Mapping[str, str],
@@ -39,7 +41,8 @@ def make_all(
     """Return the report of each recipe, done on this machine's `device`; None takes a GPU if one is there.
 
     One recipe makes the directory `out`; several make directories of their names in it, and a page that
-    compares them. `changes` are fields of the recipes' calibration. Raises as `make` does.
+    compares them. `changes` are fields of the recipes' calibration. With a mean of `budget_bits` a weight or
+    a `max_kl` each matrix gets the bits that it needs. Raises as `make` does.
     """
     hardware = probe(device, environ=environ)
     usual: Dtype = "float32" if hardware.device == "cpu" else "bfloat16"
@@ -72,6 +75,8 @@ def make_all(
         def told(what: str, done: int, total: int, name: str = recipe.name) -> None:
             tell(f"{name}: {what}", done, total)
 
+        if budget_bits is not None or max_kl is not None:
+            request = within(request, budget_bits, max_kl, told)
         reports.append(make(request, its, told))
     if len(recipes) > 1:
         (out / PAGE_FILE).write_text(page(reports), encoding="utf-8")

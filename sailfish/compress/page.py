@@ -116,6 +116,7 @@ def _one(report: Report, *, alone: bool) -> str:
         + _errors(report)
         + _drifts(report)
         + _speeds(report)
+        + _sensitivity(report)
         + _linears(report)
         + _provenance(report)
     )
@@ -157,6 +158,22 @@ def _speeds(report: Report) -> str:
     ]
     heads = ("shape", "linears", "tokens", "dense, us", "packed, us", "faster", "by")
     return "<h2>Speed of each linear here</h2>" + _table(heads, rows)
+
+
+def _sensitivity(report: Report) -> str:
+    if not report.sensitivity:
+        return ""
+    by_matrix: dict[str, list[str]] = {}
+    for one in report.sensitivity:
+        words = f"{one.kl:.5f}" + (" *" if one.is_chosen else "")
+        by_matrix.setdefault(one.matrix.removesuffix(".weight"), []).append(words)
+    formats = list(dict.fromkeys(f"{one.format} ({one.bits:.3g} bits)" for one in report.sensitivity))
+    rows = [(matrix, *words) for matrix, words in by_matrix.items()]
+    return (
+        "<h2>What each matrix costs alone (KL; * is chosen)</h2><details><summary>"
+        f"{len(rows)} matrices</summary>"
+        f'<div class="wide">{_table(("matrix", *formats), rows)}</div></details>'
+    )
 
 
 def _linears(report: Report) -> str:

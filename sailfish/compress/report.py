@@ -80,6 +80,18 @@ class LinearSpeed(msgspec.Struct, frozen=True, kw_only=True):
     implementation: str
 
 
+class Sensitivity(msgspec.Struct, frozen=True, kw_only=True):
+    """A matrix in one format, all others being the parent's."""
+
+    matrix: str
+    format: str
+    bits: float
+    """A weight, scales included."""
+    kl: float
+    """Mean divergence from the parent, in nats."""
+    is_chosen: bool
+
+
 class Report(msgspec.Struct, frozen=True, kw_only=True):
     """All of it."""
 
@@ -107,6 +119,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     """||y - y of the parent|| / ||y of the parent|| after each block, over the measured windows."""
     linears: list[LinearFacts]
     speeds: list[LinearSpeed]
+    sensitivity: list[Sensitivity] = []
+    """What a choice under a budget was made from."""
     warnings: list[str]
     fallbacks: list[Fallback]
     seconds: dict[str, float]

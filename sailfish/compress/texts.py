@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from array import array
@@ -88,12 +89,20 @@ def read_texts(
 
 def _ids(source: Path, file: Path | None, vocab_size: int) -> Sequence[int]:
     assert file is not None, "a text that nothing is held out for is given"
+    try:
+        changed_ns = file.stat().st_mtime_ns
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read: {error.strerror}", param="calibration") from None
+    return _read_ids(source, file, vocab_size, changed_ns)
+
+
+@functools.lru_cache(maxsize=2)
+def _read_ids(source: Path, file: Path, vocab_size: int, changed_ns: int) -> Sequence[int]:
+    """Read a text once for all the recipes that are done with it; one that changed is read again."""
     if file.suffix != ".json":
         return Tokenizer.load(source).encode(read_text(file), add_special=False)
     try:
         values = json.loads(file.read_bytes())
-    except OSError as error:
-        raise ConfigError(f"{file} cannot be read: {error.strerror}", param="calibration") from None
     except (ValueError, RecursionError):
         raise ConfigError(f"{file} is not JSON", param="calibration") from None
     rows = values if isinstance(values, list) and all(isinstance(row, list) for row in values) else [values]
