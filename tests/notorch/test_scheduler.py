@@ -181,7 +181,7 @@ def test_a_short_prompt_does_not_wait_for_a_long_one() -> None:
     rig = Rig(limits(context_tokens=1024, n_blocks=512, step_tokens=16))
     long = rig.submit(prompt_of(800), max_tokens=1)
     rig.step()
-    short = rig.submit(prompt_of(6, 2), max_tokens=1)
+    short = rig.submit(prompt_of(4, 2), max_tokens=1)
     rig.step()
     rig.run()
     assert rig.answers[short].n_steps == 1
@@ -195,7 +195,7 @@ def test_a_short_prompt_passes_a_long_one_that_waits_too() -> None:
     rig.submit(prompt_of(300), max_tokens=1)
     rig.step()
     longer = rig.submit(prompt_of(400, 2), max_tokens=1)
-    short = rig.submit(prompt_of(6, 3), max_tokens=1)
+    short = rig.submit(prompt_of(4, 3), max_tokens=1)
     rig.step()
     assert rig.answers[short].reason == "length" and rig.answers[longer].sequence.row is None
     rig.run()
@@ -203,18 +203,18 @@ def test_a_short_prompt_passes_a_long_one_that_waits_too() -> None:
 
 
 def test_a_middling_prompt_passes_a_long_one() -> None:
-    """The half of the budget that is not the first one's goes to the shortest."""
+    """The quarter of the budget that is not the first one's goes to the shortest."""
     rig = Rig(limits(context_tokens=1024, n_blocks=512, step_tokens=16))
     rig.submit(prompt_of(800), max_tokens=1)
     rig.step()
     middle = rig.submit(prompt_of(40, 2), max_tokens=1)
     rig.run()
-    assert rig.answers[middle].n_steps == 5  # 40 tokens at 8 a step
+    assert rig.answers[middle].n_steps == 10  # 40 tokens at 4 a step
     check_all(rig)
 
 
 def test_a_long_prompt_is_not_starved_by_short_ones() -> None:
-    """Short prompts that could fill every step leave the first in order its half."""
+    """Short prompts that could fill every step leave the first in order its share."""
     rig = Rig(limits(context_tokens=1024, n_blocks=512, step_tokens=16))
     long = rig.submit(prompt_of(160), max_tokens=1)
     for step in range(20):
