@@ -223,8 +223,8 @@ class Scheduler:
         """Share what the decodes left: three quarters to the first in order, the rest to the shortest.
 
         The larger part lets the first one advance whatever arrives after it (the 99th percentile of times to
-        the first token of a busy engine is 3% less than with half); the rest lets short prompts pass long ones,
-        and comes back to the first when nobody shorter wants it. A waiting sequence is admitted only
+        the first token of a busy engine is 3% less than with half); the rest lets short prompts pass long
+        ones, and comes back to the first when nobody shorter wants it. A waiting sequence is admitted only
         when it computes something at once, so that it finds the prefixes which others finish before it.
         """
         first_share = -(-3 * budget // 4)
