@@ -262,3 +262,35 @@ def test_what_cannot_be_compressed_is_refused_in_words(
     short = tokens(tmp_path, n=LENGTH)
     with pytest.raises(ConfigError, match="are not enough"):
         make(asked(source, small("fp8"), short), tmp_path / "short", silent)
+
+
+@pytest.mark.parametrize("layout", ["gptq", "gptq_v2", "awq"])
+def test_the_layouts_of_other_tools_hold_what_was_measured(
+    layout: Any, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    source, text = make_twin("llama", tmp_path_factory.getbasetemp()), tokens(tmp_path)
+    recipe = small("w4a16-awq", layout=layout)
+    if recipe.round is not None and layout == "awq":  # its groups have to be whole
+        recipe = msgspec.structs.replace(recipe, round=msgspec.structs.replace(recipe.round, group=None))
+    report = make(asked(source, recipe, text), tmp_path / "out", silent)
+    values = read_json(tmp_path / "out" / "config.json")["quantization_config"]
+    assert values["quant_method"] == layout.removesuffix("_v2")
+    assert {linear.scale_dtype for linear in linears(tmp_path / "out").values()} == {"F16"}
+    truth = perplexity(restored(tmp_path / "out", tmp_path / "dense"), text)
+    assert report.quality.perplexity.value == pytest.approx(truth, rel=2e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["w4a16-best", "w3a16-best", "w8a16", "w8a8-smooth", "fp8", "w4a16-2of4"])
+def test_transformers_runs_what_we_compress(
+    name: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    pytest.importorskip("compressed_tensors", reason="compressed-tensors is not here")
+    source, text = make_twin("llama", tmp_path_factory.getbasetemp(), dtype=torch.bfloat16), tokens(tmp_path)
+    recipe = small(name)
+    if recipe.round is not None and recipe.round.group is not None:
+        rounding = msgspec.structs.replace(recipe.round, group=None)  # its groups have to be whole
+        recipe = msgspec.structs.replace(recipe, round=rounding)
+    report = make(asked(source, recipe, text), tmp_path / "out", silent)
+    # int8 and fp8 activations are rounded there as here, in float32.
+    assert report.quality.perplexity.value == pytest.approx(perplexity(tmp_path / "out", text), rel=2e-3)
