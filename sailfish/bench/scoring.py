@@ -90,11 +90,13 @@ class HttpModel:
         for _ in range(N_CONNECTIONS):
             self._idle.put(kind(host, port, timeout=_TIMEOUT_S))
         self._places = asyncio.Semaphore(N_CONNECTIONS)
-        served = self._ask("GET", "/models", None)["data"]
+        data = self._ask("GET", "/models", None).get("data")
+        served = [model for model in data if "id" in model] if isinstance(data, list) else []
         found = next((model for model in served if name in (None, model["id"])), None)
         if found is None:
             raise ConfigError(
-                f"{url} serves {', '.join(model['id'] for model in served)}, not {name}", param="served"
+                f"{url} serves {', '.join(str(model['id']) for model in served) or 'no model'}, not {name}",
+                param="served",
             )
         self.name = str(found["id"])
         self.room = int(found.get("max_model_len") or 1 << 31) - 1
@@ -102,9 +104,15 @@ class HttpModel:
     async def score(self, ids: Sequence[int]) -> list[ScoredToken]:
         """Return what each token but the first was given."""
         choice = await self._complete(prompt=list(ids), max_tokens=1, echo=True, logprobs=1)
-        given = choice["logprobs"]
-        pairs = zip(given["token_logprobs"][1 : len(ids)], given["top_logprobs"][1 : len(ids)], strict=True)
-        return [ScoredToken(logprob, logprob >= max(top.values())) for logprob, top in pairs]
+        try:
+            given, scored = choice["logprobs"], slice(1, len(ids))
+            pairs = zip(given["token_logprobs"][scored], given["top_logprobs"][scored], strict=True)
+            found = [ScoredToken(float(logprob), logprob >= max(top.values())) for logprob, top in pairs]
+        except (KeyError, TypeError, ValueError, AttributeError):
+            found = []
+        if len(found) != len(ids) - 1:
+            raise EngineError(f"{self._url} does not score its prompts: echo and logprobs have no effect")
+        return found
 
     async def write(self, ids: Sequence[int], until: Sequence[str], max_tokens: int) -> str:
         """Return the greedy continuation, up to the first text that ends it."""
@@ -120,7 +128,10 @@ class HttpModel:
         body = json.dumps({"model": self.name, "temperature": 0.0, **values})
         async with self._places:
             reply = await asyncio.to_thread(self._ask, "POST", "/completions", body)
-        choice: dict[str, Any] = reply["choices"][0]
+        choices = reply.get("choices")
+        if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
+            raise EngineError(f"{self._url} answers, but not as OpenAI's completions do")
+        choice: dict[str, Any] = choices[0]
         return choice
 
     def _ask(self, method: str, path: str, body: str | None) -> dict[str, Any]:
@@ -135,9 +146,10 @@ class HttpModel:
         finally:
             self._idle.put(connection)
         try:
-            reply: dict[str, Any] = json.loads(data)
+            found = json.loads(data)
         except ValueError:
-            reply = {}
+            found = None
+        reply: dict[str, Any] = found if isinstance(found, dict) else {}
         if response.status != 200:
             said = reply.get("error")
             message = said.get("message") if isinstance(said, dict) else f"status {response.status}"
@@ -180,8 +192,9 @@ async def score_tasks(model: Model, tokenizer: Tokenizer, tasks: TaskSet, told: 
             case WordQuestion():
                 return await likelihoods(question.context, [question.word])
             case AnswerQuestion():
-                ids = tokenizer.encode(question.prompt, special=True)[-(model.room - question.max_tokens) :]
-                return await model.write(ids, question.until, question.max_tokens)
+                n_tokens = min(question.max_tokens, model.room // 2)
+                ids = tokenizer.encode(question.prompt, special=True)[-(model.room - n_tokens) :]
+                return await model.write(ids, question.until, n_tokens)
 
     return collected(tasks, await _all([one(question) for question in tasks.questions], told))
 

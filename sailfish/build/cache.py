@@ -30,7 +30,7 @@ from sailfish.version import __version__
 log = logging.getLogger(__name__)
 
 _KEY_CHARS = 16
-_KEY_FILES = ("config.json", *COPIED_FILES)
+_KEY_FILES = ("config.json", "quantize_config.json", "quant_config.json", *COPIED_FILES)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from sailfish.base.errors import CheckpointError, UnsupportedModelError
 from sailfish.checkpoint.families import FAMILIES, Family
 from sailfish.checkpoint.files import Keys, read_json, shown
+from sailfish.checkpoint.formats.config import load_quant_config
 from sailfish.checkpoint.formats.stored import stored_weights
 from sailfish.checkpoint.model_config import (
     GenerationDefaults,
@@ -98,9 +99,10 @@ def load_model_config(directory: Path | str) -> ModelConfig:
         eos_token_ids=tuple(token_id for token_id in eos_token_ids if token_id < vocab_size),
         bos_token_id=bos_token_id,
     )
-    if quantisation := config.object_or("quantization_config"):
-        return replace(model, stored=stored_weights(directory, model, quantisation.values, config.where))
-    return model
+    quantisation = load_quant_config(directory)
+    if quantisation is None:
+        return model
+    return replace(model, stored=stored_weights(model, quantisation, Checkpoint.open(directory)))
 
 
 def load_generation_defaults(directory: Path | str) -> tuple[GenerationDefaults, tuple[int, ...], int | None]:

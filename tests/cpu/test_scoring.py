@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from sailfish.base.errors import ConfigError
+from sailfish.base.errors import ConfigError, SailfishError
 from sailfish.bench.evaluate import measure_tasks, text_windows
 from sailfish.bench.scoring import HttpModel, ScoredToken, score_tasks, score_windows
 from sailfish.checkpoint.tokenizer import Tokenizer
@@ -125,6 +129,81 @@ def test_a_text_is_cut_alike_whether_its_start_or_all_of_it_is_read(
     spaced = tmp_path / "spaced.txt"  # tokens of more characters than are read at first
     spaced.write_text(" " * 3000 + path.read_text(encoding="utf-8"), encoding="utf-8")
     assert len(text_windows(spaced, tokenizer, window_tokens=32, n_windows=4).windows) == 4
+
+
+@contextmanager
+def answering(*replies: tuple[int, Any]) -> Iterator[str]:
+    """Serve these (status, JSON) one after the other; the last again and again."""
+    left = list(replies)
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.do_GET()
+
+        def do_GET(self) -> None:
+            status, reply = left.pop(0) if len(left) > 1 else left[0]
+            data = json.dumps(reply).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *_: Any) -> None:
+            return None
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+MODELS = (200, {"data": [{"id": "m", "max_model_len": 64}]})
+
+
+def test_a_servers_scores_are_read_as_the_api_has_them() -> None:
+    logprobs = {
+        "token_logprobs": [None, -1.0, -2.0, -9.0],
+        "top_logprobs": [None, {"a": -1.0}, {"b": -0.5}, {}],
+    }
+    reply = {"choices": [{"logprobs": logprobs, "text": "xy"}]}
+    with answering(MODELS, (200, reply)) as url, closing(HttpModel(f"{url}/v1/")) as model:
+        assert (model.name, model.room) == ("m", 63)
+        assert asyncio.run(model.score([5, 6, 7])) == [ScoredToken(-1.0, True), ScoredToken(-2.0, False)]
+        assert asyncio.run(model.write([5], (), 4)) == "xy"
+
+
+@pytest.mark.parametrize(
+    ("reply", "says"),
+    [
+        ((200, {"choices": [{"text": "", "logprobs": None}]}), "does not score its prompts"),
+        (
+            (200, {"choices": [{"logprobs": {"token_logprobs": [None], "top_logprobs": [None]}}]}),
+            "does not score",
+        ),
+        ((200, {"choices": []}), "not as OpenAI's completions do"),
+        ((401, {"error": {"message": "no key"}}), "refused: no key"),
+        ((500, "broken"), "refused: status 500"),
+    ],
+)
+def test_a_server_that_does_not_score_is_named(reply: tuple[int, Any], says: str) -> None:
+    with (
+        answering(MODELS, reply) as url,
+        closing(HttpModel(url)) as model,
+        pytest.raises(SailfishError, match=says),
+    ):
+        asyncio.run(model.score([5, 6, 7]))
+
+
+def test_a_server_without_the_model_that_is_asked_for_is_named() -> None:
+    with answering(MODELS) as url, pytest.raises(ConfigError, match="serves m, not other"):
+        HttpModel(url, name="other")
+    with answering((200, {})) as url, pytest.raises(ConfigError, match="serves no model"):
+        HttpModel(url)
 
 
 @pytest.mark.parametrize("url", ["localhost:8000", "ftp://host", "http://", ""])

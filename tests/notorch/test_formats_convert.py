@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -106,6 +107,36 @@ def test_folders_of_other_tools_convert_exactly(folder: str, layout: Layout, tmp
         assert {
             ref.dtype for n, ref in Checkpoint.open(tmp_path / "out").tensors.items() if "scales" in n
         } == {"F16"}
+
+
+@pytest.mark.parametrize(
+    ("scheme", "name", "values"),
+    [
+        (
+            LinearScheme(layout="gptq", bits=4, strategy="group", group=32),
+            "quantize_config.json",
+            {"bits": 4, "group_size": 32, "desc_act": False, "sym": True, "true_sequential": True},
+        ),
+        (
+            LinearScheme(layout="awq", bits=4, strategy="group", group=32, symmetric=False),
+            "quant_config.json",
+            {"zero_point": True, "q_group_size": 32, "w_bit": 4, "version": "GEMM"},
+        ),
+    ],
+    ids=["AutoGPTQ", "AutoAWQ"],
+)
+def test_what_older_tools_left_beside_config_json_is_read(
+    scheme: LinearScheme, name: str, values: dict[str, Any], tmp_path: Path
+) -> None:
+    source = small(tmp_path / "source", scheme)
+    expected = weights(source)[UP]
+    (source / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(CheckpointError, match="is not quantised"):
+        converted(source, tmp_path / "out", "pack-quantized")
+    (source / name).write_text(json.dumps(values))
+    out = converted(source, tmp_path / "out", "pack-quantized")
+    assert np.array_equal(weights(out)[UP], expected)
+    assert not (out / name).exists(), "it would contradict config.json"
 
 
 def test_what_a_format_cannot_hold_leaves_nothing_behind(tmp_path: Path) -> None:

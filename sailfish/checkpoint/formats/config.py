@@ -3,17 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from sailfish.base.errors import UnsupportedModelError
-from sailfish.checkpoint.files import Keys, shown
+from sailfish.base.errors import CheckpointError, UnsupportedModelError
+from sailfish.checkpoint.files import Keys, read_json, shown
 from sailfish.checkpoint.formats.compressed_config import read_compressed_config
 from sailfish.checkpoint.formats.patterns import LINEAR_CLASSES, check_pattern
 from sailfish.checkpoint.formats.scheme import LinearScheme, QuantConfig, Rule
 
+_CONFIG = "config.json"
+_BESIDE = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 METHODS = ("gptq", "awq", "compressed-tensors")
 MAX_GROUP = 1 << 20
 _SKIP, _OVERRIDE = "-:", "+:"
+
+
+def load_quant_config(directory: Path) -> QuantConfig | None:
+    """Return how the checkpoint in a directory is quantised, None if it is not.
+
+    What config.json says goes before the file that AutoGPTQ or AutoAWQ once left beside it. Raises as
+    `read_quant_config` does.
+    """
+    path = directory / _CONFIG
+    values = read_json(path).get("quantization_config")
+    if values is None:
+        for name, method in _BESIDE.items():
+            if (directory / name).is_file():
+                return read_quant_config({"quant_method": method, **read_json(directory / name)}, str(path))
+        return None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: quantization_config is {shown(values)}; it must be an object")
+    return read_quant_config(values, str(path))
 
 
 def read_quant_config(values: Mapping[str, Any], where: str) -> QuantConfig:

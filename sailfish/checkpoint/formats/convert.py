@@ -14,7 +14,7 @@ import numpy as np
 from sailfish.base.errors import CheckpointError, ConfigError
 from sailfish.checkpoint.files import read_bytes, read_json
 from sailfish.checkpoint.formats.codec import layer_tensors, quantised_modules, read_linear, write_linear
-from sailfish.checkpoint.formats.config import read_quant_config
+from sailfish.checkpoint.formats.config import load_quant_config
 from sailfish.checkpoint.formats.config_writer import write_quant_config
 from sailfish.checkpoint.formats.linear import QuantisedLinear
 from sailfish.checkpoint.formats.patterns import LINEAR_CLASSES
@@ -43,13 +43,7 @@ def convert(source: Path, out: Path, layout: Layout, tell: Callable[[int, int], 
     Every restored weight is the same number before and after. `tell` is told (tensors done, in all). Returns
     the config written. CheckpointError for a bad or dense source, ConfigError for what `layout` cannot hold.
     """
-    values = read_json(source / _CONFIG)
-    if not isinstance(values.get("quantization_config"), dict):
-        raise CheckpointError(f"{source} is not quantised", hint="compress it first")
-    config = read_quant_config(values["quantization_config"], str(source / _CONFIG))
-    checkpoint = Checkpoint.open(source)
-    modules = quantised_modules(checkpoint.tensors)
-    schemes = {module: _scheme_of(config, module) for module in modules}
+    values, config, checkpoint, schemes = _opened(source)
     if _HEAD in schemes:
         raise ConfigError(f"{_HEAD} is quantised, which is not rewritten")
     target = _config_as(config, layout, set(schemes.values()), _dense_linears(checkpoint, schemes))
@@ -57,9 +51,9 @@ def convert(source: Path, out: Path, layout: Layout, tell: Callable[[int, int], 
     owner_of = {name: name.rpartition(".")[0] for name in checkpoint.tensors}
     n_done = 0
     with CheckpointWriter(out) as writer:
-        for module in modules:
+        for module, its in schemes.items():
             tensors = layer_tensors(checkpoint, module)
-            linear = read_linear(tensors, schemes[module], module)
+            linear = read_linear(tensors, its, module)
             scheme = target.scheme_of(module)
             assert scheme is not None, module
             for part, tensor in write_linear(_in_usual_scales(linear, layout), scheme, module).items():
@@ -83,7 +77,7 @@ def restore(source: Path, out: Path, dtype: FloatType, tell: Callable[[int, int]
     source, ConfigError where F16 cannot hold a weight.
     """
     values, _, checkpoint, schemes = _opened(source)
-    del values["quantization_config"]
+    values.pop("quantization_config", None)
     values.pop("torch_dtype", None)
     values["dtype"] = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}[dtype]
     owner_of = {name: name.rpartition(".")[0] for name in checkpoint.tensors}
@@ -124,10 +118,9 @@ def _compressed_layout(scheme: LinearScheme) -> Layout:
 
 def _opened(source: Path) -> tuple[dict[str, Any], QuantConfig, Checkpoint, dict[str, LinearScheme]]:
     """Return config.json, its quantisation, the tensors, and the scheme of every quantised linear."""
-    values = read_json(source / _CONFIG)
-    if not isinstance(values.get("quantization_config"), dict):
+    values, config = read_json(source / _CONFIG), load_quant_config(source)
+    if config is None:
         raise CheckpointError(f"{source} is not quantised", hint="compress it first")
-    config = read_quant_config(values["quantization_config"], str(source / _CONFIG))
     checkpoint = Checkpoint.open(source)
     schemes = {module: _scheme_of(config, module) for module in quantised_modules(checkpoint.tensors)}
     return values, config, checkpoint, schemes

@@ -8,9 +8,8 @@ from math import prod
 
 import numpy as np
 
-from sailfish.checkpoint.files import read_json
 from sailfish.checkpoint.formats.codec import layer_tensors, quantised_modules, read_linear
-from sailfish.checkpoint.formats.config import read_quant_config
+from sailfish.checkpoint.formats.config import load_quant_config
 from sailfish.checkpoint.formats.linear import QuantisedLinear
 from sailfish.checkpoint.formats.scheme import LinearScheme, QuantConfig
 from sailfish.checkpoint.formats.stored import keeps, scheme_words
@@ -19,7 +18,6 @@ from sailfish.checkpoint.formats.words import unpack
 from sailfish.checkpoint.model_config import StoredWeights
 from sailfish.checkpoint.safetensors_reader import Checkpoint
 
-_CONFIG = "config.json"
 _MANY = 0.05
 """A share of codes at an end of their range that is worth a word."""
 
@@ -79,8 +77,9 @@ def format_warnings(checkpoint: Checkpoint, stored: StoredWeights) -> list[str]:
 
 
 def _config(checkpoint: Checkpoint) -> QuantConfig:
-    where = checkpoint.directory / _CONFIG
-    return read_quant_config(read_json(where)["quantization_config"], str(where))
+    config = load_quant_config(checkpoint.directory)
+    assert config is not None, "only quantised checkpoints are explained"
+    return config
 
 
 def _facts(checkpoint: Checkpoint, module: str, scheme: LinearScheme) -> LinearFacts:

@@ -10,9 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sailfish.base.errors import UnsupportedModelError
-from sailfish.checkpoint.files import read_json
 from sailfish.checkpoint.formats.codec import layer_tensors, read_linear
-from sailfish.checkpoint.formats.config import read_quant_config
+from sailfish.checkpoint.formats.config import load_quant_config
 from sailfish.checkpoint.formats.linear import QuantisedLinear
 from sailfish.checkpoint.formats.scheme import LinearScheme
 from sailfish.checkpoint.formats.stored import checkpoint_schemes
@@ -21,7 +20,6 @@ from sailfish.checkpoint.model_config import ModelConfig
 from sailfish.checkpoint.names import TensorSpec, linear_modules
 from sailfish.checkpoint.safetensors_reader import Checkpoint
 
-_CONFIG = "config.json"
 _MIDDLE = 8
 _SIGN = np.uint8(128)
 """An int8 and its code differ in this bit alone."""
@@ -51,8 +49,8 @@ class StoredLinears:
 
     def __init__(self, checkpoint: Checkpoint, model: ModelConfig) -> None:
         """Name the checkpoint that `model.stored` says is quantised; raises as its config's readers do."""
-        where = checkpoint.directory / _CONFIG
-        config = read_quant_config(read_json(where)["quantization_config"], str(where))
+        config = load_quant_config(checkpoint.directory)
+        assert config is not None, "the model's config was read from the same directory"
         self._checkpoint = checkpoint
         self._schemes = checkpoint_schemes(config, model, checkpoint)
 

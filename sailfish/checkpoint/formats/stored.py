@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from sailfish.base.errors import UnsupportedModelError
 from sailfish.checkpoint.formats.codec import schemes_of
-from sailfish.checkpoint.formats.config import read_quant_config
 from sailfish.checkpoint.formats.scheme import LinearScheme, QuantConfig
 from sailfish.checkpoint.model_config import ModelConfig, StoredWeights
 from sailfish.checkpoint.names import LAYER_WEIGHT, linear_modules, tensor_specs
@@ -31,16 +28,12 @@ class _Kept:
     zero_points: bool = False
 
 
-def stored_weights(
-    directory: Path, model: ModelConfig, quantisation: Mapping[str, Any], where: str
-) -> StoredWeights:
-    """Return what an engine makes of a checkpoint with this `quantization_config`; `where` names its file.
+def stored_weights(model: ModelConfig, config: QuantConfig, checkpoint: Checkpoint) -> StoredWeights:
+    """Return what an engine makes of a checkpoint that is quantised as `config` says.
 
     Weights of attention and MLP keep their format where an engine has it; the others are restored, and
-    `restored` says why. UnsupportedModelError for a config that is not read, CheckpointError where the
-    tensors contradict it.
+    `restored` says why. CheckpointError where the tensors contradict the config.
     """
-    config, checkpoint = read_quant_config(quantisation, where), Checkpoint.open(directory)
     schemes = checkpoint_schemes(config, model, checkpoint)
     reasons: list[str] = []
     found: dict[str, _Kept | None] = {}
@@ -133,7 +126,7 @@ def _words(config: QuantConfig, schemes: list[LinearScheme]) -> str:
     if not schemes:
         raise UnsupportedModelError(
             "quantization_config is there, but no linear is quantised",
-            hint="remove it from config.json if the weights are dense",
+            hint="if the weights are dense remove it from config.json, and quantize_config.json with it",
             param="quantization_config",
         )
     words = f"{config.method}, {' and '.join(dict.fromkeys(map(scheme_words, schemes)))}"
