@@ -63,6 +63,8 @@ class StoredWeights:
     """4-bit weights have a code of their own for zero in each group."""
     others: tuple[tuple[str, Literal["plain", "int4", "int8", "fp8"]], ...]
     """(name in an engine, format) of those that are in another format."""
+    ordered: tuple[str, ...]
+    """Engine's names of 4-bit ones whose inputs are in an order of their own (act-order)."""
     words: str
     """How the checkpoint stores them, as in "gptq, 4 bits in groups of 128"."""
     restored: str | None

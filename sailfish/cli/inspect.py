@@ -141,6 +141,7 @@ def _stored_rows(config: ModelConfig) -> list[tuple[str, str]]:
     kept = "nothing: all are restored" if stored.format == "plain" else kept
     for format, n in sorted(Counter(format for _, format in stored.others).items()):
         kept += f"; {n} of the layers' weights in {format}" if format != "plain" else f"; {n} are plain"
+    kept += f"; {len(stored.ordered)} gather their inputs (act-order)" if stored.ordered else ""
     return [("quantised", stored.words), ("an engine keeps", kept)]
 
 

@@ -27,12 +27,18 @@ def stored_tensors(
     if to == "plain":
         return [torch.from_numpy(linears.restored(spec)).to(ARENA_DTYPES[dtype])]
     if to == "int4":
-        rows = linears.int4(spec, group=formats.group, zero_points=formats.zero_points)
+        rows = linears.int4(
+            spec,
+            group=formats.group,
+            zero_points=formats.zero_points,
+            ordered=spec.name in formats.ordered,
+        )
         zero_OG = None if rows.zero_OG is None else _tensor(rows.zero_OG).float()
         packed = int4.pack(_tensor(rows.code_OI), _tensor(rows.scale_OG), zero_OG, torch.float32)
         scale = packed.scale.bfloat16()
         tensors = [packed.packed, scale if torch.equal(scale.float(), packed.scale) else packed.scale]
-        return tensors if packed.zero is None else [*tensors, packed.zero.bfloat16()]
+        tensors += [] if packed.zero is None else [packed.zero.bfloat16()]
+        return tensors if rows.order_I is None else [*tensors, torch.from_numpy(rows.order_I)]
     rows_8 = linears.rows_8(spec)
     return [_tensor(rows_8.bits_OI).view(_DTYPE_8[to]), _tensor(rows_8.scale_O)]
 

@@ -16,7 +16,7 @@ from sailfish.checkpoint.model_config import ModelConfig
 from sailfish.kernels.contract import Weight8
 from sailfish.kernels.int4 import Int4Weight
 from sailfish.models.arena import arena_layout
-from sailfish.models.layers.linear import LinearWeight
+from sailfish.models.layers.linear import LinearWeight, OrderedInt4
 from sailfish.plan.formats import ArenaTensor, engine_specs, int4_sizes
 from sailfish.plan.types import Dtype, WeightFormats
 
@@ -84,7 +84,7 @@ def assemble(
             weights[name] = tensors[name]
         elif format == "int4":
             n_out, n_in = spec.shape
-            weights[name] = Int4Weight(
+            int4 = Int4Weight(
                 packed=tensors[f"{name}.packed"],
                 scale=tensors[f"{name}.scale"],
                 zero=tensors.get(f"{name}.zero"),
@@ -92,6 +92,8 @@ def assemble(
                 n_in=n_in,
                 group=int4_sizes(n_out, n_in, formats.group)[2],
             )
+            order_I = tensors.get(f"{name}.order")
+            weights[name] = int4 if order_I is None else OrderedInt4(int4, order_I)
         else:
             weights[name] = Weight8(tensors[f"{name}.values"], tensors[f"{name}.scale"])
     return weights

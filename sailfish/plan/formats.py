@@ -85,6 +85,7 @@ def _stored_formats(
         stored=True,
         zero_points=stored.zero_points,
         others=stored.others,
+        ordered=stored.ordered,
     )
 
 
@@ -144,6 +145,10 @@ def decisions(
     if not _has_int4(formats):
         group, why = "none", "no weight is in 4 bits"
     found.append(decide("weight_group", config.weight_group, group, why))
+    if formats.ordered:
+        why = "the checkpoint has their inputs in another order (act-order): each product gathers them first"
+        n_ordered = f"{len(formats.ordered)} of the layers' weights"
+        found.append(Decision(name="act_order", requested="auto", active=n_ordered, why=why))
     if stored is not None and stored.restored is not None and config.weights not in PLAIN:
         n_plain = sum(format == "plain" for _, format in formats.others)
         many = "all" if plain_layers else f"{n_plain} of the layers'" if n_plain else "others"
@@ -219,6 +224,8 @@ def parts(spec: TensorSpec, format: WeightFormat, formats: WeightFormats) -> lis
         ]
         if is_stored and formats.zero_points:
             found.append(ArenaTensor(name=f"{name}.zero", shape=scale, dtype=None))
+        if name in formats.ordered:
+            found.append(ArenaTensor(name=f"{name}.order", shape=(n_in,), dtype="I32"))
         return found
     values = "I8" if format == "int8" else "F8_E4M3"
     return [

@@ -19,7 +19,7 @@ from sailfish.kernels.plain.limits import (
 from sailfish.kernels.table import OPS
 from sailfish.plan.formats import format_of, int4_sizes, kind_of
 from sailfish.plan.settings import Settings
-from sailfish.plan.types import CacheDtype, Plan, WeightFormat, WeightFormats
+from sailfish.plan.types import CacheDtype, Dtype, Plan, WeightFormat, WeightFormats
 
 _LINEARS = ("linear", "linear_int4", "linear_int8", "linear_fp8")
 LINEAR_OPS = (*_LINEARS, *(f"norm_{linear}" for linear in _LINEARS), "quantise")
@@ -65,7 +65,15 @@ def workspaces(model: ModelConfig, target: str, settings: Settings) -> dict[str,
         for choice in choose_all([case]):
             n_bytes = workspace_bytes(replace(case, max_rows=choice.max_rows), choice, bounds)
             taken[case.op] = max(taken[case.op], n_bytes)
+    taken["linear_int4"] += gathered_bytes(model, settings.formats, settings.dtype, settings.step_tokens)
     return taken
+
+
+def gathered_bytes(model: ModelConfig, formats: WeightFormats, dtype: Dtype, n_tokens: int) -> int:
+    """Return the most bytes that the inputs of a product take once more where their order changes."""
+    inputs = {"o": model.n_heads * model.head_dim, "down": model.d_mlp}
+    widest = max((inputs.get(kind_of(name), model.d_model) for name in formats.ordered), default=0)
+    return n_tokens * widest * (4 if dtype == "float32" else 2)
 
 
 def kept_index_bytes(target: str, settings: Settings) -> int:
@@ -161,6 +169,8 @@ def launches_saved(model: ModelConfig, formats: WeightFormats, choices: Iterable
         for kind, is_there in (("qkv", i > 0), ("gate_up", layer.moe is None)):
             if not is_there:
                 continue
+            if f"layers.{i}.{kind}.weight" in formats.ordered:
+                continue  # inputs are gathered between the norm and the product
             format = format_of(f"layers.{i}.{kind}.weight", formats)
             op = "norm_linear" if format == "plain" else f"norm_linear_{format}"
             activation = model.activation if kind == "gate_up" else ""

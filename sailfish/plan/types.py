@@ -31,6 +31,8 @@ class WeightFormats:
     """4-bit weights of layers have zero points, in the plan's dtype too."""
     others: tuple[tuple[str, WeightFormat], ...] = ()
     """(name, format) of layers' weights that are in another format than `layers`."""
+    ordered: tuple[str, ...] = ()
+    """4-bit weights of layers whose inputs are in an order of their own, which products gather first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

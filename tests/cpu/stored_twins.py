@@ -71,8 +71,11 @@ def round_linear(weight_OI: NDArray[np.float32], scheme: LinearScheme, seed: int
     )
 
 
-def store_twin(parent: Path, out: Path, schemes: Schemes) -> Path:
-    """Write a dense checkpoint with its blocks' linears stored as the schemes say; return its folder."""
+def store_twin(parent: Path, out: Path, schemes: Schemes, *, own_orders: bool = False) -> Path:
+    """Write a dense checkpoint with its blocks' linears stored as the schemes say; return its folder.
+
+    With act-order linears of the same inputs have them in one order, as tools leave them, or in their own.
+    """
     layouts = {scheme.layout for scheme in schemes.values() if scheme is not None}
     is_gptq = any(layout.startswith("gptq") for layout in layouts)
     method = "gptq" if is_gptq else "awq" if layouts == {"awq"} else "compressed-tensors"
@@ -83,8 +86,9 @@ def store_twin(parent: Path, out: Path, schemes: Schemes) -> Path:
     by_scheme: dict[LinearScheme, list[str]] = {}
     work = out.with_name(out.name + ".work")
     with CheckpointWriter(work) as writer:
-        for seed, (name, tensor) in enumerate(sorted(tensors.items())):
+        for number, (name, tensor) in enumerate(sorted(tensors.items())):
             module = name.removesuffix(".weight")
+            seed = number if own_orders else sum(re.sub("[qkv]_proj|(gate|up)_proj", "x", module).encode())
             scheme = _scheme_of(module, schemes) if tensor.ndim == 2 else None
             if scheme is None:
                 dense += [module] if tensor.ndim == 2 and ".layers." in name else []

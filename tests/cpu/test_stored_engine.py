@@ -14,6 +14,7 @@ import torch
 from paged import PagedDriver, load_engine_weights
 from rounded import restored
 from stored_twins import Schemes, store_twin, stored_numbers, stored_truth
+from torch import Tensor
 from twins import make_twin
 
 from sailfish.artifact.reader import Artifact
@@ -28,7 +29,9 @@ from sailfish.checkpoint.hf_config import load_model_config
 from sailfish.checkpoint.names import linear_modules
 from sailfish.compress.job import Done, Job
 from sailfish.compress.worker import quantise
+from sailfish.models.layers.linear import LinearWeight, OrderedInt4
 from sailfish.plan.formats import engine_specs
+from sailfish.plan.ops import gathered_bytes
 from sailfish.plan.types import Dtype
 
 MODELS = Path(__file__).parents[2].parent / "shared" / "models"
@@ -73,7 +76,13 @@ QUANTISED: dict[str, tuple[str, Schemes, str]] = {
         {"layers.1.mlp.down": replace(G32, act_order=True), "": G32},
         "int4",
     ),
-    "act-order": ("llama", {"": replace(GPTQ, act_order=True)}, "plain"),
+    "act-order": ("llama_tied", {"": replace(GPTQ, act_order=True)}, "int4"),
+    "act-order with zero points and wide groups": (
+        "qwen2",
+        {"": replace(GPTQ, group=64, symmetric=False, act_order=True)},
+        "int4",
+    ),
+    "act-order in several orders": ("llama", {"": replace(GPTQ, act_order=True)}, "int4"),
     "int8": ("llama", {"": INT8}, "int8"),
     "int8 with a scale for each matrix": ("llama_tied", {"": replace(INT8, strategy="tensor")}, "int8"),
     "fp8": ("qwen2", {"": FP8}, "fp8"),
@@ -121,7 +130,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def folder(name: str, home: Path) -> Path:
     twin, schemes, _ = QUANTISED[name]
     path = home / name.replace(" ", "-")
-    return path if path.exists() else store_twin(make_twin(twin, home / "twins"), path, schemes)
+    if path.exists():
+        return path
+    return store_twin(make_twin(twin, home / "twins"), path, schemes, own_orders="several" in name)
 
 
 def engine_of(source: Path, home: Path) -> Artifact:
@@ -129,6 +140,13 @@ def engine_of(source: Path, home: Path) -> Artifact:
     if not out.exists():
         build_engine(source, out, config=FLOAT32, target="cpu")
     return Artifact.open(out)
+
+
+def numbers_of(weight: LinearWeight) -> Tensor:
+    """Return the numbers that a weight stands for, its inputs as the model has them."""
+    if isinstance(weight, OrderedInt4):
+        return restored(weight.weight)[:, weight.order_I.argsort()]
+    return restored(weight)
 
 
 def interchange(name: str, home: Path) -> Path:
@@ -181,7 +199,7 @@ def test_every_stored_number_is_the_engines_own(name: str, home: Path) -> None:
             expected = torch.cat([numbers[module][1] for module in modules]).view(spec.shape)
             order = row_order(spec)
             expected = expected if order is None else expected[torch.from_numpy(order)]
-            assert torch.equal(restored(weights[spec.name]), expected), spec.name
+            assert torch.equal(numbers_of(weights[spec.name]), expected), spec.name
             n_compared += len(modules)
     is_partly_dense = "dense linear" in name
     assert n_compared == len(numbers) - (2 if is_partly_dense else 0)
@@ -208,14 +226,26 @@ def test_a_plan_says_what_the_checkpoint_stores_and_what_is_restored(home: Path)
     weights = next(decision for decision in kept.plan.decisions if decision.name == "weights")
     assert weights.active == "int4 (groups of 32)" and "4 bits in groups of 32" in weights.why
     assert kept.quantised_by == "the checkpoint: compressed-tensors, 4 bits in groups of 32"
-    partly = engine_of(folder("act-order in one layer", home), home)
-    found = next(d for d in partly.manifest.plan.decisions if d.name == "restored_weights")
-    assert found.is_downgrade and found.active.startswith("1 of the layers'") and "act-order" in found.why
+    partly = engine_of(folder("act-order in several orders", home), home)
+    decisions = {decision.name: decision for decision in partly.manifest.plan.decisions}
+    found = decisions["restored_weights"]
+    assert found.is_downgrade and found.active.startswith("6 of the layers'")
+    assert "share a product have their inputs in several orders" in found.why
+    assert decisions["act_order"].active == "6 of the layers' weights"
     assert not read_evidence(partly), "nothing was rounded, so there is no error"
-    with pytest.raises(PlanError, match="no kernel reads inputs in act-order"):
-        build_engine(
-            folder("act-order", home), home / "strict", config=replace(FLOAT32, strict=True), target="cpu"
-        )
+    config = replace(FLOAT32, strict=True)
+    with pytest.raises(PlanError, match="no kernel multiplies 8-bit weights with activations that stay"):
+        build_engine(folder("8 bits in groups", home), home / "strict", config=config, target="cpu")
+
+
+def test_a_step_has_room_for_inputs_that_are_gathered(home: Path) -> None:
+    manifest = engine_of(folder("act-order in one layer", home), home).manifest
+    formats = manifest.plan.formats
+    assert formats.ordered == ("layers.1.down.weight",)
+    assert gathered_bytes(manifest.model, formats, "float32", 64) == 64 * 112 * 4
+    assert gathered_bytes(manifest.model, replace(formats, ordered=()), "bfloat16", 64) == 0
+    everywhere = replace(formats, ordered=("layers.0.o.weight", "layers.2.qkv.weight"))
+    assert gathered_bytes(manifest.model, everywhere, "bfloat16", 64) == 64 * 96 * 2
 
 
 def test_a_plain_dtype_restores_all_and_another_format_is_refused(home: Path) -> None:
@@ -239,6 +269,13 @@ def test_a_quantised_head_joins_stored_weights(home: Path) -> None:
     assert set(read_evidence(engine)[0].values) == {"head"}
 
 
+def test_act_order_that_the_config_hides_is_found_in_the_tensors(home: Path, tmp_path: Path) -> None:
+    hidden = edited(folder("act-order", home), tmp_path / "order", desc_act=False)
+    engine = build_engine(hidden, tmp_path / "out", config=FLOAT32, target="cpu")
+    assert len(engine.manifest.plan.formats.ordered) == 12
+    check_logits(folder("act-order", home), engine, vocab_size=256)
+
+
 def edited(source: Path, out: Path, **changes: Any) -> Path:
     """Copy a folder with other keys in its quantization_config."""
     out.mkdir()
@@ -252,9 +289,6 @@ def edited(source: Path, out: Path, **changes: Any) -> Path:
 
 
 def test_a_config_that_hides_what_is_stored_is_refused_in_words(home: Path, tmp_path: Path) -> None:
-    hidden = edited(folder("act-order", home), tmp_path / "order", desc_act=False)
-    with pytest.raises(UnsupportedModelError, match="in act-order, which quantization_config does not say"):
-        build_engine(hidden, tmp_path / "out", config=FLOAT32, target="cpu")
     hidden = edited(folder("gptq_v2 with zero points", home), tmp_path / "zeros", sym=True)
     with pytest.raises(UnsupportedModelError, match="has zero points, though quantization_config"):
         build_engine(hidden, tmp_path / "out", config=FLOAT32, target="cpu")

@@ -26,7 +26,9 @@ from sailfish.cli.main import main
 
 G32 = LinearScheme(layout="pack-quantized", bits=4, strategy="group", group=32)
 GPTQ = replace(G32, layout="gptq")
-STORED = StoredWeights(format="int4", group=32, zero_points=False, others=(), words="", restored=None)
+STORED = StoredWeights(
+    format="int4", group=32, zero_points=False, ordered=(), others=(), words="", restored=None
+)
 
 
 def one(
@@ -140,7 +142,7 @@ def inspected(
         ),
         ("ct-w8a8-smoothquant", "8 bits by channel, dynamic int8 activations", "int8"),
         ("ct-fp8-dynamic", "float8 by channel, dynamic float8 activations", "fp8"),
-        ("gptq-w4-actorder", "gptq, 4 bits in groups of 128, act-order", "nothing: all are restored"),
+        ("gptq-w4-actorder", "gptq, 4 bits in groups of 128, act-order", "int4, groups of 128; 8 gather"),
     ],
 )
 def test_a_folder_of_another_tool_is_explained_in_the_terminal(
@@ -154,7 +156,7 @@ def test_a_folder_of_another_tool_is_explained_in_the_terminal(
         pytest.skip("shared/models/interchange is not beside this checkout")
     out, err = inspected(monkeypatch, capsys, str(INTERCHANGE / folder), "--linears")
     assert stored in out and kept in out and out.count("_proj ") == 14
-    assert ("restores some weights" in err) is ("actorder" in folder)
+    assert ("stored less one (gptq)" in err) is ("gptq" in folder)
     as_json = json.loads(inspected(monkeypatch, capsys, str(INTERCHANGE / folder), "--json")[0])
     assert as_json["linears"] == [] and stored in as_json["config"]["stored"]["words"]
     assert load_model_config(INTERCHANGE / folder).stored is not None

@@ -14,7 +14,7 @@ from sailfish.checkpoint.formats.codec import layer_tensors, read_linear
 from sailfish.checkpoint.formats.config import load_quant_config
 from sailfish.checkpoint.formats.linear import QuantisedLinear
 from sailfish.checkpoint.formats.scheme import LinearScheme
-from sailfish.checkpoint.formats.stored import checkpoint_schemes
+from sailfish.checkpoint.formats.stored import checkpoint_schemes, is_same_order
 from sailfish.checkpoint.formats.tensors import StoredTensor
 from sailfish.checkpoint.model_config import ModelConfig
 from sailfish.checkpoint.names import TensorSpec, linear_modules
@@ -33,6 +33,8 @@ class Int4Rows:
     scale_OG: NDArray[np.float32]
     zero_OG: NDArray[np.uint8] | None
     """None: 8 everywhere."""
+    order_I: NDArray[np.int32] | None
+    """Which of the model's inputs each of its own is. None: they are the model's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,18 +65,28 @@ class StoredLinears:
         """Say whether any row of a tensor is stored quantised."""
         return any(self._schemes.get(module) is not None for module in linear_modules(spec))
 
-    def int4(self, spec: TensorSpec, *, group: int, zero_points: bool) -> Int4Rows:
+    def int4(self, spec: TensorSpec, *, group: int, zero_points: bool, ordered: bool) -> Int4Rows:
         """Return a tensor whose linears have 4 bits or fewer, in groups that may be cut up into `group`.
 
-        Rows are in the engine's order. UnsupportedModelError where a layer is not what the config says.
+        Rows are in the engine's order, inputs too unless `ordered`. UnsupportedModelError where a layer is
+        not what the config says.
         """
-        parts = [_int4(linear, group, zero_points, name) for name, linear in self._quantised(spec)]
+        linears = self._quantised(spec)
+        orders = [linear.order for _, linear in linears]
+        order_I = orders[0] if ordered else None
+        if not all(is_same_order(order, order_I) for order in orders):
+            raise UnsupportedModelError(
+                f"{linears[0][0]} has its inputs in act-order, which quantization_config does not say",
+                hint='set "desc_act": true in config.json',
+            )
+        parts = [_int4(linear, order_I, group, zero_points, name) for name, linear in linears]
         order_O = row_order(spec)
         zeros = [part.zero_OG for part in parts if part.zero_OG is not None]
         return Int4Rows(
             code_OI=_joined([part.code_OI for part in parts], order_O),
             scale_OG=_joined([part.scale_OG for part in parts], order_O),
             zero_OG=_joined(zeros, order_O) if zeros else None,
+            order_I=None if order_I is None else order_I.astype(np.int32),
         )
 
     def rows_8(self, spec: TensorSpec) -> Rows8:
@@ -120,12 +132,9 @@ def row_order(spec: TensorSpec) -> NDArray[np.int64] | None:
     return np.arange(n_rows).reshape(2, -1, spec.run).swapaxes(0, 1).ravel()
 
 
-def _int4(linear: QuantisedLinear, group: int, zero_points: bool, where: str) -> Int4Rows:
-    if linear.g_idx is not None:
-        raise UnsupportedModelError(
-            f"{where} has its inputs in act-order, which quantization_config does not say",
-            hint='set "desc_act": true in config.json; the engine then restores such weights',
-        )
+def _int4(
+    linear: QuantisedLinear, order_I: NDArray[np.int64] | None, group: int, zero_points: bool, where: str
+) -> Int4Rows:
     if linear.zero_OG is not None and not zero_points:
         raise UnsupportedModelError(
             f"{where} has zero points, though quantization_config calls it symmetric",
@@ -133,12 +142,16 @@ def _int4(linear: QuantisedLinear, group: int, zero_points: bool, where: str) ->
         )
     middle = 1 << (linear.bits - 1)
     n_in = linear.shape[1]
+    code_OI = linear.code_OI if order_I is None else np.take(linear.code_OI, order_I, axis=1)
     group_of_G = np.arange(-(-n_in // group)) * group // linear.group
     if zero_points:
         zero_OG = np.ascontiguousarray(linear.zero_points[:, group_of_G])
-        return Int4Rows(code_OI=linear.code_OI, scale_OG=linear.scale_OG[:, group_of_G], zero_OG=zero_OG)
-    code_OI = linear.code_OI + np.uint8(_MIDDLE - middle) if middle != _MIDDLE else linear.code_OI
-    return Int4Rows(code_OI=code_OI, scale_OG=linear.scale_OG[:, group_of_G], zero_OG=None)
+        return Int4Rows(
+            code_OI=code_OI, scale_OG=linear.scale_OG[:, group_of_G], zero_OG=zero_OG, order_I=None
+        )
+    if middle != _MIDDLE:
+        code_OI = code_OI + np.uint8(_MIDDLE - middle)
+    return Int4Rows(code_OI=code_OI, scale_OG=linear.scale_OG[:, group_of_G], zero_OG=None, order_I=None)
 
 
 def _joined(rows: Sequence[NDArray[Any]], order_O: NDArray[np.int64] | None) -> NDArray[Any]:

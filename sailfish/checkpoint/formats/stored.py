@@ -6,9 +6,13 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from sailfish.base.errors import UnsupportedModelError
 from sailfish.checkpoint.formats.codec import schemes_of
 from sailfish.checkpoint.formats.scheme import LinearScheme, QuantConfig
+from sailfish.checkpoint.formats.tensors import StoredTensor
 from sailfish.checkpoint.model_config import ModelConfig, StoredWeights
 from sailfish.checkpoint.names import LAYER_WEIGHT, linear_modules, tensor_specs
 from sailfish.checkpoint.safetensors_reader import Checkpoint
@@ -26,6 +30,8 @@ class _Kept:
     format: _Format
     group: int = GROUPS[0]
     zero_points: bool = False
+    ordered: bool = False
+    """Its inputs are in an order of their own."""
 
 
 def stored_weights(model: ModelConfig, config: QuantConfig, checkpoint: Checkpoint) -> StoredWeights:
@@ -44,7 +50,8 @@ def stored_weights(model: ModelConfig, config: QuantConfig, checkpoint: Checkpoi
                 found[spec.name] = None
             continue
         if LAYER_WEIGHT.fullmatch(spec.name):
-            found[spec.name] = _kept_of(its, reasons)
+            orders = [_order(checkpoint, module) for module in linear_modules(spec)]
+            found[spec.name] = _kept_of(its, orders, reasons)
         else:
             kind = (
                 spec.name.split(".")[2:-1] if spec.name.startswith("layers.") else spec.name.split(".")[:-1]
@@ -60,6 +67,7 @@ def stored_weights(model: ModelConfig, config: QuantConfig, checkpoint: Checkpoi
         format=format or "plain",
         group=min((kept.group for kept in in_4_bits), default=GROUPS[0]),
         zero_points=any(kept.zero_points for kept in in_4_bits),
+        ordered=tuple(name for name, kept in found.items() if kept is not None and kept.ordered),
         others=tuple((name, other) for name, other in each.items() if other != format) if format else (),
         words=_words(config, [scheme for scheme in schemes.values() if scheme is not None]),
         restored="; ".join(dict.fromkeys(reasons)) or None,
@@ -83,8 +91,6 @@ def keeps(scheme: LinearScheme) -> str | None:
 def _kept(scheme: LinearScheme) -> _Kept | str:
     """Return what a scheme is kept as, or in words why it is not."""
     activations = scheme.activations
-    if scheme.act_order:
-        return "no kernel reads inputs in act-order"
     if scheme.bits < 8:
         if activations is not None:
             return f"no kernel multiplies {scheme.bits}-bit weights with 8-bit activations"
@@ -103,7 +109,24 @@ def _kept(scheme: LinearScheme) -> _Kept | str:
     return _Kept(format="fp8" if scheme.is_float else "int8")
 
 
-def _kept_of(schemes: list[LinearScheme | None], reasons: list[str]) -> _Kept | None:
+def _order(checkpoint: Checkpoint, module: str) -> NDArray[np.int64] | None:
+    """Return a linear's inputs sorted by their group, None where they are sorted."""
+    names = (f"{module}.g_idx", f"{module}.weight_g_idx")
+    name = next((name for name in names if name in checkpoint.tensors), None)
+    if name is None:
+        return None
+    order = np.argsort(StoredTensor.from_checkpoint(checkpoint, name).array, kind="stable")
+    return None if np.array_equal(order, np.arange(len(order))) else order
+
+
+def is_same_order(order: NDArray[np.int64] | None, other: NDArray[np.int64] | None) -> bool:
+    """Say whether two orders of inputs are one; None: as the model has them."""
+    return order is other if order is None or other is None else np.array_equal(order, other)
+
+
+def _kept_of(
+    schemes: list[LinearScheme | None], orders: list[NDArray[np.int64] | None], reasons: list[str]
+) -> _Kept | None:
     """Return what a weight of several linears' rows is kept as; None, with the reason added: restored."""
     kept: list[_Kept] = []
     for scheme in schemes:
@@ -115,8 +138,13 @@ def _kept_of(schemes: list[LinearScheme | None], reasons: list[str]) -> _Kept | 
     if len({one.format for one in kept}) > 1:
         reasons.append("linears that share a product are in several formats")
         return None
+    first = orders[0]
+    if not all(is_same_order(order, first) for order in orders):
+        reasons.append("linears that share a product have their inputs in several orders")
+        return None
     return _Kept(
         format=kept[0].format,
+        ordered=first is not None,
         group=min(one.group for one in kept),
         zero_points=any(one.zero_points for one in kept),
     )

@@ -10,8 +10,19 @@ from torch import Tensor
 
 from sailfish.kernels.contract import ActivationFormat, Ops, Quantised, SumNorm, Weight8
 from sailfish.kernels.int4 import Int4Weight
+from sailfish.models.layers.norm import add_and_norm
 
-LinearWeight = Tensor | Int4Weight | Weight8
+
+@dataclass(frozen=True, slots=True)
+class OrderedInt4:
+    """A 4-bit weight whose inputs are in an order of their own, as GPTQ's act-order leaves them."""
+
+    weight: Int4Weight
+    order_I: Tensor
+    """int32: which of the model's inputs each of the weight's is."""
+
+
+LinearWeight = Tensor | Int4Weight | OrderedInt4 | Weight8
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +51,8 @@ class Linear:
         assert not isinstance(x_TI, Quantised), "who made x asked this linear what it takes"
         if isinstance(weight, Int4Weight):
             return ops.linear_int4(x_TI, weight, self.bias_O)
+        if isinstance(weight, OrderedInt4):
+            return ops.linear_int4(x_TI.index_select(-1, weight.order_I), weight.weight, self.bias_O)
         return ops.linear(x_TI, weight, self.bias_O)
 
     def after_norm(
@@ -52,6 +65,10 @@ class Linear:
     ) -> tuple[Tensor | Quantised, Tensor]:
         """Return (the activated product with the norm of x + residual, x + residual)."""
         weight = self.weight_OI
+        if isinstance(weight, OrderedInt4):
+            normed_TD, sum_TD = add_and_norm(x_TD, norm, ops)
+            y_TO = self(normed_TD, ops)
+            return (y_TO if activation is None else ops.act_mul(y_TO, activation, out)), sum_TD
         if isinstance(weight, Int4Weight):
             op = ops.norm_linear_int4
         elif isinstance(weight, Weight8):
