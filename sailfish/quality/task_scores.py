@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import exp
 
 import numpy as np
@@ -42,7 +42,7 @@ class TaskScores:
     """What the model gave each question: likelihoods of its continuations, or a text."""
 
     def summary(self) -> dict[str, Interval]:
-        """Return the mean of each metric over rows with its normal interval; two rows at least.
+        """Return the mean of each metric over rows with its normal interval, cut to 0..1; two rows at least.
 
         "logprob" becomes "perplexity", exp of its negative mean.
         """
@@ -52,7 +52,8 @@ class TaskScores:
             if name == "logprob":
                 found["perplexity"] = normal_interval([-value for value in values]).map(exp)
             else:
-                found[name] = normal_interval(values)
+                mean = normal_interval(values)
+                found[name] = replace(mean, low=max(0.0, mean.low), high=min(1.0, mean.high))
         return found
 
 

@@ -151,7 +151,8 @@ def test_scores_add_up_to_means_and_their_intervals(tmp_path: Path) -> None:
     assert [row["acc_norm"] for row in scores.rows] == [1, 1, 1, 0]
     acc = scores.summary()["acc"]
     deviation = math.sqrt(0.75 * 0.25 * 4 / 3)  # of the sample
-    assert acc.value == 0.75 and acc.high - acc.value == pytest.approx(1.959964 * deviation / 2, rel=1e-6)
+    assert acc.value == 0.75 and acc.value - acc.low == pytest.approx(1.959964 * deviation / 2, rel=1e-6)
+    assert acc.high == 1, "no share is larger"
 
 
 def test_word_scores_make_a_perplexity() -> None:
