@@ -13,6 +13,7 @@ from sailfish.checkpoint.names import TensorSpec, tensor_specs
 from sailfish.checkpoint.safetensors_reader import Checkpoint
 from sailfish.kernels.choose import bind
 from sailfish.kernels.composed import norm_linear
+from sailfish.kernels.composed import norm_linear
 from sailfish.kernels.contract import ActivationFormat, AttentionSpan, Ops, Quantised
 from sailfish.kernels.reference.elementwise import gated
 from sailfish.kernels.reference.moe import route
@@ -196,12 +197,13 @@ class _Taps:
         self.hidden_TD = torch.empty(0)
 
     def ops(self) -> Ops:
-        """Return the bound ops with taps on."""
+        """Return the bound ops with taps on; no product hides its norm."""
         return replace(
             self._ops,
             embed=lambda *_: self.hidden_TD,
             add_rms_norm=self._add_rms_norm,
             linear=self._linear,
+            norm_linear=norm_linear,
             norm_linear=norm_linear,
             moe=self._moe,
         )
