@@ -13,7 +13,6 @@ from sailfish.checkpoint.names import TensorSpec, tensor_specs
 from sailfish.checkpoint.safetensors_reader import Checkpoint
 from sailfish.kernels.choose import bind
 from sailfish.kernels.composed import norm_linear
-from sailfish.kernels.composed import norm_linear
 from sailfish.kernels.contract import ActivationFormat, AttentionSpan, Ops, Quantised
 from sailfish.kernels.reference.elementwise import gated
 from sailfish.kernels.reference.moe import route
@@ -203,7 +202,6 @@ class _Taps:
             embed=lambda *_: self.hidden_TD,
             add_rms_norm=self._add_rms_norm,
             linear=self._linear,
-            norm_linear=norm_linear,
             norm_linear=norm_linear,
             moe=self._moe,
         )
