@@ -31,7 +31,7 @@ class Watched(msgspec.Struct, frozen=True, kw_only=True):
 
     batch: int
     host_us: list[float]
-    """Work of the engine's loop in a step without its wait for the device, of each window."""
+    """Processor time of the engine's loop in a step without its wait for the device, of each window."""
     step_us: list[float]
     """A step from its beginning to the next one's, of the same windows, which nothing traces."""
     idle_percent: list[float] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
 import sys
 import threading
@@ -28,11 +29,13 @@ from sailfish.engine.step import StepPlan, StepResult
 from sailfish.engine.worker import info_of
 
 _NO_CLIENT = -1
+_TEMPLATE = re.compile(r"^void |[<(].*")
+"""What stands around the name of a kernel that is a C++ template."""
 _UNTRACED = steps.SETTLE_STEPS + steps.WINDOWS * steps.WINDOW_STEPS
 
 
 class _Timed:
-    """A launched step whose wait is counted."""
+    """A launched step whose wait is counted, in processor time of the loop's thread: a wait spins."""
 
     def __init__(self, handle: StepHandle, watch: Watch) -> None:
         self._handle, self._watch = handle, watch
@@ -42,9 +45,9 @@ class _Timed:
 
         The result is asked for twice: the second time takes what the host does with it, without the wait.
         """
-        begin_s = time.perf_counter()
+        begin_s = time.thread_time()
         self._handle.result()
-        self._watch.waited_s += time.perf_counter() - begin_s
+        self._watch.waited_s += time.thread_time() - begin_s
         return self._handle.result()
 
 
@@ -56,7 +59,7 @@ class Watch:
         self._runner, self._batches, self._traces = runner, batches, traces
         self._n_steps = 0
         self._window: tuple[float, float] = (0.0, 0.0)
-        """When the current one began, and the waits until then."""
+        """When the current one began, and the thread's processor time without waits until then."""
         self._host_us: list[float] = []
         self._step_us: list[float] = []
         self._profile: Any = None
@@ -70,15 +73,14 @@ class Watch:
         return _Timed(self._runner.execute(plan), self)
 
     def _note(self) -> None:
-        now_s = time.perf_counter()
+        now_s, worked_s = time.perf_counter(), time.thread_time() - self.waited_s
         n_counted = self._n_steps - steps.SETTLE_STEPS
         if n_counted > 0 and n_counted % steps.WINDOW_STEPS == 0 and self._n_steps <= _UNTRACED:
-            begin_s, waited_s = self._window
-            took_s = now_s - begin_s
-            self._step_us.append(1e6 * took_s / steps.WINDOW_STEPS)
-            self._host_us.append(1e6 * (took_s - (self.waited_s - waited_s)) / steps.WINDOW_STEPS)
+            begin_s, before_s = self._window
+            self._step_us.append(1e6 * (now_s - begin_s) / steps.WINDOW_STEPS)
+            self._host_us.append(1e6 * (worked_s - before_s) / steps.WINDOW_STEPS)
         if n_counted >= 0 and n_counted % steps.WINDOW_STEPS == 0:
-            self._window = time.perf_counter(), self.waited_s
+            self._window = now_s, worked_s
         if self._n_steps == _UNTRACED and self._traces:
             self._profile = _started_profile()
         if self._n_steps == _UNTRACED + (steps.TRACED_STEPS if self._traces else 0):
@@ -118,7 +120,8 @@ def _read(profile: Any) -> tuple[list[float], dict[str, float]]:
     by_name: dict[str, list[Span]] = {}
     for event in profile.events():
         if event.device_type.name == "CUDA":
-            by_name.setdefault(event.name, []).append((event.time_range.start, event.time_range.end))
+            name = _TEMPLATE.sub("", event.name)
+            by_name.setdefault(name, []).append((event.time_range.start, event.time_range.end))
     spans = sorted(span for found in by_name.values() for span in found)
     # The first part is the profiler's own start, with steps that were on their way.
     begin, end = spans[len(spans) // 4][0], spans[-1][1]
