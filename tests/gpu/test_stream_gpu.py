@@ -193,6 +193,22 @@ def test_a_product_of_a_norm_is_the_norm_and_then_the_product(plus_one: bool, dt
                 assert error(plain[0], _gated(truth.to(dtype), activation).double()) < 4 * TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("n_out", [6144, 28672, 128256])
+def test_few_tokens_agree_with_float64_however_many_outputs_there_are(n_out: int) -> None:
+    """One and two tokens are divided by the number of outputs: one large block, two small ones, many."""
+    weight = draw_int4(1024, n_out, 128, False, torch.bfloat16)
+    matrix = int4.dequantise(weight).double()
+    for n_tokens in (1, 2):
+        x, residual = (torch.randn(n_tokens, 1024, device="cuda").bfloat16() for _ in "xr")
+        poison(n_tokens, n_out, torch.bfloat16)
+        assert error(linear_int4(x, weight), x.double() @ matrix.T) < TOLERANCE[torch.bfloat16]
+        norm = SumNorm(residual, torch.randn(1024, device="cuda").bfloat16(), 1e-5, False)
+        expected, _ = elementwise.add_rms_norm(x, residual, norm.weight_D, norm.eps, norm.plus_one)
+        poison(n_tokens, n_out, torch.bfloat16)
+        found, _ = norm_linear_int4(x, norm, weight)
+        assert error(found, expected.double() @ matrix.T) < TOLERANCE[torch.bfloat16]
+
+
 def test_a_norm_of_many_tokens_is_refused_in_words() -> None:
     delta = torch.randn(5, 4096, device="cuda").bfloat16()
     norm = SumNorm(delta, delta[0], 1e-5, False)

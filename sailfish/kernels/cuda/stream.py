@@ -291,7 +291,7 @@ def _launch(
     after: bool,
 ) -> None:
     card = this_card()
-    split = split or choose(product, card)
+    split = split or choose(product.in_bucket, card)
     shared_bytes = product.shared_bytes(split, card.clusters)
     if card.clusters and split.blocks == 1:
         # A processor that is free early would take two blocks of the next product, and keep all waiting.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -82,6 +82,14 @@ class Product:
             return 0
         groups = parts(self.n_tokens * self.row_bytes, 2 * NORM_WIDTH * split.warps)
         return 1 << (groups - 1).bit_length()
+
+    @property
+    def in_bucket(self) -> Product:
+        """Return it with the tokens of the next captured step, whose division does for it.
+
+        Or a step with another number of tokens might have to compile a kernel.
+        """
+        return replace(self, n_tokens=1 << (self.n_tokens - 1).bit_length())
 
     @property
     def is_for_pairs(self) -> bool:
