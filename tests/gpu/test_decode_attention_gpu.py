@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sailfish.kernels.contract import KvLayer
-from sailfish.kernels.cuda import decode_attention, program
+from sailfish.kernels.cuda import decode_attention, elementwise, program
 from sailfish.kernels.cuda.decode_attention import decode
 
 pytestmark = pytest.mark.gpu
@@ -255,3 +255,52 @@ def test_a_captured_launch_serves_any_lengths(settled: bool) -> None:
         graph.replay()
         expected = truth(step, 128**-0.5, None, None)
         assert (out.double() - expected).norm() / expected.norm() < 6e-3
+
+
+@pytest.mark.parametrize("kv", FORMATS)
+@pytest.mark.parametrize("heads", [(32, 8, 128), (8, 8, 64), (4, 1, 256)], ids=str)
+@pytest.mark.parametrize("lengths", [(1,), (17, 16), (700,), (33, 2000, 5), (40,) * 90], ids=str)
+def test_the_newest_token_may_be_written_just_ahead(
+    lengths: tuple[int, ...], heads: tuple[int, int, int], kv: str
+) -> None:
+    """What its slot held before, which is read too early on purpose, is never seen."""
+    n_heads, n_kv_heads, head_dim = heads
+    step = make_step(lengths, heads=heads, kv=kv)
+    last = torch.tensor(lengths, device="cuda") - 1
+    blocks = step.block_table_RW[step.row_B.long(), last // 16].long()
+    slot = blocks * 16 + last % 16
+    qkv = torch.randn(len(lengths), (n_heads + 2 * n_kv_heads) * head_dim, device="cuda").bfloat16()
+    angle = torch.rand(int(last.max()) + 1, head_dim // 2, device="cuda") * 6
+    table = torch.stack((angle.cos(), angle.sin()), 1)
+    busy, weight = (
+        torch.randn(4096, 4096, device="cuda").bfloat16(),
+        torch.ones(4096, device="cuda").bfloat16(),
+    )
+    rest = (step.block_table_RW, step.row_B, step.kv_len_B, max(lengths), head_dim**-0.5, None, None)
+    outs = [torch.empty(len(lengths), n_heads, head_dim, device="cuda").bfloat16() for _ in range(8)]
+
+    def call(settled: bool) -> None:
+        for out in outs:
+            for cache in (step.kv.k_NPKE, step.kv.v_NPKE):
+                cache.view(torch.int8).flatten(0, 1).index_fill_(0, slot, -1)  # NaN in all but int8
+            for scale in (step.kv.k_scale_NPK, step.kv.v_scale_NPK):
+                if scale is not None:
+                    scale.flatten(0, 1).index_fill_(0, slot, float("nan"))
+            elementwise.rms_norm(busy, weight, 1e-5, False)  # lets those behind it begin while it runs
+            q = elementwise.rope_write(
+                qkv, n_heads, None, None, 1e-5, False, table, last, False, step.kv, slot
+            )
+            decode(q, step.kv, *rest, is_settled=settled, out_BHE=out)
+
+    call(False)
+    expected = outs[0].clone()
+    assert bool(expected.isfinite().all())
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        call(True)
+    for _ in range(3):
+        for out in outs:
+            out.fill_(float("nan"))
+        graph.replay()
+        assert all(torch.equal(out, expected) for out in outs)

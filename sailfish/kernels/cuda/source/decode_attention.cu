@@ -379,13 +379,17 @@ decode_attention(const __grid_constant__ Problem p, const __grid_constant__ Maps
     const Deal deal(s, p, gridDim.y);
     const Run run = deal.run(s, p, blockIdx.y);
     Loader loader(p, maps, shared, run);
+    // Of a warp's first tile only the newest token may be late: it is put in its place after the wait.
+    const bool is_late = BULK && BLOCKS == 1 && !has_waited && p.n_queries == 1 && loader.is_unsettled();
+    int late_block = 0, late_place = 0;
 #pragma unroll 1
     for (int stage = 0; stage < STAGES; ++stage) {
-        if (!has_waited && loader.is_unsettled()) {
+        if (!has_waited && loader.is_unsettled() && !(is_late && stage == 0)) {
             wait_for_previous();
             has_waited = true;
         }
         loader.begin_k(stage);
+        if (stage == 0) late_block = loader.begun_block, late_place = loader.begun_place;
         if (stage < STAGES - 1) loader.begin_v(stage);
     }
     uint32_t queries = 0;  // of the lane's rows, four bits each
@@ -399,16 +403,20 @@ decode_attention(const __grid_constant__ Problem p, const __grid_constant__ Maps
                                      : ring + UNIT_BYTES + lane_place(lane % 8 + lane / 16 * 8, lane / 8 % 2);
     if (!has_waited) wait_for_previous();
     let_next_begin();
-    clear_empty(p, s);
-
     Sums sums;
     int left = run.end - run.begin, stage = 0, round = 0;
+    Loader::Newest newest{};
+    if (is_late) newest = loader.newest(late_block, late_place);
+    if (left > 0) copy_q(shared.q, p, s.of[run.sequence]);
+    if (is_late) loader.put(newest);
+    clear_empty(p, s);
     int mine = warp;  // the warp's next tile, counted from the first of the run's share of the sequence
     for (int sequence = run.sequence; left > 0; --sequence) {
         const int first = run.first(s, sequence), n = run.after(s, sequence) - first;
         const int length = s.length[sequence];
         int begin = ((length + TILE - 1) / TILE - s.before[sequence + 1] + first + mine) * TILE;
-        copy_q(shared.q, p, s.of[sequence]);  // `finish` began when no warp read the last one's any more
+        // `finish` began when no warp read the last one's any more
+        if (sequence != run.sequence) copy_q(shared.q, p, s.of[sequence]);
         __syncthreads();
         sums.begin(shared_address(shared.q), lane);
         if (left > n) prefetch_q(p, s.of[sequence - 1]);

@@ -80,6 +80,38 @@ struct Loader {
         }
         sequence = __shfl_sync(ALL_LANES, mine, 0);
     }
+    // The newest token of a sequence, which a kernel just ahead writes, in a tile that was begun before that ended:
+    // a lane's 16 bytes of K and of V, and in lanes 0 and 1 their scales. From there to shared memory takes half as
+    // long as another turn of the copy engine.
+    struct Newest {
+        uint4 k, v;
+        float scale;
+        int row;  // of the tile
+    };
+    __device__ __forceinline__ Newest newest(int block, int place) const {
+        const int lane = threadIdx.x % 32, row = (place >> 16 & 255) - 1;
+        const int64_t slot = int64_t((place & 255) + row) * gridDim.x + blockIdx.x;
+        const int64_t at = block * p.block_stride * (ROW_BYTES / HEAD) + slot * ROW_BYTES + lane * 16;
+        Newest x{{}, {}, 0.f, row};
+        if (lane < ROW_BYTES / 16) {
+            x.k = *reinterpret_cast<const uint4*>(p.k + at);
+            x.v = *reinterpret_cast<const uint4*>(p.v + at);
+        }
+        if (KV != 0 && lane < 2) x.scale = (lane == 0 ? p.k_scale : p.v_scale)[block * p.scale_stride + slot];
+        return x;
+    }
+    // Put it into the first stage, once what was there before has arrived.
+    __device__ __forceinline__ void put(const Newest& x) const {
+        const int lane = threadIdx.x % 32;
+        const uint32_t to = ring + lane / 8 * (TILE * 128) + x.row * 128 + ((lane ^ x.row) % 8 << 4);
+        wait(0, 0, 0);
+        wait(0, 1, 0);
+        if (lane < ROW_BYTES / 16) store_shared(to, x.k), store_shared(to + UNIT_BYTES, x.v);
+        if (KV != 0 && lane < 2)
+            asm volatile("st.shared.f32 [%0], %1;" ::"r"(scales + (lane * TILE + x.row) * 4), "f"(x.scale) : "memory");
+        fence_async();  // before the engine writes there again
+        __syncwarp();
+    }
     // Whether a kernel just ahead may still write what is to be read next.
     __device__ __forceinline__ bool is_unsettled() const {
         return n_begun < n_tiles && __shfl_sync(ALL_LANES, place, n_begun % 32) >> 24;
