@@ -21,8 +21,6 @@ MIN_CONTEXT_TOKENS = 2048
 """An automatic context is never shortened below this to make it fit."""
 _PAGE_TOKENS = (8, 16, 32, 64, 128, 256)
 _MAX_SEQUENCES = 4096
-_MUCH_MEMORY_BYTES = 64 * GIB
-"""Of a device that has room for the KV blocks of twice as many sequences."""
 _MAX_STEP_TOKENS = 1 << 18
 _MAX_QUEUE = 1 << 20
 _MIXED_S = 0.027
@@ -102,7 +100,12 @@ def settle(
     answers.decisions += decisions(config, model, formats, cast(Dtype, dtype))
     kv_dtype = answers.settle("kv_dtype", config.kv_dtype, dtype, "as the activations: exact")
     context_tokens = answers.settle("context_tokens", config.context_tokens, *_default_context(model, is_cpu))
-    max_sequences = answers.settle("max_sequences", config.max_sequences, *_default_sequences(hardware))
+    max_sequences = answers.settle(
+        "max_sequences",
+        config.max_sequences,
+        32 if is_cpu else 256,
+        "a few cores gain nothing from larger batches" if is_cpu else "decode reads the weights once for all",
+    )
     step_tokens = answers.settle(
         "step_tokens",
         config.step_tokens,
@@ -152,13 +155,6 @@ def _default_context(model: ModelConfig, is_cpu: bool) -> tuple[int, str]:
         allowed = format_count(model.context_tokens)
         return CPU_CONTEXT_TOKENS, f"longer prompts take a CPU minutes; ask for up to {allowed} with --ctx"
     return model.context_tokens, "all that the checkpoint allows"
-
-
-def _default_sequences(hardware: HardwareProfile) -> tuple[int, str]:
-    if hardware.device == "cpu":
-        return 32, "a few cores gain nothing from larger batches"
-    why = "decode reads the weights once for all"
-    return (512, why) if hardware.memory_bytes >= _MUCH_MEMORY_BYTES else (256, why)
 
 
 def _default_mixed(
