@@ -55,7 +55,7 @@ def test_a_token_takes_a_byte_an_element_and_four_a_head_for_its_scale(kv_dtype:
 @pytest.mark.parametrize("kv_dtype", ["int8", "fp8"])
 def test_the_same_memory_holds_nearly_twice_the_tokens(kv_dtype: str) -> None:
     exact, rounded = (plan_of(each, kv_bytes=40 * GIB) for each in (None, kv_dtype))
-    assert rounded.n_blocks == 40 * GIB // (64 * 67_584)
+    assert rounded.n_blocks == 40 * GIB // (16 * 67_584)
     assert rounded.n_blocks / exact.n_blocks == pytest.approx(256 / 132, rel=1e-3)
     longer = EngineConfig(kv_dtype=kv_dtype, context_tokens=131072, kv_bytes=9 * GIB)
     assert make_plan(longer, LLAMA_8B, H200).context_tokens == 131072
