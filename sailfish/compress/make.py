@@ -207,7 +207,7 @@ def _report(request: Request, texts: Texts, run: Run, timed: list[LinearSpeed]) 
         torch=str(torch.__version__),
         device=request.device_name,
         calibration=texts.calibration_words if request.recipe.needs_inputs else "none",
-        calibration_digest=texts.digest,
+        calibration_digest=texts.digest if request.recipe.needs_inputs else "",
         calibration_windows=len(texts.calibration) if request.recipe.needs_inputs else 0,
         calibration_tokens=len(texts.calibration[0].tokens),
         seed=request.recipe.calibration.seed,

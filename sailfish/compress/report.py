@@ -106,7 +106,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     calibration: str
     """Where the windows are from."""
     calibration_digest: str
-    """SHA-256 over the windows' tokens."""
+    """SHA-256 over the windows' tokens; empty where nothing is learned from any."""
     calibration_windows: int
     calibration_tokens: int
     seed: int

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from twins import TWINS, VOCAB_SIZE, load_truth, make_twin
+from typer.testing import CliRunner
 
 from sailfish.base.errors import BuildError, CheckpointError, ConfigError
 from sailfish.checkpoint.files import read_json
@@ -21,12 +22,15 @@ from sailfish.checkpoint.formats.codec import layer_tensors, quantised_modules, 
 from sailfish.checkpoint.formats.config import read_quant_config
 from sailfish.checkpoint.formats.linear import QuantisedLinear
 from sailfish.checkpoint.safetensors_reader import Checkpoint
+from sailfish.cli.main import application
 from sailfish.compress import recipe as recipes
 from sailfish.compress.block import Device, read_tensor
 from sailfish.compress.gptq import Hessian, quantise_gptq
 from sailfish.compress.make import Costly, Request, make
 from sailfish.compress.recipe import Bound, Calibration, Recipe
 from sailfish.compress.report import PAGE_FILE, REPORT_FILE, from_json
+from sailfish.compress.texts import read_texts
+from sailfish.data import demo_model
 
 LENGTH = 48
 N_SAMPLES, N_EVALUATION = 6, 3
@@ -294,3 +298,51 @@ def test_transformers_runs_what_we_compress(
     report = make(asked(source, recipe, text), tmp_path / "out", silent)
     # int8 and fp8 activations are rounded there as here, in float32.
     assert report.quality.perplexity.value == pytest.approx(perplexity(tmp_path / "out", text), rel=2e-3)
+
+
+def test_the_command_compresses_by_several_recipes_and_shows_them_side_by_side(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    source, text = make_twin("llama", tmp_path_factory.getbasetemp()), tokens(tmp_path, n=1600)
+    (tmp_path / "mine.yaml").write_text(recipes.text(small("w4a16-gptq")).replace("w4a16-gptq", "mine"))
+    mine, out = str(tmp_path / "mine.yaml"), tmp_path / "out"
+    words = ["compress", str(source), "-r", mine, "-r", "w8a16", "-o", str(out), "--calibration", str(text)]
+    words += ["--length", "48", "--samples", "6", "--eval-windows", "3", "--device", "cpu"]
+    found = CliRunner().invoke(application(words), words, catch_exceptions=False)
+    assert found.exit_code == 0
+    for said in ("parent", "mine", "w8a16", "no kernel here", "wrote "):
+        assert said in found.output
+    assert sorted(path.name for path in out.iterdir()) == [PAGE_FILE, "mine", "w8a16"]
+    assert from_json((out / "mine" / REPORT_FILE).read_bytes()).calibration_windows == 6
+    again = CliRunner().invoke(application(words), words)
+    assert isinstance(again.exception, ConfigError)
+    budget = [*words[:2], "--budget", "many", "-r", mine, "-o", str(tmp_path / "none")]
+    refused = CliRunner().invoke(application(budget), budget).exception
+    assert isinstance(refused, ConfigError) and "a budget of 'many' is none" in str(refused)
+
+
+def test_the_packaged_text_is_enough_for_the_packaged_recipes() -> None:
+    texts = read_texts(
+        demo_model(),
+        None,
+        None,
+        Calibration(samples=32, tokens=256),
+        16,
+        vocab_size=8192,
+        context_tokens=2048,
+    )
+    assert (len(texts.calibration), len(texts.evaluation)) == (32, 16)
+    ends = {tuple(window.tokens) for window in texts.evaluation}
+    assert not ends & {tuple(window.tokens) for window in texts.calibration}
+    assert ["calibrated with the packaged text" in warning for warning in texts.warnings] == [True]
+    longer = read_texts(
+        demo_model(),
+        None,
+        None,
+        Calibration(samples=128, tokens=4096),
+        2,
+        vocab_size=8192,
+        context_tokens=2048,
+    )
+    assert len(longer.calibration[0].tokens) == 2048
+    assert any("of the 128 calibration windows" in warning for warning in longer.warnings)
