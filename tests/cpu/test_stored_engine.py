@@ -85,6 +85,7 @@ QUANTISED: dict[str, tuple[str, Schemes, str]] = {
     "act-order in several orders": ("llama", {"": replace(GPTQ, act_order=True)}, "int4"),
     "int8": ("llama", {"": INT8}, "int8"),
     "int8 with a scale for each matrix": ("llama_tied", {"": replace(INT8, strategy="tensor")}, "int8"),
+    "int8 with static scales, which are not used": ("llama", {"": replace(INT8, activations=STATIC)}, "int8"),
     "fp8": ("qwen2", {"": FP8}, "fp8"),
     "8 bits, activations as they are": ("llama", {"": replace(INT8, activations=None)}, "plain"),
     "8 bits in groups": ("llama", {"": replace(G32, bits=8)}, "plain"),
@@ -226,6 +227,9 @@ def test_a_plan_says_what_the_checkpoint_stores_and_what_is_restored(home: Path)
     weights = next(decision for decision in kept.plan.decisions if decision.name == "weights")
     assert weights.active == "int4 (groups of 32)" and "4 bits in groups of 32" in weights.why
     assert kept.quantised_by == "the checkpoint: compressed-tensors, 4 bits in groups of 32"
+    static = engine_of(folder("int8 with static scales, which are not used", home), home).manifest.plan
+    weights = next(decision for decision in static.decisions if decision.name == "weights")
+    assert "static int8 activations (which an engine scales token by token)" in weights.why
     partly = engine_of(folder("act-order in several orders", home), home)
     decisions = {decision.name: decision for decision in partly.manifest.plan.decisions}
     found = decisions["restored_weights"]
