@@ -1,16 +1,8 @@
 // The gated activation of an MLP, stored in the model's type or in 8 bits. TYPE: bf16 or float.
-#include "rows.cuh"
+#include "gate.cuh"
 #include "hopper.cuh"
+#include "rows.cuh"
 
-enum Activation { SILU, GELU_TANH };
-
-// Both are x times a sigmoid: 0.5 * (1 + tanh(y)) is the sigmoid of 2 y, without its cancellation.
-template <class T>
-__device__ __forceinline__ float activate(float x, int activation) {
-    const float z = activation == SILU ? x : 1.5957691216f * (x + 0.044715f * x * x * x);
-    if constexpr (sizeof(T) == 4) return x / (1.f + expf(-z));
-    return __fdividef(x, 1.f + __expf(-z));
-}
 // activation(gate) is rounded to T before the product, as in the reference.
 template <class T>
 __device__ __forceinline__ Eight<T> gated(const Eight<T>& gate, const Eight<T>& up, int activation) {
