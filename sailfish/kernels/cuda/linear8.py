@@ -21,7 +21,8 @@ from sailfish.kernels.cuda.wide import ACTIVATIONS
 _FILE, _ENTRY = "wide8.cu", "wide_linear_8"
 _SHARED_BYTES = {1: 227 << 10, 2: 113 << 10}
 """Shared memory of a block, by blocks on a multiprocessor."""
-_INPUTS = 128
+_UNIT_BYTES = 128
+"""Of inputs, which a slot of the ring holds for each token and row."""
 _TYPES = {torch.bfloat16: "bf16", torch.float32: "float"}
 _SCALE_THREADS = 256
 
@@ -35,7 +36,7 @@ class Shape:
     tiles: int
     """64-row tiles of each warpgroup that multiplies."""
     unit_us: float
-    """What a block takes for 128 inputs of a tile, on an H200."""
+    """What a block takes for 128 bytes of a tile's inputs, on an H200."""
     groups: int = 2
     """Warpgroups of a block that multiply."""
     per_sm: int = 1
@@ -68,8 +69,8 @@ class Shape:
 
     @property
     def slots(self) -> int:
-        """Return the slots of 128 inputs that fit in shared memory."""
-        slot_bytes = (self.tokens + self.rows) * _INPUTS + 16
+        """Return the slots of 128 bytes of inputs that fit in shared memory."""
+        slot_bytes = (self.tokens + self.rows) * _UNIT_BYTES + 16
         return min(8, (self.shared_bytes - self.groups * 2 * self.chunk * 128 - 8) // slot_bytes)
 
     @property
@@ -78,9 +79,10 @@ class Shape:
         return self.tiles * self.tokens <= 128
 
     def defines(self, dtype: torch.dtype) -> Defines:
-        """Return what the source is compiled with for 8-bit numbers of one kind."""
+        """Return what the source is compiled with for numbers of one kind: int8, float8 or bfloat16."""
         return (
             ("INT8", int(dtype == torch.int8)),
+            ("BF16", int(dtype == torch.bfloat16)),
             ("TOKENS", self.tokens),
             ("TILES", self.tiles),
             ("SLOTS", self.slots),
@@ -187,9 +189,12 @@ def dequantised_linear(x: Quantised, weight: Weight8, bias_O: Tensor | None = No
 
 
 @cache
-def choose(n_tokens: int, n_out: int, n_in: int) -> tuple[Shape, int]:
-    """Return the tile shape for a product, and how many blocks share a tile's inputs, by predicted time."""
-    n_units = -(-n_in // _INPUTS)
+def choose(n_tokens: int, n_out: int, in_bytes: int) -> tuple[Shape, int]:
+    """Return the tile shape for a product, and how many blocks share a tile's inputs, by predicted time.
+
+    in_bytes: of a token's inputs.
+    """
+    n_units = -(-in_bytes // _UNIT_BYTES)
 
     def predicted_us(candidate: tuple[Shape, int]) -> float:
         shape, splits = candidate
@@ -218,23 +223,37 @@ def launch(
 
     Only shapes that `can_split` are, and only with more than 128 inputs.
     """
-    (n_tokens, n_in), n_out = x.values_TI.shape, len(weight.values_OI)
+    run(x.values_TI, weight.values_OI, (x.scale_T, weight.scale_O, bias_O), y_TO, shape, splits, activation)
+
+
+def run(
+    x_TI: Tensor,
+    weight_OI: Tensor,
+    scales_and_bias: tuple[Tensor | None, Tensor | None, Tensor | None],
+    y_TO: Tensor,
+    shape: Shape,
+    splits: int,
+    activation: str | None,
+) -> None:
+    """Run the Hopper kernel on operands of 8 bits, or of bfloat16 with no scales of tokens and rows."""
+    (n_tokens, n_in), n_out = x_TI.shape, len(weight_OI)
+    unit = _UNIT_BYTES // x_TI.element_size()
     token_tiles = -(-n_tokens // shape.tokens)
     row_tiles = -(-n_out // shape.rows)
-    n_units = -(-n_in // _INPUTS)
+    n_units = -(-n_in // unit)
     n_tiles = token_tiles * row_tiles
-    n_clusters = n_tiles if splits > 1 else min(n_tiles, program.n_processors() * shape.per_sm)
+    n_at_once = program.n_processors() * shape.per_sm
+    n_clusters = n_tiles if splits > 1 else min(n_tiles, n_at_once)
     stored_tokens = shape.chunk if activation is None else shape.gated_chunk
     stored = (stored_tokens if splits == 1 else 8, 64 if activation is None else 32)
     maps = tensormap.argument(
-        _map(x.values_TI, "uint8", (shape.tokens, _INPUTS)),
-        _map(weight.values_OI, "uint8", (shape.rows, _INPUTS)),
-        _map(y_TO, "bfloat16", stored),
+        _map(x_TI, (shape.tokens, unit)),
+        _map(weight_OI, (shape.rows, unit)),
+        _map(y_TO, stored),
     )
-    bias = None if bias_O is None else bias_O.data_ptr()
-    scales = (x.scale_T.data_ptr(), weight.scale_O.data_ptr(), bias)
+    scales = (None if given is None else given.data_ptr() for given in scales_and_bias)
     sizes = (n_tokens, n_out, n_units, token_tiles, row_tiles)
-    program.kernel(_FILE, _ENTRY, shape.defines(x.values_TI.dtype)).launch(
+    program.kernel(_FILE, _ENTRY, shape.defines(x_TI.dtype)).launch(
         (n_clusters * splits,),
         shape.threads,
         (maps, _Problem(*scales, *sizes, ACTIVATIONS[activation])),
@@ -249,6 +268,7 @@ def _empty(x: Quantised, n_out: int) -> Tensor:
     return torch.empty(len(x), n_out, dtype=x.dtype, device=x.values_TI.device)
 
 
-def _map(x: Tensor, dtype: str, box: tuple[int, int]) -> bytes:
+def _map(x: Tensor, box: tuple[int, int]) -> bytes:
+    dtype = "bfloat16" if x.dtype == torch.bfloat16 else "uint8"
     row_bytes = x.stride(0) * x.element_size()
     return tensormap.matrix(x.data_ptr(), dtype, x.shape[0], x.shape[1], row_bytes, box, swizzled=True)

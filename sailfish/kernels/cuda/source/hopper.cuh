@@ -131,6 +131,13 @@ template <int N>
 __device__ __forceinline__ void store_wait_read() {
     asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(N) : "memory");
 }
+// Of two buffers that are stored in turn, wait for the one that is next: at a tile's first store, whichever was last.
+__device__ __forceinline__ void store_wait_turn(bool is_first) {
+    if (is_first)
+        store_wait_read<0>();
+    else
+        store_wait_read<1>();
+}
 // Ordinary writes to shared memory are seen by the copy engine and wgmma.
 __device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 

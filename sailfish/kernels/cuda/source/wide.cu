@@ -147,7 +147,7 @@ __device__ __forceinline__ void store_tile(const Problem& p, const Maps& maps, u
 #pragma unroll
     for (int chunk = 0; chunk < TOKENS / CHUNK; ++chunk) {
         const uint32_t buffer = staged + chunk % 2 * (STAGED_BYTES / 2);
-        if (thread == 0) store_wait_read<1>();
+        if (thread == 0) store_wait_turn(chunk == 0);
         group_sync(1 + group, 128);
 #pragma unroll
         for (int octet = 0; octet < CHUNK / 8; octet += 2) {
@@ -175,7 +175,7 @@ __device__ __forceinline__ void store_gated_tile(const Problem& p, const Maps& m
 #pragma unroll
     for (int chunk = 0; chunk < TOKENS / GATED_CHUNK; ++chunk) {
         const uint32_t buffer = staged + chunk % 2 * (STAGED_BYTES / 2);
-        if (thread == 0) store_wait_read<1>();
+        if (thread == 0) store_wait_turn(chunk == 0);
         group_sync(1 + group, 128);
 #pragma unroll
         for (int octet = 0; octet < GATED_CHUNK / 8; octet += 4) {

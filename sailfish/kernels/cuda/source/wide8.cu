@@ -1,27 +1,29 @@
-// Y = (X W^T) * scales + bias of 8-bit activations and weights for many tokens, or activation(gate) * up of it, on
-// Hopper's wgmma.
+// Y = (X W^T) * scales + bias of 8-bit or bfloat16 activations and weights for many tokens, or activation(gate) * up
+// of it, on Hopper's wgmma. In bfloat16 there are no scales.
 //
 // Made transposed, Y^T = W X^T: rows of the weight are wgmma's 64, tokens its N. A block has two producer
-// warps, which keep a ring of slots full through the bulk copy engine (a slot: 128 inputs of the block's tokens
-// and of its rows), and GROUPS consumer warpgroups of 64 * TILES rows each. Blocks walk over tiles of the result, or
-// the blocks of a cluster share the inputs of one tile and add up through each other's shared memory.
-#include "gate.cuh"
-#include "wide8.cuh"
-
+// warps, which keep a ring of slots full through the bulk copy engine (a slot: 128 bytes of inputs of the block's
+// tokens and of its rows), and GROUPS consumer warpgroups of 64 * TILES rows each. Blocks walk over tiles of the
+// result, or the blocks of a cluster share the inputs of one tile and add up through each other's shared memory.
 #ifndef TOKENS
 #define TOKENS 128  // tokens of a tile
 #define TILES 1     // tiles of 64 rows of each consumer
 #define SLOTS 6     // slots of the ring
 #define GROUPS 2    // consumer warpgroups
 #define PER_SM 1    // blocks that fit on a multiprocessor
+#define BF16 0      // whether numbers are bfloat16, with no scales
 #endif
 
+#include "gate.cuh"
+#include "wide8.cuh"
+
 constexpr int CONSUMERS = 128 * GROUPS, ROWS = 64 * GROUPS * TILES, OCTETS = TOKENS / 8;
-constexpr int INPUTS = 128;  // of a slot: rows of 128 bytes
-constexpr int X_BYTES = TOKENS * INPUTS, W_BYTES = ROWS * INPUTS;
+constexpr int ROW_BYTES = 128, INPUTS = BF16 ? 64 : 128;  // of a slot
+constexpr int X_BYTES = TOKENS * ROW_BYTES, W_BYTES = ROWS * ROW_BYTES;
 constexpr int W_AT = SLOTS * X_BYTES, STAGED_AT = W_AT + SLOTS * W_BYTES;
-constexpr int CHUNK = TOKENS % 64 || PER_SM > 1 ? 32 : 64, STAGED_BYTES = 2 * CHUNK * 128;  // tokens that are stored at once; two buffers of them
+constexpr int CHUNK = TOKENS % 64 || PER_SM > 1 ? 32 : 64;             // tokens that are stored at once
 constexpr int GATED_CHUNK = TOKENS % (2 * CHUNK) ? CHUNK : 2 * CHUNK;  // the same of half as many outputs
+constexpr int STAGED_BYTES = 2 * CHUNK * 128;                          // two buffers of them
 constexpr int FULL_AT = STAGED_AT + GROUPS * STAGED_BYTES, EMPTY_AT = FULL_AT + 8 * SLOTS;
 constexpr int SENT_AT = EMPTY_AT + 8 * SLOTS;
 constexpr int BAND = 16;  // token tiles that are walked together: their tokens stay in L2
@@ -31,7 +33,7 @@ static_assert(ROWS * TOKENS * 4 <= STAGED_AT, "a split tile's sums lie where the
 struct Problem {
     const float *x_scale_T, *w_scale_O;
     const bf16* bias_O;
-    int n_tokens, n_out, n_units, token_tiles, row_tiles;  // units of 128 inputs
+    int n_tokens, n_out, n_units, token_tiles, row_tiles;  // units of INPUTS
     int activation;  // of gates and ups that alternate by eights of the rows: Y has half as many
 };
 struct Maps {
@@ -113,7 +115,7 @@ struct Outputs {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             const int r = row + threadIdx.x % 128 / 32 * 16 + lane / 4 + 8 * i;
-            scale[i] = r < p.n_out ? p.w_scale_O[r] : 0.f;
+            scale[i] = !BF16 && r < p.n_out ? p.w_scale_O[r] : 0.f;
             bias[i] = p.bias_O != nullptr && r < p.n_out ? to_float(p.bias_O[r]) : 0.f;
         }
         x_scale = p.x_scale_T + token + lane % 4 * 2;
@@ -121,6 +123,7 @@ struct Outputs {
     }
     // The four outputs of octet `octet`: of the first row for two neighbouring tokens, then of the second.
     __device__ __forceinline__ float4 scaled(const Total* s, int octet) const {
+        if (BF16) return {s[0] + bias[0], s[1] + bias[0], s[2] + bias[1], s[3] + bias[1]};
         const float a = octet * 8 < n_left ? x_scale[octet * 8] : 0.f;
         const float b = octet * 8 + 1 < n_left ? x_scale[octet * 8 + 1] : 0.f;
         return {float(s[0]) * a * scale[0] + bias[0], float(s[1]) * b * scale[0] + bias[0],
@@ -149,7 +152,7 @@ __device__ __forceinline__ void store_tile(const Problem& p, const Maps& maps, u
 #pragma unroll
         for (int chunk = 0; chunk < TOKENS / CHUNK; ++chunk) {
             const uint32_t buffer = staged + (i * (TOKENS / CHUNK) + chunk) % 2 * (STAGED_BYTES / 2);
-            if (thread == 0) store_wait_read<1>();
+            if (thread == 0) store_wait_turn(i + chunk == 0);
             group_sync(1 + group, 128);
 #pragma unroll
             for (int octet = 0; octet < CHUNK / 8; octet += 2) {
@@ -159,9 +162,10 @@ __device__ __forceinline__ void store_tile(const Problem& p, const Maps& maps, u
             }
             fence_async();
             group_sync(1 + group, 128);
-            // A box that is all outside is slow to be clipped.
-            if (thread == 0 && tile.token + chunk * CHUNK < p.n_tokens) {
-                store_box(maps.y, row, tile.token + chunk * CHUNK, buffer);
+            if (thread == 0) {
+                // A box that is all outside is slow to be clipped; what is not stored counts as a store all the same.
+                if (tile.token + chunk * CHUNK < p.n_tokens)
+                    store_box(maps.y, row, tile.token + chunk * CHUNK, buffer);
                 store_commit();
             }
         }
@@ -181,7 +185,7 @@ __device__ __forceinline__ void store_gated_tile(const Problem& p, const Maps& m
 #pragma unroll
         for (int chunk = 0; chunk < TOKENS / GATED_CHUNK; ++chunk) {
             const uint32_t buffer = staged + (i * (TOKENS / GATED_CHUNK) + chunk) % 2 * (STAGED_BYTES / 2);
-            if (thread == 0) store_wait_read<1>();
+            if (thread == 0) store_wait_turn(i + chunk == 0);
             group_sync(1 + group, 128);
 #pragma unroll
             for (int octet = 0; octet < GATED_CHUNK / 8; octet += 4) {
@@ -195,8 +199,9 @@ __device__ __forceinline__ void store_gated_tile(const Problem& p, const Maps& m
             }
             fence_async();
             group_sync(1 + group, 128);
-            if (thread == 0 && tile.token + chunk * GATED_CHUNK < p.n_tokens) {
-                store_box(maps.y, row / 2, tile.token + chunk * GATED_CHUNK, buffer);
+            if (thread == 0) {
+                if (tile.token + chunk * GATED_CHUNK < p.n_tokens)
+                    store_box(maps.y, row / 2, tile.token + chunk * GATED_CHUNK, buffer);
                 store_commit();
             }
         }
@@ -283,13 +288,13 @@ __device__ __forceinline__ void consume(const Problem& p, const Maps& maps, uint
         for (int unit = 0; unit < n_units; ++unit) {
             barrier_wait(smem + FULL_AT + 8 * slot, parity);
             const uint64_t x = swizzled_rows(smem + slot * X_BYTES);
-            const uint64_t w = swizzled_rows(smem + W_AT + slot * W_BYTES + group * TILES * 64 * INPUTS);
+            const uint64_t w = swizzled_rows(smem + W_AT + slot * W_BYTES + group * TILES * 64 * ROW_BYTES);
             wgmma_fence();
 #pragma unroll
             for (int t = 0; t < 4; ++t)
 #pragma unroll
                 for (int i = 0; i < TILES; ++i)
-                    wgmma<TOKENS>(sum[i], w + i * (64 * INPUTS / 16) + 2 * t, x + 2 * t, unit + t > 0);
+                    wgmma<TOKENS>(sum[i], w + i * (64 * ROW_BYTES / 16) + 2 * t, x + 2 * t, unit + t > 0);
             wgmma_commit();
             wgmma_wait<1>();
             if (before >= 0 && lane == 0) barrier_arrive(empty + 8 * before);

@@ -1,19 +1,24 @@
-// wgmma on 8-bit numbers, both operands in shared memory. INT8: 1 for int8 with int32 sums, 0 for float8 e4m3.
+// wgmma with both operands in shared memory. INT8: int8 with int32 sums; BF16: bfloat16; else float8 e4m3.
 #pragma once
 #include "hopper.cuh"
 
 #if INT8
 using Total = int;
 #define SUM_AT "+r"
-#define KIND ".s32.s8.s8 "
+#define KIND "k32.s32.s8.s8 "
 #define END ", p;\n}"
 __device__ __forceinline__ uint32_t bits_of(Total x) { return uint32_t(x); }
 __device__ __forceinline__ Total total_of(uint32_t bits) { return int(bits); }
 #else
 using Total = float;
 #define SUM_AT "+f"
-#define KIND ".f32.e4m3.e4m3 "
+#if BF16
+#define KIND "k16.f32.bf16.bf16 "
+#define END ", p, 1, 1, 0, 0;\n}"
+#else
+#define KIND "k32.f32.e4m3.e4m3 "
 #define END ", p, 1, 1;\n}"
+#endif
 __device__ __forceinline__ uint32_t bits_of(Total x) { return __float_as_uint(x); }
 __device__ __forceinline__ Total total_of(uint32_t bits) { return __uint_as_float(bits); }
 #endif
@@ -35,33 +40,33 @@ __device__ __forceinline__ Total total_of(uint32_t bits) { return __uint_as_floa
 #define NAMED_64 NAMED_32 ", " NAMES_32 ", " NAMES_48
 #define NAMED_128 NAMED_64 ", " NAMES_64 ", " NAMES_80 ", " NAMES_96 ", " NAMES_112
 
-// d[64 x N] += a[64 x 32] b[32 x N], or = if not `add`.
+// d[64 x N] += a b of 32 bytes of inputs, or = if not `add`.
 template <int N>
 __device__ __forceinline__ void wgmma(Total* d, uint64_t a, uint64_t b, int add);
 template <>
 __device__ __forceinline__ void wgmma<32>(Total* d, uint64_t a, uint64_t b, int add) {
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %18, 0;\nwgmma.mma_async.sync.aligned.m64n32k32" KIND
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %18, 0;\nwgmma.mma_async.sync.aligned.m64n32" KIND
                  "{" NAMED_16 "}, %16, %17" END
                  : SUMS_16(0)
                  : "l"(a), "l"(b), "r"(add));
 }
 template <>
 __device__ __forceinline__ void wgmma<64>(Total* d, uint64_t a, uint64_t b, int add) {
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\nwgmma.mma_async.sync.aligned.m64n64k32" KIND
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\nwgmma.mma_async.sync.aligned.m64n64" KIND
                  "{" NAMED_32 "}, %32, %33" END
                  : SUMS_32(0)
                  : "l"(a), "l"(b), "r"(add));
 }
 template <>
 __device__ __forceinline__ void wgmma<128>(Total* d, uint64_t a, uint64_t b, int add) {
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\nwgmma.mma_async.sync.aligned.m64n128k32" KIND
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\nwgmma.mma_async.sync.aligned.m64n128" KIND
                  "{" NAMED_64 "}, %64, %65" END
                  : SUMS_64(0)
                  : "l"(a), "l"(b), "r"(add));
 }
 template <>
 __device__ __forceinline__ void wgmma<256>(Total* d, uint64_t a, uint64_t b, int add) {
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\nwgmma.mma_async.sync.aligned.m64n256k32" KIND
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\nwgmma.mma_async.sync.aligned.m64n256" KIND
                  "{" NAMED_128 "}, %128, %129" END
                  : SUMS_64(0), SUMS_64(64)
                  : "l"(a), "l"(b), "r"(add));
