@@ -6,7 +6,7 @@ from collections.abc import Callable
 from types import MappingProxyType
 
 from sailfish.kernels.contract import Case, Choice, Impl
-from sailfish.kernels.cuda.linear8_limits import rejects_wide
+from sailfish.kernels.cuda.linear8_limits import rejects_wide, rejects_wide_bf16
 from sailfish.kernels.cuda.linear_limits import (
     rejects_stream_bf16,
     rejects_stream_int4,
@@ -131,6 +131,12 @@ FUSED: MappingProxyType[str, tuple[Impl, ...]] = MappingProxyType(
                 _STREAM + "linear_bf16",
                 rejects_stream_bf16,
                 stream_bytes,
+            ),
+            _gated(
+                "norm_linear",
+                "cuda_wide_bf16_gated",
+                "sailfish.kernels.cuda.wide_bf16:linear_bf16",
+                rejects_wide_bf16,
             ),
             _one_by_one("norm_linear"),
         ),
