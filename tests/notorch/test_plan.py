@@ -330,7 +330,7 @@ def planned(config: EngineConfig, model: object, hardware: HardwareProfile) -> P
         return None
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(CONFIGS, MODELS, HARDWARE)
 def test_a_plan_never_exceeds_its_budget_and_holds_one_full_context(
     config: EngineConfig, model: object, hardware: HardwareProfile
@@ -346,7 +346,7 @@ def test_a_plan_never_exceeds_its_budget_and_holds_one_full_context(
         assert plan.memory_bytes("kv_blocks") <= config.kv_bytes
 
 
-@settings(max_examples=75, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(CONFIGS, MODELS, HARDWARE)
 def test_every_suggestion_fits_when_it_is_applied(
     config: EngineConfig, model: object, hardware: HardwareProfile
@@ -357,7 +357,7 @@ def test_every_suggestion_fits_when_it_is_applied(
         assert make_plan(applied, model, hardware).total_bytes == option.total_bytes  # type: ignore[arg-type]
 
 
-@settings(max_examples=75, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     CONFIGS,
     MODELS,
