@@ -100,7 +100,7 @@ async def run_suite(
     wanted: Wanted,
     say: Callable[[Result], None],
 ) -> list[Result]:
-    """Measure what is wanted of an engine in a process of its own, then how fast a new process starts it."""
+    """Measure what is wanted of an engine in a process of its own, how fast a new one starts, and its steps."""
     rows = _Rows(recorder=recorder, wanted=wanted, say=say)
     async with await AsyncEngine.start(engine_dir, config=config) as engine:
         rows.downgrades, most = engine.info.downgrades, engine.info.max_sequences
@@ -109,15 +109,15 @@ async def run_suite(
             rows.launches = overlay.launches
         async for figure in _measured(engine, wanted):
             rows.add(figure)
+    if wanted.has("start"):
+        times_s = [first_token.seconds(engine_dir, config) for _ in range(wanted.repeats)]
+        rows.add(Figure("start", times_s, "s"))
     watched = [b for b in wanted.batches if wanted.has(steps.host_row(b)) or wanted.has(steps.idle_row(b))]
     if watched := [b for b in watched if b <= most]:
         async for found in steps.watch(engine_dir, config, watched):
             for row, values, unit in found.figures():
                 if wanted.has(row):
                     rows.add(Figure(row, values, unit, found.batch, found.kernel_us))
-    if wanted.has("start"):
-        times_s = [first_token.seconds(engine_dir, config) for _ in range(wanted.repeats)]
-        rows.add(Figure("start", times_s, "s"))
     return rows.found
 
 
