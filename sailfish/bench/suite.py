@@ -100,7 +100,7 @@ async def run_suite(
     wanted: Wanted,
     say: Callable[[Result], None],
 ) -> list[Result]:
-    """Measure what is wanted of an engine in a process of its own, how fast a new one starts, and its steps."""
+    """Measure what is wanted of an engine in a process of its own, then its start, then its steps."""
     rows = _Rows(recorder=recorder, wanted=wanted, say=say)
     async with await AsyncEngine.start(engine_dir, config=config) as engine:
         rows.downgrades, most = engine.info.downgrades, engine.info.max_sequences
