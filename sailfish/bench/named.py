@@ -14,6 +14,8 @@ from sailfish.kernels.fused_table import COMPOSED
 
 _OURS = "sailfish.kernels.cuda"
 _SOURCE = re.compile(r'"(\w+\.cu)"')
+_FAMILY = re.compile("stream|wide")
+"""In the names of implementations that multiply by a weight, and of their kernels."""
 _VARIANT = re.compile(r"_\d+$")
 """What a macro puts behind the name of a kernel that is compiled in several ways."""
 
@@ -47,7 +49,11 @@ def unlaunched(choices: Iterable[Choice], launches: Mapping[str, int]) -> list[s
     missing = set()
     for choice in choices:
         entry = find(choice.op, choice.implementation).entry
-        kernels = [name for name in launches if "int4" in name or not choice.op.endswith("linear_int4")]
+        kernels = list(launches)
+        if "linear" in choice.op and (family := _FAMILY.search(choice.implementation)):
+            # What quantises its input, or the module of another family that it calls, does not count.
+            kernels = [name for name in launches if family[0] in name]
+            kernels = [name for name in kernels if ("int4" in name) == ("int4" in choice.op)]
         if has_kernels(entry) and not any(is_of(kernel, entry) for kernel in kernels):
             missing.add(f"{choice.op} by {choice.implementation}")
     return sorted(missing)

@@ -121,3 +121,15 @@ def test_an_activation_of_its_own_is_not_missed_where_products_do_it() -> None:
     assert chosen_for([alone, fused, apart], 17) == [alone, apart]
     assert unlaunched([fused, apart], {"stream_int4": 32}) == []
     assert unlaunched([fused], {"stream_rows": 32}) == ["norm_linear_int4 by cuda_stream_int4_gated"]
+
+
+def test_a_product_is_done_by_a_kernel_that_multiplies_its_format() -> None:
+    def missing(op: str, implementation: str, *launched: str) -> bool:
+        choice = Choice(op=op, implementation=implementation, why="", declined=())
+        return bool(unlaunched([choice], dict.fromkeys(launched, 1)))
+
+    assert not missing("linear_fp8", "cuda_stream_fp8", "stream_rows")
+    assert missing("linear_fp8", "cuda_stream_fp8", "quantise_1", "stream_int4", "wide_linear_8")
+    assert missing("linear_fp8", "cuda_wide_fp8", "quantise_1", "stream_rows")
+    assert missing("linear_int4", "cuda_stream_int4", "stream_rows")
+    assert not missing("norm_linear_int4", "cuda_wide_int4_gated", "wide_linear_int4")
