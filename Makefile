@@ -39,7 +39,7 @@ test-computed: $(VENV)/.ready-test
 	@OMP_NUM_THREADS=1 nice $(BIN)/python -m pytest -q -m "not gpu" -p no:cacheprovider tests/cpu
 
 test-run: $(VENV)/.ready-test
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not gpu" -p no:cacheprovider tests --ignore=tests/cpu
+	@$(BIN)/python -m pytest -q -m "not gpu" -p no:cacheprovider tests --ignore=tests/cpu
 
 quick: $(VENV)/.ready-check
 	@$(BIN)/python -m pytest -q tests/house tests/notorch
