@@ -162,7 +162,7 @@ def test_on_hopper_products_are_fused_by_rows() -> None:
     assert _named("norm_linear", "silu") == [
         ("cuda_stream_bf16_fused", 1),
         ("cuda_stream_bf16_gated", 8),
-        ("one_by_one", 32),
+        ("one_by_one", 256),
         ("cuda_wide_bf16_gated", None),
     ]
     assert _named("norm_linear_int8", "") == [("one_by_one", None)]
