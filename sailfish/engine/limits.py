@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from sailfish.base.errors import ConfigError
 from sailfish.plan.types import Plan
 
-_LONG_QUEUE_STEPS = 2
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerLimits:
@@ -25,7 +23,7 @@ class SchedulerLimits:
     lag: int
     """Steps in flight when another one is planned: 0 or 1."""
     mixed_tokens: int | None = None
-    """Of a step in which sequences decode, unless many wait; None: no limit."""
+    """Of a step in which sequences decode, though prompts have a quarter of it at least; None: no limit."""
     prefix_cache: bool = True
     watermark_blocks: int = 0
     """Blocks that admission leaves to the sequences already running."""
@@ -44,14 +42,12 @@ class SchedulerLimits:
                 f"{self.max_sequences} must be at least 1, lag {self.lag} must be 0 or 1"
             )
 
-    def prompt_tokens_beside(self, n_decodes: int, n_waiting: int) -> int:
+    def prompt_tokens_beside(self, n_decodes: int) -> int:
         """Return how many tokens of prompts a step may compute that decodes so many sequences.
 
-        They wait for it: it is as long as its tokens, these and theirs, are many. Prompts have a quarter in
-        any case, and all of a step while more than two steps of them wait (n_waiting tokens): few long steps
-        compute more than many short ones, and who is last in such a queue waits longer than any step.
+        They wait for it: it is as long as its tokens, these and theirs, are many.
         """
-        if self.mixed_tokens is None or n_waiting > _LONG_QUEUE_STEPS * self.step_tokens:
+        if self.mixed_tokens is None:
             return self.step_tokens
         return max(self.mixed_tokens - n_decodes, -(-self.mixed_tokens // 4))
 

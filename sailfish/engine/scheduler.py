@@ -131,7 +131,7 @@ class Scheduler:
         step = Flight(planned_s=now_s)
         budget, prefills = self._plan_decodes(step)
         if step.decodes:
-            budget = min(budget, self.limits.prompt_tokens_beside(len(step.decodes), self._waiting_tokens))
+            budget = min(budget, self.limits.prompt_tokens_beside(len(step.decodes)))
         if budget > 0:
             self._plan_prefills(step, prefills, budget, now_s)
         if not step.decodes and not step.spans:
@@ -220,20 +220,19 @@ class Scheduler:
         return True
 
     def _plan_prefills(self, step: Flight, prefills: list[Sequence], budget: int, now_s: float) -> None:
-        """Share what the decodes left: three quarters to the first in order, the rest to the shortest.
+        """Share what the decodes left: half to the first in order, the rest to the shortest.
 
-        The larger part lets the first one advance whatever arrives after it (the 99th percentile of times to
-        the first token of a busy engine is 3% less than with half); the rest lets short prompts pass long
+        The half lets the first one advance whatever arrives after it; the rest lets short prompts pass long
         ones, and comes back to the first when nobody shorter wants it. A waiting sequence is admitted only
         when it computes something at once, so that it finds the prefixes which others finish before it.
         """
-        first_share = -(-3 * budget // 4)
+        half = (budget + 1) // 2
         n_candidates = min(len(self._free_rows), budget) + _MAX_PASSED
         candidates = self._waiting[:n_candidates] if self._free_rows else []
         first = min(prefills[:1] + candidates[:1], key=_order, default=None)
         counts = dict.fromkeys(prefills, 0)
         if first in counts:
-            counts[first] = min(first.n_left, first_share)
+            counts[first] = min(first.n_left, half)
             budget -= counts[first]
         owed = [s.n_left - n for s, n in counts.items()]
         n_passed = 0
@@ -243,7 +242,7 @@ class Scheduler:
             matched = self._holdings.match(sequence)
             n_new = sequence.n_wanted - len(matched) * self.limits.page_tokens
             if sequence is first:
-                count = min(n_new, first_share)
+                count = min(n_new, half)
             else:
                 count = min(n_new, budget - sum(n for n in owed if n <= n_new))
             if count <= 0:

@@ -86,7 +86,7 @@ class Plan:
     step_tokens: int
     """Token budget of one step."""
     mixed_tokens: int
-    """The same of a step in which sequences decode, unless many prompts wait."""
+    """The same of a step in which sequences decode, prompts having a quarter of it at least."""
     max_queue: int
     """Requests that may wait before admission refuses."""
     n_blocks: int

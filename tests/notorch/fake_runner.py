@@ -237,11 +237,10 @@ class Rig:
         """Plan, run and commit once; `fault` is "launch", "result", "nan" or nothing."""
         for answer in self.answers.values():
             answer.n_steps += answer.reason is None
-        n_waiting, preemptions = self.scheduler._waiting_tokens, self.scheduler.stats.preemptions
         plan, events = self.scheduler.schedule(self.now_s)
         self.take(events)
-        if plan is not None and plan.n_decodes and preemptions == self.scheduler.stats.preemptions:
-            most = self.scheduler.limits.prompt_tokens_beside(plan.n_decodes, n_waiting)
+        if plan is not None and plan.n_decodes:
+            most = self.scheduler.limits.prompt_tokens_beside(plan.n_decodes)
             assert plan.n_tokens - plan.n_decodes <= most, "decodes wait for more than they are to"
         if plan is None:
             assert self._in_flight or self.scheduler.is_idle, "sequences live and nothing runs"
