@@ -129,7 +129,7 @@ def test_a_product_is_that_of_the_weights_written_out(group: int | None, zeros: 
     [
         (torch.zeros(16, 256, dtype=torch.uint8), 3, torch.bfloat16, "3 groups"),
         (torch.zeros(16, 256, dtype=torch.int32), 2, torch.bfloat16, "uint8"),
-        (torch.zeros(16, 256, dtype=torch.uint8), 2, torch.float32, "float32"),
+        (torch.zeros(16, 256, dtype=torch.uint8), 2, torch.float64, "float64"),
     ],
     ids=["groups", "codes", "scales"],
 )

@@ -144,7 +144,7 @@ __device__ __forceinline__ void add_values(float (&sum)[HEAD / 2], const float (
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, HEAD <= 64 ? 2 : 1)
 prefill_attention(const __grid_constant__ Problem problem) {
     extern __shared__ __align__(16) bf16 ring[];
     wait_for_previous();
