@@ -13,5 +13,5 @@ def demo_model() -> Path:
 
 
 def sample_text() -> Path:
-    """Return a text that a larger model of the same books wrote, for calibration and measurements without one's own."""
+    """Return a text that a larger model of the same books wrote, to calibrate and to measure with."""
     return Path(__file__).parent / "sample.txt.xz"
