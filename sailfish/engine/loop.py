@@ -112,10 +112,12 @@ class EngineLoop:
             try:
                 handle = self.runner.execute(plan)
                 self._in_flight.append(_Launched(plan.step_id, handle, plan.n_tokens, self.step_started_s))
+                self._times.note_launch(time.monotonic() - self.step_started_s)
             except Exception as error:  # noqa: BLE001 - a step's fault ends its own sequences, not the engine
                 self._fail(plan.step_id, error)
         if self._in_flight and (plan is None or len(self._in_flight) > self._lag):
             step = self._in_flight.popleft()
+            asked_s = time.monotonic()
             try:
                 result = step.handle.result()
             except Exception as error:  # noqa: BLE001 - as above
@@ -123,7 +125,8 @@ class EngineLoop:
             else:
                 self._n_failed = 0
                 now_s = time.monotonic()
-                self._times.observe(step.n_tokens, now_s - max(step.at_s, self._last_end_s))
+                elapsed_s = now_s - max(step.at_s, self._last_end_s)
+                self._times.observe(step.n_tokens, elapsed_s, now_s - asked_s)
                 self._last_end_s = now_s
                 draws, events = self.scheduler.commit(result, now_s)
                 self._emit(events, draws)
