@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import http.client
 import json
 import tempfile
+import time
 import urllib.parse
 from pathlib import Path
 
@@ -14,6 +16,10 @@ from sailfish.bench.server import ServerProcess
 
 MAX_LINES = 3000
 _SEALED = "checkpoint/template_worker.py"
+_LAST_S = 0.05
+"""The server closes an answer after its client has read it."""
+_OF_THE_CLOCK = frozenset({"_serve", "run", "ApiServer.run_on", "ApiServer.on_tick"})
+"""Woken ten times a second while a server lives, whoever asks: only a slow request would count them."""
 _WARM_UP, _MEASURED = "Once upon a time", "It was a dark and stormy night"
 
 
@@ -27,19 +33,32 @@ def walk(model: str, *, chat: bool = True) -> list[trace.Entered]:
             _ask(server.url, name, _WARM_UP, chat)
             switch.turn(True)
             _ask(server.url, name, _MEASURED, chat)
+            time.sleep(_LAST_S)
             switch.turn(False)
-        entered = trace.read(trace_dir)
+        entered = [row for row in trace.read(trace_dir) if not _is_of_the_clock(row)]
         return _with_sealed(entered) if chat else entered
 
 
+def _is_of_the_clock(row: trace.Entered) -> bool:
+    return row.file in ("serve/server.py", "cli/serving.py") and row.function in _OF_THE_CLOCK
+
+
 def _with_sealed(entered: list[trace.Entered]) -> list[trace.Entered]:
-    """Add the process that renders chat templates: sealed off from tracing, so its whole file counts."""
-    n_lines = len((Path(trace.PACKAGE_DIR) / _SEALED).read_text(encoding="utf-8").splitlines())
-    asks = [row.at_ns for row in entered if row.file == "checkpoint/template.py"]
-    whole = trace.Entered(
-        at_ns=max(asks), file=_SEALED, first_line=1, last_line=n_lines, function="(sealed process: all of it)"
-    )
-    return sorted([*entered, whole])
+    """Add the process that renders chat templates: sealed off from tracing, so all its functions count."""
+    tree = ast.parse((Path(trace.PACKAGE_DIR) / _SEALED).read_text(encoding="utf-8"))
+    asked_ns = max(row.at_ns for row in entered if row.file == "checkpoint/template.py")
+    sealed = [
+        trace.Entered(
+            at_ns=asked_ns,
+            file=_SEALED,
+            first_line=node.lineno,
+            last_line=node.end_lineno or node.lineno,
+            function=f"{node.name} (sealed process)",
+        )
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef)
+    ]
+    return sorted([*entered, *sealed])
 
 
 def _ask(url: str, model: str, text: str, chat: bool) -> None:
