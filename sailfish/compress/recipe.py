@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -189,7 +190,12 @@ def parse(data: bytes, where: str) -> Recipe:
 
 def text(recipe: Recipe) -> str:
     """Return a recipe as YAML with every value written out; `parse` of it gives the recipe again."""
-    dumped: str = yaml.safe_dump(msgspec.to_builtins(recipe), sort_keys=False, allow_unicode=True, width=100)
+    return as_yaml(msgspec.to_builtins(recipe))
+
+
+def as_yaml(values: dict[str, object]) -> str:
+    """Return a recipe's values, as a report holds them, as YAML."""
+    dumped: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)
     return dumped
 
 
@@ -262,21 +268,39 @@ def _check(recipe: Recipe, where: str) -> None:
             raise refuse("fp8 has no zero points", "write symmetric: true")
         if found.to == "fp8" and found.method == "gptq":
             raise refuse("GPTQ rounds to whole numbers", "use method: rtn for fp8")
-        if found.sweeps < 0 or found.sweeps > 100 or found.damp < 0:
+        if not 0 <= found.sweeps <= 100 or not _is_number(found.damp):
             raise refuse(f"{found.sweeps} sweeps with damp {found.damp:g}", "use 0 to 100, and at least 0")
-    prune = recipe.prune
-    if recipe.round is None and prune is None:
+    if recipe.round is None and recipe.prune is None:
         raise refuse("nothing is pruned or rounded", "write round: or prune:")
     _check_layout(recipe, rounds, refuse)
-    if prune is not None and (prune.zeros is None) is (prune.keep is None or prune.of is None):
-        raise refuse("prune needs keep and of, or zeros", "write keep: 2 and of: 4, or zeros: 0.5")
-    if prune is not None and any(found.method == "gptq" for found in rounds):
-        raise refuse("GPTQ would fill the zeros that pruning leaves", "write method: rtn for round")
+    if recipe.prune is not None:
+        _check_prune(recipe.prune, rounds, refuse)
     if recipe.fold is not None and recipe.round is None:
         raise refuse("fold makes weights easier to round and nothing is rounded", "write round:")
+    bounds = recipe.bound.max_ppl_increase, recipe.bound.max_kl
+    if not all(most is None or _is_number(most) for most in bounds):
+        raise refuse("the bound is not a number of 0 or more", "write what a result may cost at most")
     calibration = recipe.calibration
     if calibration.samples < 1 or calibration.tokens < 2:
         raise refuse("calibration reads nothing", "use one sample of two tokens at least")
+
+
+def _check_prune(prune: Prune, rounds: list[Round], refuse: Any) -> None:
+    if (prune.zeros is None) is (prune.keep is None or prune.of is None):
+        raise refuse("prune needs keep and of, or zeros", "write keep: 2 and of: 4, or zeros: 0.5")
+    if prune.zeros is not None and not 0 < prune.zeros < 1:
+        raise refuse(f"a share of zeros of {prune.zeros:g}", "write one between 0 and 1")
+    if prune.keep is not None and prune.of is not None and not 0 < prune.keep < prune.of:
+        raise refuse(f"{prune.keep} of {prune.of} weights cannot be kept", "write keep: 2 and of: 4")
+    if prune.block < 1 or not _is_number(prune.damp):
+        raise refuse(f"steps of {prune.block} columns with damp {prune.damp:g}", "use 128 and 0.01")
+    if any(found.method == "gptq" for found in rounds):
+        raise refuse("GPTQ would fill the zeros that pruning leaves", "write method: rtn for round")
+
+
+def _is_number(value: float) -> bool:
+    """Say whether a value is finite and not negative."""
+    return 0 <= value < math.inf
 
 
 def _check_layout(recipe: Recipe, rounds: list[Round], refuse: Any) -> None:
@@ -292,7 +316,7 @@ def _check_layout(recipe: Recipe, rounds: list[Round], refuse: Any) -> None:
             raise refuse(f"{found.to} is not stored as {layout}", "use pack-quantized")
         if layout == "awq" and found.to != "int4":
             raise refuse(f"{found.to} is not stored as {layout}", "AWQ has 4 bits")
-    if layout == "dense" and rounds and recipe.prune is None:
+    if layout == "dense" and rounds:
         raise refuse("rounded weights stored dense save nothing", "name the layout they are packed in")
     if layout != "dense" and recipe.round is None:
         raise refuse(f"{layout} holds rounded weights and nothing is rounded", "write layout: dense")

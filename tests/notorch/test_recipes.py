@@ -44,6 +44,16 @@ def test_the_difference_of_two_recipes_is_told_by_its_values() -> None:
         (BEGIN, "nothing is pruned or rounded"),
         (BEGIN + "prune: {method: wanda, keep: 2}\nround: {to: int4}", "prune needs keep and of, or zeros"),
         (BEGIN + "prune: {method: wanda, zeros: 0.5}\nround: {method: gptq}", "GPTQ would fill the zeros"),
+        (
+            BEGIN.replace("pack-quantized", "dense")
+            + "prune: {method: wanda, zeros: 0.5}\nround: {to: int4}",
+            "rounded weights stored dense save nothing",
+        ),
+        (BEGIN + "prune: {method: wanda, zeros: 1.5}\nround: {}", "a share of zeros of 1.5"),
+        (BEGIN + "prune: {method: wanda, keep: 5, of: 4}\nround: {}", "5 of 4 weights cannot be kept"),
+        (BEGIN + "prune: {method: sparsegpt, zeros: 0.5, damp: .nan}\nround: {}", "with damp nan"),
+        (BEGIN + "round: {method: gptq, damp: .nan}", "0 sweeps with damp nan"),
+        (BEGIN + "round: {}\nbound: {max_kl: .nan}", "the bound is not a number"),
         (BEGIN + "round: {to: int4}\nactivations: dynamic", "has no 8-bit activations"),
         (BEGIN + "round: &a {to: int4}\noverrides: [{match: x, round: *a}]", "aliases are not read"),
         (BEGIN + "name: other\nround: {to: int4}", "written twice"),
