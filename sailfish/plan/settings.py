@@ -119,6 +119,9 @@ def settle(
         config.mixed_tokens,
         *_default_mixed(model, hardware, cast(Dtype, dtype), formats, step_tokens),
     )
+    if mixed_tokens > step_tokens:
+        mixed_tokens = step_tokens
+        answers.downgrade("mixed_tokens", mixed_tokens, "no step takes more than step_tokens")
     page_tokens = answers.settle(
         "page_tokens",
         config.page_tokens,

@@ -96,7 +96,7 @@ class Plan:
     graph_buckets: tuple[int, ...]
     """Numbers of sequences for which a decode step is captured as a CUDA graph, ascending."""
     graph_chunks: tuple[int, ...]
-    """Numbers of tokens for which a step with prompts is, in pieces between calls of attention."""
+    """Numbers of tokens for which the forward pass of a step with prompts is."""
     cache: tuple[CacheSpec, ...]
     memory: tuple[MemoryLine, ...]
     decisions: tuple[Decision, ...]

@@ -133,6 +133,15 @@ def test_answers_wait_about_as_long_for_prompts_on_any_device() -> None:
         assert plan.mixed_tokens == tokens, next(d for d in plan.decisions if d.name == "mixed_tokens")
 
 
+def test_a_mixed_step_is_planned_no_longer_than_any_step_and_says_so() -> None:
+    config = EngineConfig(step_tokens=640, mixed_tokens=1024)
+    plan = make_plan(config, LLAMA_8B, H200)
+    decision = next(d for d in plan.decisions if d.name == "mixed_tokens")
+    assert plan.mixed_tokens == 640 == max(plan.graph_chunks)
+    assert (decision.requested, decision.active, decision.is_downgrade) == ("1024", "640", True)
+    assert "step_tokens" in decision.why
+
+
 def test_the_cpu_keeps_small_models_in_float32_and_large_ones_in_bfloat16_where_it_has_instructions() -> None:
     modern = replace(with_free(CPU, 64 * GIB), features=("avx2", "avx512_bf16"))
     assert make_plan(EngineConfig(), BOOKS_4M, modern).dtype == "float32"
@@ -253,6 +262,7 @@ def test_memory_beyond_what_is_free_is_refused() -> None:
         ({"context_tokens": 0}, "context_tokens is 0"),
         ({"max_sequences": 0}, "max_sequences is 0"),
         ({"step_tokens": -1}, "step_tokens is -1"),
+        ({"mixed_tokens": 0}, "mixed_tokens is 0"),
         ({"lag": 2}, "lag is 2"),
         ({"kv_bytes": 0}, "kv_bytes is 0"),
     ],
