@@ -109,13 +109,16 @@ def _of_8_bits(format: str) -> tuple[Impl, ...]:
     )
 
 
-def launches_saved(choice: Choice) -> int:
-    """Return how many launches a call of a fused product takes fewer than its ops one by one."""
+def launches_saved(choice: Choice, *, is_quantised: bool) -> int:
+    """Return how many launches a call of a fused product takes fewer than its ops one by one.
+
+    is_quantised: what it returns goes on in 8 bits, which the activation stores in its own launch: who
+    activates in the product has another launch quantise instead.
+    """
     impl = next((i for i in FUSED[choice.op] if i.name == choice.implementation), None)
     if impl is None or not impl.adapter:
         return 0
-    # Who activates in 8 bits quantises in the same launch, so that a launch that quantises takes its place.
-    is_activated = bool(choice.activation) and choice.op not in ("norm_linear_int8", "norm_linear_fp8")
+    is_activated = bool(choice.activation) and not is_quantised
     return is_activated + (impl.adapter == _NORMED_AND_GATED)
 
 

@@ -22,6 +22,7 @@ from sailfish.plan.settings import Settings
 from sailfish.plan.types import CacheDtype, Dtype, Plan, WeightFormat, WeightFormats
 
 _LINEARS = ("linear", "linear_int4", "linear_int8", "linear_fp8")
+_8_BITS = ("int8", "fp8")
 LINEAR_OPS = (*_LINEARS, *(f"norm_{linear}" for linear in _LINEARS), "quantise")
 """Products with weights, and what 8-bit ones need done to activations before."""
 
@@ -117,7 +118,7 @@ def op_cases(
     ops += ["act_mul"] if any(layer.moe is None for layer in model.layers) else []
     ops += ["moe"] if moe is not None else []
     ops += ["softcap"] if model.logit_softcap is not None else []
-    ops += ["quantise"] if any(format in ("int8", "fp8") for format, _, _ in linears) else []
+    ops += ["quantise"] if any(format in _8_BITS for format, _, _ in linears) else []
 
     def linear(format: WeightFormat, n_out: int, n_in: int) -> Case:
         return replace(
@@ -175,8 +176,9 @@ def launches_saved(model: ModelConfig, formats: WeightFormats, choices: Iterable
             op = "norm_linear" if format == "plain" else f"norm_linear_{format}"
             activation = model.activation if kind == "gate_up" else ""
             n_out = 2 * model.d_mlp if activation else _qkv_width(model)
+            is_quantised = bool(activation) and format_of(f"layers.{i}.down.weight", formats) in _8_BITS
             n_saved += next(
-                fused_table.launches_saved(choice)
+                fused_table.launches_saved(choice, is_quantised=is_quantised)
                 for choice in choices
                 if (choice.op, choice.n_out, choice.activation) == (op, n_out, activation)
                 and (choice.max_rows is None or n_rows <= choice.max_rows)

@@ -438,3 +438,12 @@ def test_graphs_are_planned_where_every_op_can_be_captured_and_declined_in_words
         assert plan.graph_buckets == plan.graph_chunks == () and plan.memory_bytes("graphs") == 0
         assert decision.active == "off" and words in decision.why
         assert decision.is_downgrade == is_downgrade
+
+
+def test_an_activation_saves_no_launch_where_another_one_quantises_it() -> None:
+    plan = make_plan(EngineConfig(weights="int4"), LLAMA_8B, H200)
+    downs = tuple((f"layers.{i}.down.weight", "int8") for i in range(32))
+    formats = replace(plan.formats, others=downs)
+    choices = choose_ops(LLAMA_8B, replace(plan, formats=formats))
+    assert launches_saved(LLAMA_8B, formats, choices, 16) == 0
+    assert launches_saved(LLAMA_8B, replace(formats, others=downs[:30]), choices, 16) == 2
