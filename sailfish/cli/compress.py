@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from sailfish.base.errors import ConfigError
 from sailfish.base.sources import environment
@@ -138,7 +133,7 @@ def compress(
     changes = {"samples": samples, "tokens": length, "seed": seed}
     from sailfish.compress.many import make_all
 
-    with _progress() as tell:
+    with opening.progress(as_bytes=False) as tell:
         reports = make_all(
             source,
             out,
@@ -175,19 +170,9 @@ def _bits(text: str) -> float:
     return bits
 
 
-@contextlib.contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """Draw a bar of blocks on standard error; nothing where no one looks."""
-    if not sys.stderr.isatty():
-        yield lambda what, done, total: None
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
-        task = bars.add_task("reading the texts", total=None)
-        yield lambda what, done, total: bars.update(task, description=what, completed=done, total=total)
-
-
 def _show(reports: list[Report]) -> None:
+    from sailfish.compress.report import speed_words
+
     first = reports[0]
     rows = [
         (
@@ -211,7 +196,7 @@ def _show(reports: list[Report]) -> None:
             f"{report.quality.increase.value:+.2%}",
             f"{report.quality.kl.value:.4f}",
             f"{report.quality.top1.value:.2%}",
-            _speed(report),
+            speed_words(report),
             format_duration(sum(report.seconds.values())),
         )
         for report in reports
@@ -228,11 +213,3 @@ def _show(reports: list[Report]) -> None:
             opening.say(f"warning: {report.recipe['name']}: {warning}")
         for fallback in report.fallbacks:
             opening.say(f"fallback: {report.recipe['name']}: {fallback.where}: {fallback.why}")
-
-
-def _speed(report: Report) -> str:
-    timed = [s for s in report.speeds if s.rows == 1 and s.dense_us is not None and s.packed_us]
-    if not timed:
-        return "no kernel here" if report.speeds else ""
-    dense = sum((s.dense_us or 0.0) * s.n_linears for s in timed)
-    return f"{dense / sum((s.packed_us or 0.0) * s.n_linears for s in timed):.2f} x"

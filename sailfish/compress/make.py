@@ -11,7 +11,8 @@ import msgspec
 import torch
 
 from sailfish.artifact.reader import header_digest
-from sailfish.base.errors import BuildError
+from sailfish.base.errors import BuildError, ConfigError
+from sailfish.checkpoint.formats.patterns import matches
 from sailfish.checkpoint.formats.writer import CheckpointWriter
 from sailfish.checkpoint.hf_config import load_model_config
 from sailfish.checkpoint.model_config import ModelConfig
@@ -30,9 +31,10 @@ from sailfish.compress.report import (
     Report,
     Sensitivity,
     to_json,
+    total_us,
 )
 from sailfish.compress.sensitivity import CANDIDATES, N_WINDOWS, choose, measure, mixed
-from sailfish.compress.speed import speeds, total_us
+from sailfish.compress.speed import speeds
 from sailfish.compress.texts import Texts, read_texts
 from sailfish.quality.intervals import Interval
 from sailfish.version import __version__
@@ -159,6 +161,10 @@ def _refuse_slow(report: Report, request: Request) -> None:
     """Refuse a format that is no faster than its parent where the parent fits the device."""
     if report.bytes_before > request.free_bytes:
         return
+    if not report.speeds:
+        raise BuildError(
+            f"{request.recipe.name} does not pay: dense weights take what the parent's do, which fit"
+        )
     times = total_us(report.speeds, 1)
     if times is None:
         raise BuildError(
@@ -186,7 +192,7 @@ def _nearest(request: Request, tell: Tell) -> str | None:
         trial = msgspec.structs.replace(other, bound=asked.bound, calibration=asked.calibration)
         try:
             report = make(replace(request, recipe=trial, strict=False, must_pay=False), None, tell)
-        except BuildError:
+        except (BuildError, ConfigError):  # it costs as much, or cannot hold the model's shapes
             continue
         quality = report.quality
         return (
@@ -244,6 +250,10 @@ def _warnings(request: Request, texts: Texts, run: Run, timed: Sequence[LinearSp
     slow = sorted({speed.implementation for speed in timed if speed.packed_us is None})
     if slow:
         found.append(f"no speed is given: packed linears run as {', '.join(slow)} on {request.device_name}")
+    modules = [facts.module for facts in run.linears]
+    unused = [o.match for o in request.recipe.overrides if not any(matches(m, o.match) for m in modules)]
+    if unused:
+        found.append(f"overrides that name no linear: {', '.join(unused)}")
     if run.bytes_after >= run.bytes_before:
         found.append("the result is no smaller than its parent: zeros are stored like other weights")
     return found

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from html import escape
 
 from sailfish.base.units import format_bytes, format_duration
-from sailfish.compress.report import LinearFacts, Report
+from sailfish.compress.recipe import as_yaml
+from sailfish.compress.report import LinearFacts, Report, speed_words
 
 _STYLE = """
 :root{color-scheme:light dark;--ink:#1c2430;--soft:#5b6675;--line:#d9dee5;--fill:#f5f7f9;--a:#1f77b4;
@@ -33,7 +35,7 @@ Points = Sequence[tuple[float, float]]
 
 
 def page(reports: Sequence[Report]) -> str:
-    """Return the page of one report, or of several of one parent side by side with the first in full."""
+    """Return the page of one report, or of several of one parent: side by side, then each in full."""
     parts = [_heading(reports)]
     if len(reports) > 1:
         parts.append(_comparison(reports))
@@ -70,6 +72,7 @@ def _comparison(reports: Sequence[Report]) -> str:
             f"{report.quality.increase.value:+.2%}",
             f"{report.quality.kl.value:.4f}",
             f"{report.quality.top1.value:.1%}",
+            speed_words(report),
             format_duration(sum(report.seconds.values())),
         )
         for report in reports
@@ -78,14 +81,14 @@ def _comparison(reports: Sequence[Report]) -> str:
     parent = (
         "parent",
         format_bytes(first.bytes_before),
-        "16.00",
+        f"{8 * sum(f.dense_bytes for f in first.linears) / max(1, _n_weights(first)):.2f}",
         f"{first.quality.parent_perplexity.value:.3f}",
     )
-    heads = ("recipe", "size", "bits", "perplexity", "change", "KL", "same top token", "time")
+    heads = ("recipe", "size", "bits", "perplexity", "change", "KL", "same top token", "speed", "time")
     points = [(_name(r), [(r.bytes_after / (1 << 20), r.quality.kl.value)]) for r in reports]
     return (
         "<h2>Side by side</h2>"
-        + _table(heads, [(*parent, "", "0", "100%", ""), *rows])
+        + _table(heads, [(*parent, "", "0", "100%", "1.00 x", ""), *rows])
         + _plot("Divergence from the parent over size", "size, MiB", "KL, nats", points, joined=False)
     )
 
@@ -210,19 +213,9 @@ def _provenance(report: Report) -> str:
         ("windows' digest", report.calibration_digest),
         ("time", seconds),
     ]
-    recipe = "\n".join(_lines(report.recipe, ""))
+    recipe = as_yaml(report.recipe)
     table = _table(("what", "value"), rows)
     return f"<h2>Where it is from</h2>{table}<h2>Recipe</h2><pre>{escape(recipe)}</pre>"
-
-
-def _lines(values: dict[str, object], indent: str) -> list[str]:
-    lines = []
-    for key, value in values.items():
-        if isinstance(value, dict):
-            lines += [f"{indent}{key}:", *_lines(value, indent + "  ")]
-        else:
-            lines.append(f"{indent}{key}: {value}")
-    return lines
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -240,31 +233,36 @@ def _plot(title: str, x_name: str, y_name: str, series: Sequence[tuple[str, Poin
     top = max(ys) * 1.12 or 1.0
     y_at = _scale(0.0, top, _HEIGHT - _BOTTOM, _TOP)
     drawn = [f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(title)}">']
-    for step in range(5):
-        value = top * step / 4
+    for value in _ticks(top):
         drawn.append(
             f'<line x1="{_LEFT}" x2="{_WIDTH - 16}" y1="{y_at(value):.1f}" y2="{y_at(value):.1f}" '
-            f'stroke="var(--line)"/><text x="{_LEFT - 6}" y="{y_at(value) + 4:.1f}" '
+            f'style="stroke:var(--line)"/><text x="{_LEFT - 6}" y="{y_at(value) + 4:.1f}" '
             f'text-anchor="end">{value:.3g}</text>'
         )
-    for x in sorted(set(xs)) if len(set(xs)) <= 12 and joined else []:
-        drawn.append(f'<text x="{x_at(x):.1f}" y="{_HEIGHT - 16}" text-anchor="middle">{x:g}</text>')
+    every = -(-len(set(xs)) // 12)  # as many blocks as there is room for
+    for x in sorted(set(xs))[::every] if joined else _ticks(high or 1.0):
+        drawn.append(f'<text x="{x_at(x):.1f}" y="{_HEIGHT - 18}" text-anchor="middle">{x:g}</text>')
     for number, (name, points) in enumerate(series):
         colour = _COLOURS[number % len(_COLOURS)]
-        dash = ' stroke-dasharray="5 4"' if number >= len(_COLOURS) else ""
+        dash = ";stroke-dasharray:5 4" if number >= len(_COLOURS) else ""
         places = [(x_at(x), y_at(y)) for x, y in points]
         if joined:
             path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-            drawn.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"{dash}/>')
             drawn.append(
-                f'<text x="{_LEFT + 8 + 96 * number}" y="16" style="fill:{colour}">{escape(name)}</text>'
+                f'<polyline points="{path}" style="fill:none;stroke:{colour};stroke-width:2{dash}"/>'
+            )
+            drawn.append(
+                f'<text x="{_LEFT + 8 + 96 * number}" y="14" style="fill:{colour}">{escape(name)}</text>'
             )
         for x, y in places:
-            drawn.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{colour}"/>')
+            drawn.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" style="fill:{colour}"/>')
             if not joined:
-                drawn.append(f'<text x="{x + 8:.1f}" y="{y + 4:.1f}">{escape(name)}</text>')
+                side, anchor = (8, "start") if x < _WIDTH / 2 else (-8, "end")
+                drawn.append(
+                    f'<text x="{x + side:.1f}" y="{y - 6:.1f}" text-anchor="{anchor}">{escape(name)}</text>'
+                )
     drawn.append(f'<text x="{_WIDTH - 16}" y="{_HEIGHT - 3}" text-anchor="end">{escape(x_name)}</text>')
-    drawn.append(f'<text x="4" y="{_HEIGHT - 3}">{escape(y_name)}</text></svg>')
+    drawn.append(f'<text x="4" y="14">{escape(y_name)}</text></svg>')
     return "".join(drawn)
 
 
@@ -272,8 +270,19 @@ def _scale(low: float, high: float, start: float, end: float) -> Callable[[float
     return lambda value: start + (value - low) / (high - low) * (end - start)
 
 
+def _ticks(top: float) -> list[float]:
+    """Return round numbers from 0 up to `top`, six at most."""
+    unit = 10.0 ** math.floor(math.log10(top / 5))
+    step = next(unit * by for by in (1, 2, 5, 10) if unit * by * 5 >= top * 0.999)
+    return [step * n for n in range(6) if step * n <= top]
+
+
 def _layer(facts: LinearFacts) -> float:
     return float(next((part for part in facts.module.split(".") if part.isdigit()), "0"))
+
+
+def _n_weights(report: Report) -> int:
+    return sum(facts.n_out * facts.n_in for facts in report.linears)
 
 
 def _name(report: Report) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
 
 REPORT_FILE = "compression.json"
@@ -127,6 +129,27 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     """Wall time of each part."""
     peak_bytes: int
     """Of device memory on a GPU, else of the process."""
+
+
+def total_us(found: Sequence[LinearSpeed], rows: int) -> tuple[float, float] | None:
+    """Return what all linears take, (dense, packed), for so many tokens; None where one has no figure."""
+    dense = packed = 0.0
+    for speed in found:
+        if speed.rows != rows:
+            continue
+        if speed.dense_us is None or speed.packed_us is None:
+            return None
+        dense += speed.dense_us * speed.n_linears
+        packed += speed.packed_us * speed.n_linears
+    return (dense, packed) if packed else None
+
+
+def speed_words(report: Report) -> str:
+    """Return how much faster the packed linears are for one token, as a table has it."""
+    times = total_us(report.speeds, 1)
+    if times is None:
+        return "no kernel here" if report.speeds else ""
+    return f"{times[0] / times[1]:.2f} x"
 
 
 def to_json(report: Report) -> bytes:

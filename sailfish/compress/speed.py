@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections import Counter
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from sailfish.checkpoint.formats.stored import GROUPS, keeps
 from sailfish.checkpoint.model_config import ModelConfig
+from sailfish.checkpoint.names import LAYER_WEIGHT, linear_modules, tensor_specs
 from sailfish.compress.block import Device
-from sailfish.compress.recipe import Recipe, Round
+from sailfish.compress.recipe import Recipe
 from sailfish.compress.report import LinearSpeed
-from sailfish.compress.rtn import Format8, quantise_8, quantise_int
+from sailfish.compress.rtn import quantise_8, quantise_int
+from sailfish.compress.storing import scheme_of
 from sailfish.hardware.replay import replayed_us
 from sailfish.kernels import int4
 from sailfish.kernels.choose import bind_linear, choose, known_target
@@ -23,24 +29,40 @@ from sailfish.plan.formats import int4_sizes
 
 ROWS = (1, 16, 256)
 """Tokens at once: one stream, a small batch, a short prompt."""
-_ROTATED_BYTES = 256 << 20
-"""Copies of a weight that calls rotate through, so that none is read from a cache."""
+RESTORED = "restored plain weights"
+"""What multiplies a linear that no kernel has as it is stored."""
+_ROTATED_BYTES, _MOST_COPIES = 256 << 20, 64
+"""Copies of a weight that calls rotate through, so that none but a small one is read from a cache."""
+_Format = Literal["int4", "int8", "fp8"]
+_KEPT: Mapping[str, _Format] = {"int3": "int4", "int4": "int4", "int8": "int8", "fp8": "fp8"}
+
+
+@dataclass(frozen=True, slots=True)
+class _Packing:
+    """How the engine holds a rounded weight."""
+
+    to: _Format
+    group: int
+    """Inputs that share a scale, in 4 bits."""
+    symmetric: bool
 
 
 def speeds(config: ModelConfig, recipe: Recipe, on: Device) -> list[LinearSpeed]:
-    """Return a row for each shape of linear and each number of tokens; without figures off a GPU.
+    """Return a row for each shape of rounded linear and each number of tokens; without figures off a GPU.
 
-    Only rounded linears of plain blocks are there: what is stored dense runs as its parent does.
+    What an engine restores to plain weights takes the parent's time. Experts are not there, nor is what is
+    stored dense, which runs as its parent does.
     """
-    if recipe.layout == "dense" or recipe.round is None or recipe.round.to == "int3":
+    if recipe.layout == "dense":
         return []
     found = []
-    for (n_out, n_in), count in _shapes(config).items():
+    for (n_out, n_in, packing), count in _products(config, recipe).items():
         for rows in ROWS:
-            case = _case(recipe.round, on, n_out, n_in, rows)
+            case = _case(packing, on, n_out, n_in, rows)
             chosen = choose(case)
-            is_timed = on.torch == "cuda" and not chosen.is_fallback
-            dense, packed = _timed(case, recipe.round, rows) if is_timed else (None, None)
+            dense = packed = None
+            if on.torch == "cuda" and (packing is None or not chosen.is_fallback):
+                dense, packed = _timed(case, packing, rows)
             found.append(
                 LinearSpeed(
                     n_out=n_out,
@@ -49,76 +71,72 @@ def speeds(config: ModelConfig, recipe: Recipe, on: Device) -> list[LinearSpeed]
                     rows=rows,
                     dense_us=dense,
                     packed_us=packed,
-                    implementation=chosen.implementation,
+                    implementation=RESTORED if packing is None else chosen.implementation,
                 )
             )
     return found
 
 
-def total_us(found: Sequence[LinearSpeed], rows: int) -> tuple[float, float] | None:
-    """Return what all linears take, (dense, packed), for so many tokens; None where one has no figure."""
-    dense = packed = 0.0
-    for speed in found:
-        if speed.rows != rows:
+def _products(config: ModelConfig, recipe: Recipe) -> Counter[tuple[int, int, _Packing | None]]:
+    """Return how many products of each (outputs, inputs, packing) the engine makes with rounded linears.
+
+    None is of those that it restores: no kernel has them, or their linears are not stored alike.
+    """
+    found: Counter[tuple[int, int, _Packing | None]] = Counter()
+    for spec in tensor_specs(config):
+        if not LAYER_WEIGHT.fullmatch(spec.name):
             continue
-        if speed.dense_us is None or speed.packed_us is None:
-            return None
-        dense += speed.dense_us * speed.n_linears
-        packed += speed.packed_us * speed.n_linears
-    return (dense, packed) if packed else None
+        n_out, n_in = spec.shape
+        rounds = [recipe.round_of(module) for module in linear_modules(spec)]
+        there = [rounding for rounding in rounds if rounding is not None]
+        formats = {_KEPT[rounding.to] for rounding in there}
+        packing = None
+        if len(there) == len(rounds) and len(formats) == 1:
+            group = min(rounding.group or GROUPS[0] for rounding in there)
+            if all(keeps(scheme_of(recipe, rounding)) is None for rounding in there):
+                packing = _Packing(formats.pop(), group, all(rounding.symmetric for rounding in there))
+        if there:
+            found[n_out, n_in, packing] += 1
+    return found
 
 
-def _shapes(config: ModelConfig) -> Counter[tuple[int, int]]:
-    """Return how many linears of each shape the engine multiplies with."""
-    d, width = config.d_model, config.n_heads * config.head_dim
-    shapes: Counter[tuple[int, int]] = Counter()
-    for layer in config.layers:
-        shapes[(config.n_heads + 2 * config.n_kv_heads) * config.head_dim, d] += 1
-        shapes[d, width] += 1
-        if layer.moe is None:
-            shapes[2 * config.d_mlp, d] += 1
-            shapes[d, config.d_mlp] += 1
-    return shapes
-
-
-def _case(rounding: Round, on: Device, n_out: int, n_in: int, rows: int) -> Case:
-    group = 0
-    if rounding.to == "int4":
-        group = int4_sizes(n_out, n_in, rounding.group or n_in)[2]
+def _case(packing: _Packing | None, on: Device, n_out: int, n_in: int, rows: int) -> Case:
     return Case(
-        op=f"linear_{rounding.to}",
+        op="linear" if packing is None else f"linear_{packing.to}",
         target=known_target(on.target),
         dtype=on.dtype,
         n_out=n_out,
         n_in=n_in,
-        group=group,
+        group=int4_sizes(n_out, n_in, packing.group)[2]
+        if packing is not None and packing.to == "int4"
+        else 0,
         max_rows=rows,
     )
 
 
-def _timed(case: Case, rounding: Round, rows: int) -> tuple[float, float]:
-    """Return microseconds of the dense product and of the packed one."""
+def _timed(case: Case, packing: _Packing | None, rows: int) -> tuple[float, float]:
+    """Return microseconds of the dense product and of the packed one; None: it is dense as well."""
     x_TI = torch.randn(rows, case.n_in, dtype=torch.bfloat16, device="cuda")
     weight_OI = torch.randn(case.n_out, case.n_in, dtype=torch.bfloat16, device="cuda")
     dense = bind_linear(
         Case(op="linear", target=case.target, dtype=case.dtype, n_out=case.n_out, n_in=case.n_in)
     )
-    packed = bind_linear(case)
-    weight, given = _packed(weight_OI, rounding, x_TI)
-    n_copies = max(1, min(8, _ROTATED_BYTES // (2 * weight_OI.numel())))
-    copies = [weight_OI.clone() for _ in range(n_copies)]
-    return _median(dense, x_TI, copies), _median(packed, given, [weight])
+    dense_us = _median(dense, x_TI, weight_OI, 2 * weight_OI.numel())
+    if packing is None:
+        return dense_us, dense_us
+    weight, given = _packed(weight_OI, packing, x_TI)
+    n_bytes = weight_OI.numel() // (2 if packing.to == "int4" else 1)
+    return dense_us, _median(bind_linear(case), given, weight, n_bytes)
 
 
-def _packed(weight_OI: Tensor, rounding: Round, x_TI: Tensor) -> tuple[Any, Tensor | Quantised]:
-    if rounding.to == "int4":
-        codes = quantise_int(weight_OI, rounding.group, rounding.symmetric, search=False)
+def _packed(weight_OI: Tensor, packing: _Packing, x_TI: Tensor) -> tuple[Any, Tensor | Quantised]:
+    if packing.to == "int4":
+        codes = quantise_int(weight_OI, packing.group, packing.symmetric, search=False)
         return int4.pack(*codes, torch.bfloat16), x_TI
-    to: Format8 = "fp8" if rounding.to == "fp8" else "int8"
-    return Weight8(*quantise_8(weight_OI, to)), quantise(x_TI, to)
+    return Weight8(*quantise_8(weight_OI, packing.to)), quantise(x_TI, packing.to)
 
 
-def _median(linear: Callable[..., Any], x: Any, weights: Sequence[Any]) -> float:
-    calls = [lambda weight=weight: linear(x, weight, None) for weight in weights]
-    runs = sorted(replayed_us(calls, runs=3))
-    return runs[1]
+def _median(linear: Callable[..., Any], x: Any, weight: Any, n_bytes: int) -> float:
+    copies = [copy.deepcopy(weight) for _ in range(max(1, min(_MOST_COPIES, _ROTATED_BYTES // n_bytes)))]
+    runs = replayed_us([functools.partial(linear, x, each, None) for each in copies], runs=3)
+    return sorted(runs)[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from dataclasses import replace
@@ -21,14 +22,17 @@ from sailfish.checkpoint.files import read_json
 from sailfish.checkpoint.formats.codec import layer_tensors, quantised_modules, read_linear
 from sailfish.checkpoint.formats.config import read_quant_config
 from sailfish.checkpoint.formats.linear import QuantisedLinear
+from sailfish.checkpoint.hf_config import load_model_config
 from sailfish.checkpoint.safetensors_reader import Checkpoint
 from sailfish.cli.main import application
 from sailfish.compress import recipe as recipes
+from sailfish.compress import speed
 from sailfish.compress.block import Device, read_tensor
 from sailfish.compress.gptq import Hessian, quantise_gptq
 from sailfish.compress.make import Costly, Request, make
 from sailfish.compress.recipe import Bound, Calibration, Recipe
 from sailfish.compress.report import PAGE_FILE, REPORT_FILE, from_json
+from sailfish.compress.speed import RESTORED, speeds
 from sailfish.compress.texts import read_texts
 from sailfish.data import demo_model
 
@@ -230,8 +234,38 @@ def test_a_format_that_no_kernel_here_reads_does_not_pay(
     request = replace(asked(source, small("w4a16-rtn"), text), must_pay=True)
     with pytest.raises(BuildError, match="does not pay: no kernel here reads its weights"):
         make(request, tmp_path / "out", silent)
+    dense = replace(request, recipe=small("wanda-2of4"))
+    with pytest.raises(BuildError, match="dense weights take what the parent's do"):
+        make(dense, tmp_path / "out", silent)
     report = make(replace(request, free_bytes=0), tmp_path / "out", silent)
     assert all(speed.packed_us is None for speed in report.speeds)
+
+
+def test_speeds_are_of_what_the_engine_multiplies(tmp_path_factory: pytest.TempPathFactory) -> None:
+    config = load_model_config(make_twin("llama", tmp_path_factory.getbasetemp()))
+    on = Device(target="sm_90", dtype="bfloat16")
+    on_cpu = Device(target="cpu", dtype="float32")
+    assert {speed.implementation for speed in speeds(config, small("w8a16"), on_cpu)} == {RESTORED}
+    assert not speeds(config, small("wanda-2of4"), on_cpu)
+    mixed = small(
+        "w4a16-rtn",
+        overrides=[
+            recipes.Override(match="re:.*q_proj", round=recipes.Round(to="int8", group=None)),
+            recipes.Override(match="re:.*down_proj", round=None),
+            recipes.Override(match="re:.*o_proj", round=recipes.Round(to="int3", group=64)),
+        ],
+    )
+    d, width = config.d_model, config.n_heads * config.head_dim
+    rows = {(s.n_out, s.n_in): s for s in speeds(config, mixed, on_cpu)}
+    assert (d, config.d_mlp) not in rows  # it stays dense
+    assert rows[width + 2 * config.n_kv_heads * config.head_dim, d].implementation == RESTORED
+    assert rows[2 * config.d_mlp, d].implementation != RESTORED != rows[d, width].implementation
+    weight = torch.randn(256, 128)
+    packing = speed._Packing("int4", 128, True)
+    packed, _ = speed._packed(weight, packing, weight)
+    again = copy.deepcopy(packed)
+    assert torch.equal(again.packed, packed.packed) and again.packed.data_ptr() != packed.packed.data_ptr()
+    assert speed._case(packing, on, 256, 4096, 1).group == 128
 
 
 def test_linears_named_in_overrides_are_rounded_otherwise(
@@ -243,6 +277,7 @@ def test_linears_named_in_overrides_are_rounded_otherwise(
         overrides=[
             recipes.Override(match="re:.*down_proj", round=recipes.Round(to="int8", group=None)),
             recipes.Override(match="model.layers.1.self_attn.q_proj", round=None),
+            recipes.Override(match="model.layers.99.mlp.up_proj", round=None),
         ],
     )
     report = make(asked(source, recipe, text), tmp_path / "out", silent)
@@ -250,6 +285,7 @@ def test_linears_named_in_overrides_are_rounded_otherwise(
     assert {linear.bits for module, linear in found.items() if "down_proj" in module} == {8}
     assert {linear.bits for module, linear in found.items() if "down_proj" not in module} == {4}
     assert "model.layers.1.self_attn.q_proj" not in found
+    assert "overrides that name no linear: model.layers.99.mlp.up_proj" in report.warnings
     truth = perplexity(restored(tmp_path / "out", tmp_path / "dense"), text)
     assert report.quality.perplexity.value == pytest.approx(truth, rel=2e-4)
 
