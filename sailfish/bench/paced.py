@@ -38,9 +38,13 @@ class _Paced:
         self.ends_s = ends_s
         self._plan, self._token_ids = plan, token_ids
 
+    def wait(self) -> None:
+        """Wait for the step's end."""
+        time.sleep(max(0.0, self.ends_s - time.monotonic()))
+
     def result(self) -> StepResult:
         """Wait for the step's end and return its tokens."""
-        time.sleep(max(0.0, self.ends_s - time.monotonic()))
+        self.wait()
         n = len(self._token_ids)
         return StepResult(
             self._plan.step_id, self._token_ids, [True] * n, [None] * n, [[]] * len(self._plan.spans)

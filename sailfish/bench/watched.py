@@ -40,14 +40,14 @@ class _Timed:
     def __init__(self, handle: StepHandle, watch: Watch) -> None:
         self._handle, self._watch = handle, watch
 
-    def result(self) -> StepResult:
-        """Wait for the step.
-
-        The result is asked for twice: the second time takes what the host does with it, without the wait.
-        """
+    def wait(self) -> None:
+        """Wait for the step."""
         begin_s = time.thread_time()
-        self._handle.result()
+        self._handle.wait()
         self._watch.waited_s += time.thread_time() - begin_s
+
+    def result(self) -> StepResult:
+        """Return the step's tokens, which have been waited for."""
         return self._handle.result()
 
 

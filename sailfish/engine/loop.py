@@ -32,6 +32,9 @@ _MAX_FAILED_STEPS = 8
 class StepHandle(Protocol):
     """A launched step."""
 
+    def wait(self) -> None:
+        """Return once the device has ended the step; may raise what the step raised."""
+
     def result(self) -> StepResult:
         """Wait for the step and return what it produced; raises what the step raised."""
 
@@ -119,16 +122,17 @@ class EngineLoop:
             step = self._in_flight.popleft()
             asked_s = time.monotonic()
             try:
+                step.handle.wait()
+                ended_s = time.monotonic()
                 result = step.handle.result()
             except Exception as error:  # noqa: BLE001 - as above
                 self._fail(step.step_id, error)
             else:
                 self._n_failed = 0
-                now_s = time.monotonic()
-                elapsed_s = now_s - max(step.at_s, self._last_end_s)
-                self._times.observe(step.n_tokens, elapsed_s, now_s - asked_s)
-                self._last_end_s = now_s
-                draws, events = self.scheduler.commit(result, now_s)
+                elapsed_s = ended_s - max(step.at_s, self._last_end_s)
+                self._times.observe(step.n_tokens, elapsed_s, ended_s - asked_s)
+                self._last_end_s = ended_s
+                draws, events = self.scheduler.commit(result, time.monotonic())
                 self._emit(events, draws)
         self.step_started_s = None
 

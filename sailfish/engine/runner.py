@@ -42,7 +42,7 @@ class _On:
 
 
 class Step:
-    """A launched step; `result` waits for its tokens."""
+    """A launched step; `wait` and `result` wait for its tokens."""
 
     def __init__(
         self,
@@ -56,6 +56,10 @@ class Step:
         self._draws = draws
         self._logprobs = logprobs
         self._prompt_logprobs = prompt_logprobs
+
+    def wait(self) -> None:
+        """Wait for the device."""
+        self._draws.wait()
 
     def result(self) -> StepResult:
         """Wait for the device and return the step's tokens as plain values."""

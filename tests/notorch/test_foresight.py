@@ -49,6 +49,9 @@ class _Done:
     def __init__(self, data: bytes) -> None:
         self._data = data
 
+    def wait(self) -> None:
+        pass
+
     def result(self) -> StepResult:
         return decode_result(self._data)
 
@@ -100,9 +103,9 @@ def test_what_comes_while_a_long_step_runs_is_in_the_next_one() -> None:
 class _Clock:
     """Time that passes only where the host or the device works, or somebody waits."""
 
-    def __init__(self, host_s: float, device_s: Callable[[int], float]) -> None:
+    def __init__(self, host_s: float, device_s: Callable[[int], float], read_s: float) -> None:
         self.now_s, self.free_s = 0.0, 0.0
-        self.host_s, self.device_s = host_s, device_s
+        self.host_s, self.device_s, self.read_s = host_s, device_s, read_s
 
     def monotonic(self) -> float:
         return self.now_s
@@ -128,26 +131,35 @@ class _TimedRunner(_Runner):
         done = super().execute(plan)
 
         class Timed(_Done):
+            def wait(self) -> None:
+                clock.now_s = max(clock.now_s, end_s)
+
             def result(self) -> StepResult:
-                clock.now_s = max(clock.now_s, end_s) + 1e-4
+                clock.now_s += clock.read_s
                 return done.result()
 
         return Timed(b"")
 
 
 @pytest.mark.parametrize(
-    ("host_s", "device_s", "most_s"),
+    ("host_s", "device_s", "read_s", "most_s"),
     [
-        pytest.param(0.015, lambda _: 0.010, 200 * 0.0152, id="the host is slower"),
-        pytest.param(0.008, lambda _: 0.020, 200 * 0.0202, id="the host takes long"),
-        pytest.param(0.001, lambda i: 3.0 if i == 0 else 0.020, 2 * 3.0 + 200 * 0.0202, id="one step stalls"),
+        pytest.param(0.015, lambda _: 0.010, 1e-4, 200 * 0.0152, id="the host is slower"),
+        pytest.param(0.008, lambda _: 0.020, 1e-4, 200 * 0.0202, id="the host takes long"),
+        pytest.param(0.001, lambda _: 0.020, 0.006, 200 * 0.0202, id="results take long to read"),
+        pytest.param(0.010, lambda _: 0.012, 0.006, 200 * 0.0162, id="both take long"),
+        pytest.param(0.001, lambda i: 0.02 if i else 3.0, 1e-4, 6.0 + 200 * 0.0202, id="a step stalls"),
     ],
 )
 def test_late_plans_do_not_lengthen_steps(
-    monkeypatch: pytest.MonkeyPatch, host_s: float, device_s: Callable[[int], float], most_s: float
+    monkeypatch: pytest.MonkeyPatch,
+    host_s: float,
+    device_s: Callable[[int], float],
+    read_s: float,
+    most_s: float,
 ) -> None:
     """200 steps take what the slower of host and device takes, and a stall idles the device but once."""
-    clock = _Clock(host_s, device_s)
+    clock = _Clock(host_s, device_s, read_s)
     monkeypatch.setattr(engine_loop, "time", clock)
     limits = SchedulerLimits(
         max_sequences=1, step_tokens=8, context_tokens=512, max_queue=9, page_tokens=16, n_blocks=32, lag=1

@@ -55,6 +55,9 @@ class _Launched:
     def __init__(self, data: bytes) -> None:
         self._data = data
 
+    def wait(self) -> None:
+        pass
+
     def result(self) -> StepResult:
         return decode_result(self._data)
 
