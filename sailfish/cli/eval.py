@@ -88,6 +88,10 @@ def eval(
         raise ConfigError("there is nothing to measure", hint="give --text FILE, --tasks FILE, or both")
     if against is not None and (text is None or url is not None):
         raise ConfigError("--against compares on a text, in this process", hint="give --text, and no --url")
+    if not tasks and (rows is not None or shots or limit is not None):
+        raise ConfigError("--rows, --shots and --limit are of task sets", hint="give --tasks FILE")
+    if url is None and (served is not None or api_key is not None):
+        raise ConfigError("--served and --api-key are of a server", hint="give --url URL")
     asked = _Asked(
         text=text,
         window=window,

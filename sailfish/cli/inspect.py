@@ -11,6 +11,7 @@ import typer
 from sailfish.artifact.contents import kinds
 from sailfish.artifact.reader import Artifact, is_engine
 from sailfish.artifact.side import WEIGHT_ERROR, read_evidence
+from sailfish.base.errors import ConfigError
 from sailfish.base.units import format_bytes
 from sailfish.checkpoint.formats.explain import LinearFacts
 from sailfish.checkpoint.inspect import CheckpointReport, inspect_checkpoint
@@ -35,6 +36,8 @@ def inspect(
     """
     directory = opening.locate(model, offline=offline, download=download)
     if is_engine(directory):
+        if each_linear:
+            raise ConfigError("--linears explains checkpoints, and this is an engine", hint="leave it out")
         artifact = Artifact.open(directory)
         if as_json:
             data = {
@@ -48,6 +51,8 @@ def inspect(
             _show_engine(artifact)
         return
     report = inspect_checkpoint(directory, each_linear=each_linear)
+    if each_linear and report.config.stored is None:
+        raise ConfigError(f"no linear of {directory} is quantised", hint="leave --linears out")
     if as_json:
         tables.show_json(report)
     else:

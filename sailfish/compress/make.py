@@ -21,7 +21,7 @@ from sailfish.compress import recipe as recipes
 from sailfish.compress.block import Device
 from sailfish.compress.driver import Run, Tell, compress, refuse_fallbacks
 from sailfish.compress.page import page
-from sailfish.compress.recipe import Bound, Recipe, stored_bits
+from sailfish.compress.recipe import Bound, Recipe
 from sailfish.compress.report import (
     PAGE_FILE,
     REPORT_FILE,
@@ -95,8 +95,11 @@ def within(request: Request, budget_bits: float | None, max_kl: float | None, te
     """
     config = load_model_config(request.source)
     mixed(request.recipe, [])  # refuses before anything is read or measured
+    assert request.recipe.round is not None
+    symmetric = request.recipe.round.symmetric
+    candidates = [msgspec.structs.replace(rounding, symmetric=symmetric) for rounding in CANDIDATES]
     windows = _texts(request, config).calibration[:N_WINDOWS]
-    costs = measure(request.source, windows, CANDIDATES, request.on, tell)
+    costs = measure(request.source, windows, candidates, request.on, tell)
     chosen = choose(costs, budget_bits=budget_bits, max_kl=max_kl)
     recipe = mixed(request.recipe, chosen)
     if max_kl is not None:
@@ -105,7 +108,7 @@ def within(request: Request, budget_bits: float | None, max_kl: float | None, te
         Sensitivity(
             matrix=cost.matrix,
             format=f"{cost.rounding.to}, {cost.rounding.group or 'rows'}",
-            bits=stored_bits(cost.rounding),
+            bits=cost.bits / cost.n_weights,
             kl=cost.kl,
             is_chosen=cost in chosen,
         )

@@ -51,6 +51,12 @@ def make_all(
             f"dtype {dtype!r} is not supported", hint=f"use {' or '.join(_DTYPES)}", param="dtype"
         )
     on = Device(target=hardware.target, dtype=dtype if dtype is not None else usual)
+    if len({msgspec.structs.replace(recipe.calibration, **changes).tokens for recipe in recipes}) > 1:
+        raise ConfigError(
+            "the recipes are measured over windows of different lengths, which do not compare",
+            hint="give --length for all",
+            param="length",
+        )
     if len(recipes) > 1:
         if out.exists():
             raise ConfigError(f"{out} exists already", hint="name a directory that does not")

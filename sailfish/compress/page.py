@@ -25,7 +25,7 @@ th:first-child,td:first-child{text-align:left}.cards{display:flex;flex-wrap:wrap
 padding:.6rem .9rem;min-width:9rem}
 .card b{display:block;font-size:1.25rem}.card span{color:var(--soft);font-size:.85rem}
 svg{width:100%;height:auto;background:var(--fill);border:1px solid var(--line);border-radius:.5rem}
-svg text{fill:var(--soft);font:12px system-ui,sans-serif}.wide{overflow-x:auto}
+svg text{fill:var(--soft);font:12px system-ui,sans-serif}.wide{overflow-x:auto}.wide td{white-space:nowrap}
 pre{background:var(--fill);border:1px solid var(--line);border-radius:.5rem;padding:.7rem;overflow-x:auto;
 font-size:.85rem}.warn{border-left:4px solid var(--b);padding:.1rem .8rem;margin:.5rem 0}
 """
@@ -88,7 +88,7 @@ def _comparison(reports: Sequence[Report]) -> str:
     points = [(_name(r), [(r.bytes_after / (1 << 20), r.quality.kl.value)]) for r in reports]
     return (
         "<h2>Side by side</h2>"
-        + _table(heads, [(*parent, "", "0", "100%", "1.00 x", ""), *rows])
+        + f'<div class="wide">{_table(heads, [(*parent, "", "0", "100%", "1.00 x", ""), *rows])}</div>'
         + _plot("Divergence from the parent over size", "size, MiB", "KL, nats", points, joined=False)
     )
 
@@ -252,7 +252,7 @@ def _plot(title: str, x_name: str, y_name: str, series: Sequence[tuple[str, Poin
                 f'<polyline points="{path}" style="fill:none;stroke:{colour};stroke-width:2{dash}"/>'
             )
             drawn.append(
-                f'<text x="{_LEFT + 8 + 96 * number}" y="14" style="fill:{colour}">{escape(name)}</text>'
+                f'<text x="{_LEFT + 24 + 94 * number}" y="14" style="fill:{colour}">{escape(name)}</text>'
             )
         for x, y in places:
             drawn.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" style="fill:{colour}"/>')

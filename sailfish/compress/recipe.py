@@ -139,11 +139,16 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return 16.0 if self.round is None else stored_bits(self.round)
 
 
-def stored_bits(rounding: Round) -> float:
-    """Return the bits that a weight takes, its share of 16-bit scales and of zero points included."""
-    group = rounding.group
-    extra = 0.0 if group is None else (16 + (0 if rounding.symmetric else rounding.bits)) / group
-    return rounding.bits + extra
+def stored_bits(rounding: Round, n_in: int | None = None) -> float:
+    """Return the bits that a weight takes, its share of 16-bit scales and of zero points included.
+
+    Without the inputs of a row, `n_in`, groups count as full, and scales of whole rows as nothing.
+    """
+    per_group = 16 + (0 if rounding.symmetric else rounding.bits)
+    if n_in is None:
+        return rounding.bits + (0.0 if rounding.group is None else per_group / rounding.group)
+    n_groups = 1 if rounding.group is None else -(-n_in // rounding.group)
+    return rounding.bits + n_groups * per_group / n_in
 
 
 def names() -> list[str]:

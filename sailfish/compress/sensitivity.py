@@ -50,6 +50,7 @@ class Cost:
     modules: tuple[str, ...]
     """The checkpoint's linears that it is made of."""
     n_weights: int
+    n_in: int
     rounding: Round
     kl: float
     """Mean divergence from the parent, in nats, when nothing else is rounded."""
@@ -57,7 +58,7 @@ class Cost:
     @property
     def bits(self) -> float:
         """Bits that all of it takes."""
-        return stored_bits(self.rounding) * self.n_weights
+        return stored_bits(self.rounding, self.n_in) * self.n_weights
 
 
 def measure(
@@ -95,13 +96,14 @@ def measure(
         assert isinstance(weight_OI, Tensor), "all weights are plain"
         original_OI = weight_OI.clone()
         for rounding in candidates:
-            codes = quantise_int(original_OI, rounding.group, bits=rounding.bits)
+            codes = quantise_int(original_OI, rounding.group, rounding.symmetric, bits=rounding.bits)
             weight_OI.copy_(restore_int(*codes, rounding.group, bits=rounding.bits))
             costs.append(
                 Cost(
                     matrix=spec.name,
                     modules=tuple(linear_modules(spec)),
                     n_weights=original_OI.numel(),
+                    n_in=original_OI.shape[1],
                     rounding=rounding,
                     kl=_divergence(model, parent, windows),
                 )
@@ -153,12 +155,18 @@ def choose(
 def mixed(recipe: Recipe, chosen: Sequence[Cost]) -> Recipe:
     """Return a recipe that rounds each matrix as chosen, by the recipe's own method.
 
-    ConfigError where the recipe's layout cannot hold several formats.
+    ConfigError where the recipe's layout cannot hold several formats, or where it mixes some already.
     """
     if recipe.round is None or recipe.layout != "pack-quantized" or recipe.activations != "none":
         raise ConfigError(
             f"{recipe.name} has one format for all weights",
             hint="a budget takes a recipe that rounds weights into pack-quantized",
+            param="budget",
+        )
+    if recipe.overrides:
+        raise ConfigError(
+            f"{recipe.name} says itself how some linears are rounded",
+            hint="leave its overrides or the budget out",
             param="budget",
         )
     overrides = [
@@ -169,7 +177,7 @@ def mixed(recipe: Recipe, chosen: Sequence[Cost]) -> Recipe:
         for cost in chosen
         for module in cost.modules
     ]
-    return msgspec.structs.replace(recipe, overrides=[*recipe.overrides, *overrides])
+    return msgspec.structs.replace(recipe, overrides=overrides)
 
 
 def _hull(costs: Sequence[Cost]) -> list[Cost]:

@@ -147,14 +147,14 @@ class _Site:
         if prune is not None:
             parts = [self._pruned(part, prune, rounding) for part in torch.split(weight_OI, sizes)]
             weight_OI = torch.cat([part[0] for part in parts])
-            how = _prune_words(prune)
+            how = _prune_words(prune, prune.method if self._is_seen else "magnitude")
             if parts[0][1] is not None:
                 assert rounding is not None
                 linears = [part[1] for part in parts if part[1] is not None]
                 return weight_OI, _joined(linears), f"{how} and {rounding.to}, SparseGPT"
         if rounding is None:
             return weight_OI, None, how
-        words = f"{rounding.to} {'GPTQ' if rounding.method == 'gptq' else 'RTN'}"
+        words = f"{rounding.to} {'GPTQ' if rounding.method == 'gptq' and self._is_seen else 'RTN'}"
         restored, linear = self._rounded(weight_OI, rounding)
         return restored, linear, words if prune is None else f"{how}, {words}"
 
@@ -263,10 +263,10 @@ def _joint(rounding: Round | None, dtype: torch.dtype) -> Int4Groups | Int8Rows 
     return Int8Rows() if rounding is not None and rounding.to == "int8" and rounding.group is None else None
 
 
-def _prune_words(prune: Prune) -> str:
+def _prune_words(prune: Prune, method: str) -> str:
     what = f"{prune.keep}:{prune.of}" if prune.zeros is None else f"{prune.zeros:.0%} zeros"
     names = {"magnitude": "magnitude", "wanda": "Wanda", "sparsegpt": "SparseGPT"}
-    return f"{what} {names[prune.method]}"
+    return f"{what} {names[method]}"
 
 
 def _quantised(

@@ -103,6 +103,8 @@ def _read_ids(source: Path, file: Path, vocab_size: int, changed_ns: int) -> Seq
         return Tokenizer.load(source).encode(read_text(file), add_special=False)
     try:
         values = json.loads(file.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read: {error.strerror}", param="calibration") from None
     except (ValueError, RecursionError):
         raise ConfigError(f"{file} is not JSON", param="calibration") from None
     rows = values if isinstance(values, list) and all(isinstance(row, list) for row in values) else [values]

@@ -350,11 +350,29 @@ def test_the_command_compresses_by_several_recipes_and_shows_them_side_by_side(
         assert said in found.output
     assert sorted(path.name for path in out.iterdir()) == [PAGE_FILE, "mine", "w8a16"]
     assert from_json((out / "mine" / REPORT_FILE).read_bytes()).calibration_windows == 6
+    (tmp_path / "other.yaml").write_text(
+        (tmp_path / "mine.yaml").read_text().replace("name: mine", "name: other").replace(": 48", ": 24")
+    )
+    unlike = ["compress", str(source), "-r", mine, "-r", str(tmp_path / "other.yaml"), "--device", "cpu"]
+    refused = CliRunner().invoke(application(unlike), unlike).exception
+    assert isinstance(refused, ConfigError) and "windows of different lengths" in str(refused)
     again = CliRunner().invoke(application(words), words)
     assert isinstance(again.exception, ConfigError)
     budget = [*words[:2], "--budget", "many", "-r", mine, "-o", str(tmp_path / "none")]
     refused = CliRunner().invoke(application(budget), budget).exception
     assert isinstance(refused, ConfigError) and "a budget of 'many' is none" in str(refused)
+
+
+def test_experts_that_no_token_reached_are_said_to_be_rounded_as_they_were(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    source, text = make_twin("mixtral", tmp_path_factory.getbasetemp()), tokens(tmp_path)
+    recipe = small("w4a16-gptq")
+    recipe = msgspec.structs.replace(recipe, calibration=Calibration(samples=1, tokens=3))
+    report = make(asked(source, recipe, text), tmp_path / "out", silent)
+    how = {(facts.output_error is None, facts.how) for facts in report.linears}
+    assert how == {(True, "int4 RTN"), (False, "int4 GPTQ")}
+    assert {fallback.what for fallback in report.fallbacks} >= {"calibration"}
 
 
 def test_the_packaged_text_is_enough_for_the_packaged_recipes() -> None:

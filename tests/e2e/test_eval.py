@@ -82,6 +82,8 @@ def test_an_engine_and_a_server_score_rows_as_lm_eval_does(tmp_path: Path) -> No
         ((), "there is nothing to measure"),
         (("--tasks", "absent.jsonl"), "absent.jsonl cannot be read: No such file"),
         (("--against", "books-4m", "--tasks", "x"), "--against compares on a text"),
+        (("--text", "x", "--rows", "y"), "--rows, --shots and --limit are of task sets"),
+        (("--text", "x", "--api-key", "y"), "--served and --api-key are of a server"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_before_anything_starts(

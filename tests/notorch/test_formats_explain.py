@@ -160,3 +160,13 @@ def test_a_folder_of_another_tool_is_explained_in_the_terminal(
     as_json = json.loads(inspected(monkeypatch, capsys, str(INTERCHANGE / folder), "--json")[0])
     assert as_json["linears"] == [] and stored in as_json["config"]["stored"]["words"]
     assert load_model_config(INTERCHANGE / folder).stored is not None
+
+
+def test_linears_of_what_has_none_in_few_bits_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["sailfish", "inspect", "books-4m", "--linears"])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 2
+    assert "is quantised" in capsys.readouterr().err
