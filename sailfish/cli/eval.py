@@ -88,10 +88,7 @@ def eval(
         raise ConfigError("there is nothing to measure", hint="give --text FILE, --tasks FILE, or both")
     if against is not None and (text is None or url is not None):
         raise ConfigError("--against compares on a text, in this process", hint="give --text, and no --url")
-    if not tasks and (rows is not None or shots or limit is not None):
-        raise ConfigError("--rows, --shots and --limit are of task sets", hint="give --tasks FILE")
-    if url is None and (served is not None or api_key is not None):
-        raise ConfigError("--served and --api-key are of a server", hint="give --url URL")
+    _refuse_idle(tasks, (rows, shots or None, limit), url, (served, api_key))
     asked = _Asked(
         text=text,
         window=window,
@@ -112,6 +109,16 @@ def eval(
         tables.show_json(found)
     else:
         _show(found)
+
+
+def _refuse_idle(
+    tasks: Sequence[Path] | None, of_tasks: Sequence[object], url: str | None, of_server: Sequence[object]
+) -> None:
+    """Refuse flags that would mean nothing."""
+    if not tasks and any(value is not None for value in of_tasks):
+        raise ConfigError("--rows, --shots and --limit are of task sets", hint="give --tasks FILE")
+    if url is None and any(value is not None for value in of_server):
+        raise ConfigError("--served and --api-key are of a server", hint="give --url URL")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
