@@ -249,14 +249,11 @@ def test_a_drain_that_takes_too_long_ends_streams_with_an_error(start: Start) ->
 
 
 SCRIPT = """
-import asyncio, signal, sys
+import asyncio, sys
 from fake_engine import FakeEngine
 from sailfish.base.config import ServeConfig
 from sailfish.serve.server import bind, run
 
-# Whoever runs the tests may ignore some, as nohup does.
-for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-    signal.signal(number, signal.SIG_DFL)
 config = ServeConfig(port=0, drain_s=60.0)
 listener = bind(config)
 engine = FakeEngine(hold_after=1)
