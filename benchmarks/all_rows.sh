@@ -15,14 +15,16 @@ parts=("$@")
 [ ${#parts[@]} -gt 0 ] || parts=(int4 bf16 fp8 7b kernels head int8 server compare online)
 
 bench() { "$python" -m sailfish.cli.main bench "$@" --repeats "$repeats"; }
-engine() { bench engine --shape "$@" ${TRACE:+--trace "$TRACE"} --out "$out/engine.jsonl"; }
-rows="decode,ttft 2048,tput,resident weights,host,gpu idle"
+engine() { bench engine --shape "$@" --out "$out/engine.jsonl"; }
+replay=()
+[ -z "${TRACE:-}" ] || replay=(--trace "$TRACE")
+rows="decode,ttft 2048,tput 512,resident weights,host,gpu idle"
 
 for part in "${parts[@]}"; do
     echo "== $part, after $SECONDS s"
     case $part in
         int4) engine llama-3.1-8b --weights int4 --only "$rows,prefill 64,start" ;;
-        bf16) engine llama-3.1-8b --only "$rows,prefill 64,generate B=16,generate B=64,generate B=256,prefix 90,replay 16,start" ;;
+        bf16) engine llama-3.1-8b "${replay[@]}" --only "$rows,prefill 64,generate B=16,generate B=64,generate B=256,prefix 90,replay 16,start" ;;
         fp8) engine llama-3.1-8b --weights fp8 --only "$rows" ;;
         7b) engine llama-2-7b --weights int4 --only "decode,resident weights" ;;
         kernels) bench kernels --out "$out/kernels.jsonl" ;;
@@ -41,7 +43,7 @@ for part in "${parts[@]}"; do
             PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True \
                 "$python" benchmarks/compare_torch.py --repeats "$repeats" --out "$out/compare.jsonl"
             ;;
-        online) engine llama-3.1-8b --only "prefix 0,prefix 50,replay 8,replay 24" ;;
+        online) engine llama-3.1-8b "${replay[@]}" --only "prefix 0,prefix 50,replay 8,replay 24" ;;
         *) echo "no part is called $part" >&2 && exit 2 ;;
     esac
 done
