@@ -9,7 +9,7 @@ CONSTRAINTS := constraints/$(DEVICE).txt
 MODEL ?= books-4m
 export GOMP_SPINCOUNT ?= 500# OpenMP threads park soon: spinning ones cost a busy machine far more than they gain
 
-.PHONY: demo compress-demo test check quick static serve bench gpu clean
+.PHONY: demo compress-demo test test-computed test-run check house notorch static serve bench gpu clean
 
 demo: $(VENV)/.ready-client ## build the packaged model, serve it, stream an answer, show the figures
 	@$(BIN)/sailfish demo
@@ -26,7 +26,7 @@ bench: $(VENV)/.ready-client ## measure MODEL and append the figures to benchmar
 	@$(BIN)/sailfish bench engine $(MODEL)
 
 check: $(VENV)/.ready-check ## format, lint, types, house rules, tests without torch
-	@$(MAKE) --no-print-directory -j2 static quick
+	@$(MAKE) --no-print-directory -j3 static house notorch
 
 test: $(VENV)/.ready-test ## everything that needs no GPU, in halves at once
 	@$(MAKE) --no-print-directory -j3 static test-computed test-run
@@ -41,8 +41,8 @@ test-computed: $(VENV)/.ready-test
 test-run: $(VENV)/.ready-test
 	@$(BIN)/python -m pytest -q -m "not gpu" -p no:cacheprovider tests --ignore=tests/cpu
 
-quick: $(VENV)/.ready-check
-	@$(BIN)/python -m pytest -q tests/house tests/notorch
+house notorch: $(VENV)/.ready-check
+	@$(BIN)/python -m pytest -q -p no:cacheprovider tests/$@
 
 static: $(VENV)/.ready-check
 	@$(BIN)/ruff format --check --quiet .

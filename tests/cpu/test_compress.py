@@ -325,7 +325,6 @@ def test_the_layouts_of_other_tools_hold_what_was_measured(
 def test_transformers_runs_what_we_compress(
     name: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    pytest.importorskip("compressed_tensors", reason="compressed-tensors is not here")
     source, text = make_twin("llama", tmp_path_factory.getbasetemp(), dtype=torch.bfloat16), tokens(tmp_path)
     recipe = small(name)
     if recipe.round is not None and recipe.round.group is not None:

@@ -10,6 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
+from compressed_tensors.compressors.base import BaseCompressor
+from compressed_tensors.quantization.quant_config import QuantizationConfig
+from transformers.utils import quantization_config
 
 from sailfish.checkpoint.files import read_json
 from sailfish.checkpoint.formats.codec import layer_tensors, quantised_modules, read_linear, write_linear
@@ -31,9 +35,7 @@ TORCH = {"BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn}
 
 def library() -> Any:
     """Return compressed-tensors' compressors and its config class."""
-    base = pytest.importorskip("compressed_tensors.compressors.base", reason="compressed-tensors is not here")
-    config = pytest.importorskip("compressed_tensors.quantization.quant_config")
-    return base.BaseCompressor, config.QuantizationConfig
+    return BaseCompressor, QuantizationConfig
 
 
 def as_torch(tensor: StoredTensor) -> torch.Tensor:
@@ -114,14 +116,13 @@ def test_compressed_tensors_accepts_every_config_that_we_write(number: int) -> N
 
 @pytest.mark.parametrize("layout", ["gptq", "gptq_v2", "awq"])
 def test_transformers_reads_the_configs_that_we_write(layout: Any) -> None:
-    classes = pytest.importorskip("transformers.utils.quantization_config")
     scheme = LinearScheme(layout=layout, bits=4, strategy="group", group=64, symmetric=False)
     method: Any = "awq" if layout == "awq" else "gptq"
     ignore = ("in:lm_head", "in:visual") if method == "awq" else ("lm_head",)
     written = write_quant_config(
         QuantConfig(method=method, rules=(Rule(targets=("Linear",), scheme=scheme),), ignore=ignore)
     )
-    theirs = (classes.AwqConfig if method == "awq" else classes.GPTQConfig)(
+    theirs = (quantization_config.AwqConfig if method == "awq" else quantization_config.GPTQConfig)(
         **{key: value for key, value in written.items() if key != "quant_method"}
     )
     assert (theirs.bits, theirs.group_size) == (4, 64)
@@ -136,10 +137,8 @@ def test_transformers_reads_the_configs_that_we_write(layout: Any) -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("folder", ["gptq-w4", "ct-w4a16-gptq"])
 def test_transformers_runs_a_checkpoint_that_we_converted(folder: str, tmp_path: Path) -> None:
-    library()
     if not INTERCHANGE.is_dir():
         pytest.skip("shared/models/interchange is not beside this checkout")
-    transformers = pytest.importorskip("transformers")
     convert(INTERCHANGE / folder, tmp_path / "first", "gptq_v2", lambda done, total: None)
     config = convert(tmp_path / "first", tmp_path / "out", "pack-quantized", lambda done, total: None)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)

@@ -178,10 +178,9 @@ def check_logits(source: Path, engine: Artifact, *, vocab_size: int) -> None:
     assert wrong_Q.max() < (0.15 if is_8_bit else 1e-5)
 
 
-@pytest.mark.parametrize("name", QUANTISED)
+# transformers joins experts under other names: their numbers alone are compared, below.
+@pytest.mark.parametrize("name", [name for name in QUANTISED if name != "experts"])
 def test_an_engine_gives_the_logits_of_transformers_with_the_stored_numbers(name: str, home: Path) -> None:
-    if name == "experts":
-        pytest.skip("transformers joins experts under other names; their numbers are compared below")
     source = folder(name, home)
     check_logits(source, engine_of(source, home), vocab_size=256)
 

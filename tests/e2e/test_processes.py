@@ -92,7 +92,14 @@ def test_commands_that_need_one_engine_at_once_build_it_once(tmp_path: Path) -> 
     environ = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
     running = [
         subprocess.Popen(
-            [*COMMAND, "explain", "books-4m", "--json"],
+            [
+                *COMMAND,
+                "explain",
+                "books-4m",
+                "--json",
+                "--memory",
+                "1GiB",
+            ],  # not a share of what is free now
             env=environ,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -140,12 +140,12 @@ def check(step: Step, window: int | None = None, softcap: float | None = None, *
     assert ((out.double() - expected).abs() <= 2e-2 * expected.abs().amax(-1, True) + 1e-6).all()
 
 
-@pytest.mark.parametrize("kv", FORMATS)
-@pytest.mark.parametrize("head_dim", decode_attention.HEAD_DIMS)
+@pytest.mark.parametrize(
+    ("head_dim", "kv"),
+    [(e, kv) for e in decode_attention.HEAD_DIMS for kv in FORMATS if kv == "bfloat16" or e % 32 == 0],
+)
 def test_ragged_sequences_are_attended_in_every_format(head_dim: int, kv: str) -> None:
     """Empty rows yield zeros."""
-    if kv != "bfloat16" and head_dim % 32:
-        pytest.skip("not offered")
     check(make_step(RAGGED, heads=(8, 2, head_dim), kv=kv))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import fields, replace
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -299,7 +300,6 @@ def test_a_newer_card_runs_the_code_of_the_newest_known_one_and_an_older_one_is_
 
 
 def test_the_rows_of_a_plan_add_up_and_its_data_is_json() -> None:
-    msgspec = pytest.importorskip("msgspec")
     plan = make_plan(EngineConfig(), LLAMA_8B, H200)
     rows = memory_rows(plan)
     assert [row.name for row in rows] == [line.name for line in plan.memory] + ["total"]
