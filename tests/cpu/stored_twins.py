@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,25 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sailfish.checkpoint.formats.codec import layer_tensors, read_linear, write_linear
+from sailfish.checkpoint.formats.codec import layer_tensors, quantised_modules, read_linear, write_linear
 from sailfish.checkpoint.formats.config import read_quant_config
 from sailfish.checkpoint.formats.config_writer import write_quant_config
 from sailfish.checkpoint.formats.linear import QuantisedLinear
-from sailfish.checkpoint.formats.scheme import LinearScheme, QuantConfig, Rule
+from sailfish.checkpoint.formats.scheme import ActivationScheme, LinearScheme, QuantConfig, Rule
 from sailfish.checkpoint.formats.writer import CheckpointWriter
 from sailfish.checkpoint.safetensors_reader import Checkpoint, TensorRef
 
+INT8 = LinearScheme(
+    layout="int-quantized",
+    bits=8,
+    strategy="channel",
+    activations=ActivationScheme(kind="int", dynamic=True, strategy="token"),
+)
+FP8 = replace(
+    INT8,
+    layout="float-quantized",
+    activations=ActivationScheme(kind="float", dynamic=True, strategy="token"),
+)
 Schemes = Mapping[str, LinearScheme | None]
 """Expression of layers' module names, or "lm_head" -> how they are stored; the first that matches counts,
 None: dense."""
@@ -127,20 +139,25 @@ def restored_by_hand(linear: QuantisedLinear) -> NDArray[np.float32]:
     return np.stack(columns, axis=1)
 
 
-def stored_numbers(folder: Path) -> dict[str, tuple[LinearScheme, Tensor]]:
-    """Return the numbers of every quantised linear of a folder, by module, with its scheme."""
+def stored_linears(folder: Path) -> dict[str, tuple[LinearScheme, QuantisedLinear]]:
+    """Return every quantised linear of a folder, by module, with its scheme."""
     checkpoint = Checkpoint.open(folder)
     values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config = read_quant_config(values["quantization_config"], "config.json")
-    marks = (".qweight", ".weight_packed", ".weight_scale")
-    modules = {name.rpartition(".")[0] for name in checkpoint.tensors if name.endswith(marks)}
     found = {}
-    for module in sorted(modules):
+    for module in quantised_modules(checkpoint.tensors):
         scheme = config.scheme_of(module)
         assert scheme is not None
-        linear = read_linear(layer_tensors(checkpoint, module), scheme, module)
-        found[module] = scheme, torch.from_numpy(restored_by_hand(linear))
+        found[module] = scheme, read_linear(layer_tensors(checkpoint, module), scheme, module)
     return found
+
+
+def stored_numbers(folder: Path) -> dict[str, tuple[LinearScheme, Tensor]]:
+    """Return the numbers of every quantised linear of a folder, by module, with its scheme."""
+    return {
+        module: (scheme, torch.from_numpy(restored_by_hand(linear)))
+        for module, (scheme, linear) in stored_linears(folder).items()
+    }
 
 
 def stored_truth(folder: Path, *, rounds_activations: bool) -> Any:

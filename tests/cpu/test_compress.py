@@ -14,13 +14,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from stored_twins import stored_linears
 from twins import TWINS, VOCAB_SIZE, load_truth, make_twin
 from typer.testing import CliRunner
 
 from sailfish.base.errors import BuildError, CheckpointError, ConfigError
 from sailfish.checkpoint.files import read_json
-from sailfish.checkpoint.formats.codec import layer_tensors, quantised_modules, read_linear
-from sailfish.checkpoint.formats.config import read_quant_config
 from sailfish.checkpoint.formats.linear import QuantisedLinear
 from sailfish.checkpoint.hf_config import load_model_config
 from sailfish.checkpoint.safetensors_reader import Checkpoint
@@ -85,14 +84,7 @@ def asked(source: Path, recipe: Recipe, text: Path) -> Request:
 
 def linears(directory: Path) -> dict[str, QuantisedLinear]:
     """Return the rounded linears of a checkpoint by module."""
-    checkpoint = Checkpoint.open(directory)
-    config = read_quant_config(read_json(directory / "config.json")["quantization_config"], "config.json")
-    found = {}
-    for module in quantised_modules(checkpoint.tensors):
-        scheme = config.scheme_of(module)
-        assert scheme is not None
-        found[module] = read_linear(layer_tensors(checkpoint, module), scheme, module)
-    return found
+    return {module: linear for module, (_, linear) in stored_linears(directory).items()}
 
 
 def restored(directory: Path, to: Path) -> Path:

@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import msgspec
@@ -30,16 +29,14 @@ from sailfish.build import builder
 from sailfish.build.builder import build_engine
 from sailfish.build.quantise import Quantiser
 from sailfish.cli.inspect import show_weights
-from sailfish.compress.job import Done, Job
 from sailfish.compress.rtn import quantise_8, quantise_int4, restore_8, restore_int4
-from sailfish.compress.worker import quantise
 from sailfish.data import demo_model
 from sailfish.kernels.contract import Weight8
 from sailfish.kernels.int4 import Int4Weight
 from sailfish.models.layers.linear import LinearWeight
 from sailfish.plan.formats import engine_specs
-from sailfish.plan.types import Dtype
 
+pytestmark = pytest.mark.usefixtures("quantises_in_this_process")
 FLOAT32 = EngineConfig(dtype="float32")
 ENGINES: dict[str, tuple[str, EngineConfig]] = {
     "int4": ("llama", replace(FLOAT32, weights="int4", weight_group=32)),
@@ -54,30 +51,6 @@ ENGINES: dict[str, tuple[str, EngineConfig]] = {
         replace(FLOAT32, embedding="int8", head="plain"),
     ),
 }
-
-
-class InThisProcess:
-    """Quantises as the process of its own does, without its start."""
-
-    def __init__(self, checkpoint: Path, out: Path, formats: Any, *, dtype: Dtype, may_use_gpu: bool) -> None:
-        self._job = Job(
-            checkpoint=str(checkpoint), out=str(out), formats=formats, dtype=dtype, may_use_gpu=may_use_gpu
-        )
-
-    def __enter__(self) -> InThisProcess:
-        return self
-
-    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        return None
-
-    def finish(self, tell: Callable[[int, int], None]) -> Done:
-        """Do it."""
-        return quantise(self._job, tell)
-
-
-@pytest.fixture(autouse=True)
-def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(builder, "Quantiser", InThisProcess)
 
 
 @pytest.fixture(scope="module")

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import pytest
 import torch
 from paged import PagedDriver, load_engine_weights
 from rounded import restored
-from stored_twins import Schemes, store_twin, stored_numbers, stored_truth
+from stored_twins import FP8, INT8, Schemes, store_twin, stored_numbers, stored_truth
 from torch import Tensor
 from twins import make_twin
 
@@ -21,37 +20,23 @@ from sailfish.artifact.reader import Artifact
 from sailfish.artifact.side import read_evidence
 from sailfish.base.config import EngineConfig
 from sailfish.base.errors import CheckpointError, ConfigError, PlanError, UnsupportedModelError
-from sailfish.build import builder
 from sailfish.build.builder import build_engine
 from sailfish.checkpoint.formats.kept import row_order
 from sailfish.checkpoint.formats.scheme import ActivationScheme, LinearScheme
 from sailfish.checkpoint.hf_config import load_model_config
 from sailfish.checkpoint.names import linear_modules
-from sailfish.compress.job import Done, Job
-from sailfish.compress.worker import quantise
 from sailfish.models.layers.linear import LinearWeight, OrderedInt4
 from sailfish.plan.formats import engine_specs
 from sailfish.plan.ops import gathered_bytes
-from sailfish.plan.types import Dtype
 
 MODELS = Path(__file__).parents[2].parent / "shared" / "models"
+pytestmark = pytest.mark.usefixtures("quantises_in_this_process")
 FLOAT32 = EngineConfig(dtype="float32")
 G32 = LinearScheme(layout="pack-quantized", bits=4, strategy="group", group=32)
 G64 = replace(G32, group=64)
 ASYMMETRIC = replace(G32, symmetric=False)
 CHANNEL = replace(G32, strategy="channel", group=None)
 GPTQ = replace(G32, layout="gptq")
-INT8 = LinearScheme(
-    layout="int-quantized",
-    bits=8,
-    strategy="channel",
-    activations=ActivationScheme(kind="int", dynamic=True, strategy="token"),
-)
-FP8 = replace(
-    INT8,
-    layout="float-quantized",
-    activations=ActivationScheme(kind="float", dynamic=True, strategy="token"),
-)
 STATIC = ActivationScheme(kind="int", dynamic=False, strategy="tensor")
 QUANTISED: dict[str, tuple[str, Schemes, str]] = {
     "groups of 32": ("llama", {"": G32}, "int4"),
@@ -97,30 +82,6 @@ QUANTISED: dict[str, tuple[str, Schemes, str]] = {
     "the head": ("llama", {"lm_head": G64, "": G32}, "int4"),
     "experts": ("mixtral", {"block_sparse_moe.gate|mlp.gate$": None, "": G32}, "int4"),
 }
-
-
-class InThisProcess:
-    """Quantises as the process of its own does, without its start."""
-
-    def __init__(self, checkpoint: Path, out: Path, formats: Any, *, dtype: Dtype, may_use_gpu: bool) -> None:
-        self._job = Job(
-            checkpoint=str(checkpoint), out=str(out), formats=formats, dtype=dtype, may_use_gpu=may_use_gpu
-        )
-
-    def __enter__(self) -> InThisProcess:
-        return self
-
-    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        return None
-
-    def finish(self, tell: Callable[[int, int], None]) -> Done:
-        """Do it."""
-        return quantise(self._job, tell)
-
-
-@pytest.fixture(autouse=True)
-def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(builder, "Quantiser", InThisProcess)
 
 
 @pytest.fixture(scope="module")

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
 
 from sailfish.kernels.contract import ActivationFormat, KvLayer, Quantised
-from sailfish.kernels.cuda import elementwise, program
+from sailfish.kernels.cuda import elementwise
 from sailfish.kernels.reference import elementwise as reference
 from sailfish.kernels.reference import quantised
 
@@ -18,16 +16,6 @@ pytestmark = pytest.mark.gpu
 DTYPES = [torch.bfloat16, torch.float32]
 FORMATS: list[ActivationFormat] = ["plain", "int8", "fp8"]
 WIDTHS = [64, 1000, 1001, 4096, 5120, 8192, 14336, 16384]
-
-
-@pytest.fixture(params=["this device", "compute_80"])
-def code(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Run the machine code of this card, or what cards that are newer than all we know run."""
-    program.kernel.cache_clear()
-    if request.param == "compute_80":
-        monkeypatch.setattr(program, "architecture", lambda: "compute_80")
-    yield request.param
-    program.kernel.cache_clear()
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.bfloat16, scale: float = 1.0) -> Tensor:

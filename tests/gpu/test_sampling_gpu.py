@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ from torch import Tensor
 
 from sailfish.engine.sampler import sample
 from sailfish.engine.step import RowSampling
-from sailfish.kernels.cuda import program
 from sailfish.kernels.cuda.sampling import pick
 from sailfish.kernels.rows import Rows
 
@@ -19,16 +17,6 @@ pytestmark = pytest.mark.gpu
 
 POSITIONS = 3000
 SIZES = [(50, 40, 20), (1003, 64, 10), (32000, 300, 1), (128256, 100, 3)]
-
-
-@pytest.fixture(params=["this device", "compute_80"])
-def code(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Run the machine code of this card, or what cards that are newer than all we know run."""
-    program.kernel.cache_clear()
-    if request.param == "compute_80":
-        monkeypatch.setattr(program, "architecture", lambda: "compute_80")
-    yield request.param
-    program.kernel.cache_clear()
 
 
 def table_of(rows: list[RowSampling], tokens: list[list[int]], n_prompts: list[int]) -> Rows:

@@ -8,24 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from paged import PagedDriver
-from stored_twins import store_twin, stored_truth
+from stored_twins import FP8, INT8, store_twin, stored_truth
 
 from sailfish.build.builder import build_engine
-from sailfish.checkpoint.formats.scheme import ActivationScheme, LinearScheme
+from sailfish.checkpoint.formats.scheme import LinearScheme
 from sailfish.data import demo_model
 
 G128 = LinearScheme(layout="pack-quantized", bits=4, strategy="group", group=128)
-INT8 = LinearScheme(
-    layout="int-quantized",
-    bits=8,
-    strategy="channel",
-    activations=ActivationScheme(kind="int", dynamic=True, strategy="token"),
-)
-FP8 = replace(
-    INT8,
-    layout="float-quantized",
-    activations=ActivationScheme(kind="float", dynamic=True, strategy="token"),
-)
 pytestmark = pytest.mark.gpu
 MOST = {"int4": 0.02, "plain": 0.02, "int8": 0.05, "fp8": 0.1}
 """The median of relative errors; bfloat16 activations round to the other 8-bit number often enough."""

@@ -184,6 +184,33 @@ class FakeRunner:
         return token_id
 
 
+class Launched:
+    """What the loop holds of a step that was executed."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+
+    def wait(self) -> None:
+        """Return at once: the step has run."""
+
+    def result(self) -> StepResult:
+        """Return what came of it."""
+        return decode_result(self._data)
+
+
+class LoopRunner:
+    """The fake device as the engine's loop drives it, and what it was given."""
+
+    def __init__(self, limits: SchedulerLimits) -> None:
+        self._fake = FakeRunner(limits)
+        self.plans: list[StepPlan] = []
+
+    def execute(self, plan: StepPlan) -> Launched:
+        """Run a plan at once."""
+        self.plans.append(plan)
+        return Launched(self._fake.execute(plan))
+
+
 @dataclass
 class Answer:
     """What the owner of one sequence saw."""

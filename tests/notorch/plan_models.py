@@ -1,10 +1,11 @@
-"""Model configurations of known checkpoints, for plans."""
+"""Model configurations of known checkpoints, for plans; and a plan."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 from sailfish.checkpoint.model_config import LayerConfig, ModelConfig, MoeConfig, RopeConfig
+from sailfish.plan.types import CacheSpec, Decision, MemoryLine, Plan, WeightFormats
 
 _ROPE = RopeConfig(theta=500_000.0, rotary_dim=128)
 
@@ -57,3 +58,26 @@ EXPERTS = replace(
     )
     * 2,
 )
+
+PLAN = Plan(
+    target="cpu",
+    device="cpu",
+    dtype="float32",
+    formats=WeightFormats(),
+    kv_dtype="float32",
+    page_tokens=16,
+    context_tokens=128,
+    max_sequences=4,
+    step_tokens=64,
+    mixed_tokens=32,
+    max_queue=16,
+    n_blocks=32,
+    lag=0,
+    prefix_cache=True,
+    graph_buckets=(),
+    graph_chunks=(),
+    cache=(CacheSpec(layers=(0, 1), kind="full", window_tokens=None, dtype="float32", bytes_per_token=256),),
+    memory=(MemoryLine(name="weights", bytes=1024, why="one arena"),),
+    decisions=(Decision(name="dtype", requested="auto", active="float32", why="small"),),
+)
+"""A small plan for a CPU, of no model in particular."""

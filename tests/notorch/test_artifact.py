@@ -18,6 +18,7 @@ import pytest
 from engine_fixtures import build, tensor_bytes, tensor_shapes, write_checkpoint
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from plan_models import PLAN
 
 from sailfish.artifact import Artifact, manifest
 from sailfish.artifact.manifest import MANIFEST_FILE, Manifest, digest, encode
@@ -26,7 +27,6 @@ from sailfish.artifact.writer import EngineWriter
 from sailfish.base.errors import ArtifactError, BuildError
 from sailfish.kernels.contract import Choice
 from sailfish.plan import DeviceOverlay
-from sailfish.plan.types import CacheSpec, Decision, MemoryLine, Plan, WeightFormats
 
 
 @pytest.fixture(scope="module")
@@ -95,29 +95,6 @@ def test_a_bundle_needs_no_other_file(checkpoint: Path, tmp_path: Path) -> None:
     shutil.rmtree(gone)
     moved = (tmp_path / "bundle").rename(tmp_path / "elsewhere")
     assert all(check.is_intact for check in Artifact.open(moved).verify())
-
-
-PLAN = Plan(
-    target="cpu",
-    device="cpu",
-    dtype="float32",
-    formats=WeightFormats(),
-    kv_dtype="float32",
-    page_tokens=16,
-    context_tokens=128,
-    max_sequences=4,
-    step_tokens=64,
-    mixed_tokens=32,
-    max_queue=16,
-    n_blocks=32,
-    lag=0,
-    prefix_cache=True,
-    graph_buckets=(),
-    graph_chunks=(),
-    cache=(CacheSpec(layers=(0, 1), kind="full", window_tokens=None, dtype="float32", bytes_per_token=256),),
-    memory=(MemoryLine(name="weights", bytes=1024, why="one arena"),),
-    decisions=(Decision(name="dtype", requested="auto", active="float32", why="small"),),
-)
 
 
 def test_the_manifest_has_the_golden_bytes(sound: Artifact) -> None:

@@ -6,7 +6,7 @@ import queue
 from collections.abc import Callable
 
 import pytest
-from fake_runner import FakeRunner, sampling
+from fake_runner import Launched, LoopRunner, sampling
 
 from sailfish.engine import loop as engine_loop
 from sailfish.engine import wire
@@ -14,7 +14,7 @@ from sailfish.engine.foresight import StepTimes
 from sailfish.engine.limits import SchedulerLimits
 from sailfish.engine.loop import EngineLoop
 from sailfish.engine.scheduler import Scheduler
-from sailfish.engine.step import StepPlan, StepResult, decode_result
+from sailfish.engine.step import StepPlan, StepResult
 
 
 def test_the_next_plan_is_due_before_the_shortest_like_step_would_end() -> None:
@@ -45,27 +45,6 @@ def test_a_step_that_nobody_waited_for_tells_nothing() -> None:
     assert times.spare_s(256) == 0.0
 
 
-class _Done:
-    def __init__(self, data: bytes) -> None:
-        self._data = data
-
-    def wait(self) -> None:
-        pass
-
-    def result(self) -> StepResult:
-        return decode_result(self._data)
-
-
-class _Runner:
-    def __init__(self, limits: SchedulerLimits) -> None:
-        self._fake = FakeRunner(limits)
-        self.plans: list[StepPlan] = []
-
-    def execute(self, plan: StepPlan) -> _Done:
-        self.plans.append(plan)
-        return _Done(self._fake.execute(plan))
-
-
 class _Inbox:
     """Has a message only for who waits."""
 
@@ -85,7 +64,7 @@ def test_what_comes_while_a_long_step_runs_is_in_the_next_one() -> None:
     limits = SchedulerLimits(
         max_sequences=4, step_tokens=64, context_tokens=64, max_queue=9, page_tokens=4, n_blocks=64, lag=1
     )
-    runner = _Runner(limits)
+    runner = LoopRunner(limits)
     scheduler = Scheduler(limits, engine_digest="digest", kv_dtype="float32")
     loop = EngineLoop(scheduler, runner, lambda *_: None, 1, lambda: 0)
     loop.inbox.put((0, wire.Submit(1, [1, 2, 3], sampling(), 8, 0, None, "")))
@@ -118,19 +97,19 @@ class _Clock:
         raise queue.Empty
 
 
-class _TimedRunner(_Runner):
+class _TimedRunner(LoopRunner):
     def __init__(self, limits: SchedulerLimits, clock: _Clock) -> None:
         super().__init__(limits)
         self._clock = clock
 
-    def execute(self, plan: StepPlan) -> _Done:
+    def execute(self, plan: StepPlan) -> Launched:
         clock = self._clock
         begin_s = max(clock.now_s, clock.free_s)
         clock.now_s += clock.host_s
         clock.free_s = end_s = max(begin_s + clock.device_s(len(self.plans)), clock.now_s)
         done = super().execute(plan)
 
-        class Timed(_Done):
+        class Timed(Launched):
             def wait(self) -> None:
                 clock.now_s = max(clock.now_s, end_s)
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from fake_runner import Rig, alone, sampling
+from plan_models import PLAN
 
 from sailfish.base.errors import ConfigError, RequestError
 from sailfish.engine.limits import SchedulerLimits
 from sailfish.engine.sequence import SequenceKey
-from sailfish.plan.types import Plan, WeightFormats
 
 both_lags = pytest.mark.parametrize("lag", [0, 1])
 
@@ -423,27 +425,7 @@ def test_limits_of_nothing_are_refused(field: str) -> None:
 
 def test_limits_come_from_the_plan() -> None:
     """Every figure is the plan's; a 64th of the blocks is kept for those who run."""
-    plan = Plan(
-        target="cpu",
-        device="cpu",
-        dtype="float32",
-        formats=WeightFormats(),
-        kv_dtype="float32",
-        page_tokens=16,
-        context_tokens=256,
-        max_sequences=4,
-        step_tokens=128,
-        mixed_tokens=48,
-        max_queue=9,
-        n_blocks=640,
-        lag=0,
-        prefix_cache=True,
-        graph_buckets=(),
-        graph_chunks=(),
-        cache=(),
-        memory=(),
-        decisions=(),
-    )
+    plan = replace(PLAN, mixed_tokens=48, max_queue=9, n_blocks=640)
     found = SchedulerLimits.of(plan)
     assert (found.n_blocks, found.watermark_blocks, found.max_queue) == (640, 10, 9)
     assert found.prompt_tokens_beside(8) == 40 and found.prompt_tokens_beside(48) == 12

@@ -9,14 +9,14 @@ from collections import defaultdict
 import msgspec
 import numpy as np
 import pytest
-from fake_runner import FakeRunner, alone, sampling
+from fake_runner import LoopRunner, alone, sampling
 
 from sailfish.engine import wire
 from sailfish.engine.limits import SchedulerLimits
 from sailfish.engine.loop import EngineLoop
 from sailfish.engine.packing import Batch, pack_runs
 from sailfish.engine.scheduler import Scheduler
-from sailfish.engine.step import RowRun, RowSampling, StepPlan, StepResult, decode_plan, decode_result, encode
+from sailfish.engine.step import RowRun, RowSampling, StepPlan, decode_plan, encode
 
 
 @pytest.mark.parametrize("n_decodes", [0, 1, 7])
@@ -51,27 +51,6 @@ def test_decodes_in_arrays_are_packed_as_runs_of_one_token_are(
     assert packed[0] == packed[1]
 
 
-class _Launched:
-    def __init__(self, data: bytes) -> None:
-        self._data = data
-
-    def wait(self) -> None:
-        pass
-
-    def result(self) -> StepResult:
-        return decode_result(self._data)
-
-
-class _Runner:
-    """A fake device behind the loop."""
-
-    def __init__(self, limits: SchedulerLimits) -> None:
-        self._fake = FakeRunner(limits)
-
-    def execute(self, plan: StepPlan) -> _Launched:
-        return _Launched(self._fake.execute(plan))
-
-
 @pytest.mark.parametrize("lag", [0, 1])
 @pytest.mark.parametrize("n_clients", [1, 3])
 def test_every_client_hears_all_tokens_of_its_sequences_and_of_no_others(n_clients: int, lag: int) -> None:
@@ -98,7 +77,7 @@ def test_every_client_hears_all_tokens_of_its_sequences_and_of_no_others(n_clien
                 ends[client, event.key] = event.finish.reason
 
     scheduler = Scheduler(limits, engine_digest="digest", kv_dtype="float32")
-    loop = EngineLoop(scheduler, _Runner(limits), hear, lag, lambda: 0)
+    loop = EngineLoop(scheduler, LoopRunner(limits), hear, lag, lambda: 0)
     draw = random.Random(0)
     asked: dict[tuple[int, int], tuple[list[int], RowSampling, int]] = {}
     for key in range(24):
