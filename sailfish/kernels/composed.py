@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from sailfish.kernels.contract import ActivationFormat, Ops, Quantised, SumNorm, Weight8
@@ -24,7 +23,7 @@ def norm_linear(
     normed, sum_TD = _normed(ops, x_TD, norm, weight)
     if isinstance(weight, Weight8):
         assert isinstance(normed, Quantised)
-        linear_8 = ops.linear_int8 if weight.values_OI.dtype == torch.int8 else ops.linear_fp8
+        linear_8 = ops.linear_int8 if weight.format == "int8" else ops.linear_fp8
         y_TO = linear_8(normed, weight, bias_O)
     else:
         assert isinstance(normed, Tensor)
@@ -71,9 +70,7 @@ def normed_and_gated(
 def _normed(
     ops: Ops, x_TD: Tensor, norm: SumNorm, weight: Tensor | Int4Weight | Weight8
 ) -> tuple[Tensor | Quantised, Tensor]:
-    to: ActivationFormat = "plain"
-    if isinstance(weight, Weight8):
-        to = "int8" if weight.values_OI.dtype == torch.int8 else "fp8"
+    to: ActivationFormat = weight.format if isinstance(weight, Weight8) else "plain"
     return ops.add_rms_norm(x_TD, norm.residual_TD, norm.weight_D, norm.eps, norm.plus_one, to)
 
 

@@ -211,6 +211,11 @@ class Weight8:
         n_out, n_in = self.values_OI.shape
         return n_out, n_in
 
+    @property
+    def format(self) -> Literal["int8", "fp8"]:
+        """What its values are, and what activations it multiplies with are quantised to."""
+        return "fp8" if self.values_OI.is_floating_point() else "int8"
+
 
 @dataclass(frozen=True, slots=True)
 class SumNorm:

@@ -135,8 +135,7 @@ def wide_linear(
     A newer card, which runs other machine code, takes torch's product.
     """
     if program.architecture() != "sm_90a":
-        is_int8 = weight.values_OI.dtype == torch.int8
-        y_TO = (int_mm_linear if is_int8 else scaled_mm_linear)(x, weight, bias_O)
+        y_TO = (int_mm_linear if weight.format == "int8" else scaled_mm_linear)(x, weight, bias_O)
         return y_TO if activation is None else cast(Tensor, elementwise.act_mul(y_TO, activation))
     n_out, n_in = weight.values_OI.shape
     assert activation is None or n_out % 16 == 0

@@ -126,7 +126,7 @@ def linear_8(
     """Return scale_x * scale_weight * (x @ weight.T) + bias (+ residual), int8 or fp8; see linear_int4."""
     values_TI, values_OI = x.values_TI, weight.values_OI
     _refuse(rejects(values_TI, values_OI))
-    form = _INT8 if values_OI.dtype == torch.int8 else _FP8
+    form = _INT8 if weight.format == "int8" else _FP8
     operands = _Operands(
         bias_O=bias_O, residual_TO=residual_TO, row_scale_O=weight.scale_O, token_scale_T=x.scale_T
     )

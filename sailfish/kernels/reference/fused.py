@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from sailfish.kernels.contract import ActivationFormat, Ops, Quantised, SumNorm, Weight8
@@ -24,8 +23,7 @@ def norm_linear(
     normed, sum_TD = add_rms_norm(x_TD, norm.residual_TD, norm.weight_D, norm.eps, norm.plus_one)
     assert isinstance(normed, Tensor)
     if isinstance(weight, Weight8):
-        to: ActivationFormat = "int8" if weight.values_OI.dtype == torch.int8 else "fp8"
-        y_TO = linear_8(quantise(normed, to), weight, bias_O)
+        y_TO = linear_8(quantise(normed, weight.format), weight, bias_O)
     elif isinstance(weight, Int4Weight):
         y_TO = linear_int4(normed, weight, bias_O)
     else:

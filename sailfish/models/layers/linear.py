@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from sailfish.kernels.contract import ActivationFormat, Ops, Quantised, SumNorm, Weight8
@@ -41,7 +40,7 @@ class Linear:
     def takes(self) -> ActivationFormat:
         """The format of activations that the weight's format multiplies with."""
         weight = self.weight_OI
-        return _format_8(weight) if isinstance(weight, Weight8) else "plain"
+        return weight.format if isinstance(weight, Weight8) else "plain"
 
     def __call__(self, x_TI: Tensor | Quantised, ops: Ops) -> Tensor:
         weight = self.weight_OI
@@ -83,7 +82,3 @@ def dense(weights: Mapping[str, LinearWeight], name: str) -> Tensor:
     weight = weights[name]
     assert isinstance(weight, Tensor), f"{name} is dense in every engine"
     return weight
-
-
-def _format_8(weight: Weight8) -> ActivationFormat:
-    return "int8" if weight.values_OI.dtype == torch.int8 else "fp8"
