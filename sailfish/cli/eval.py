@@ -88,7 +88,7 @@ def eval(
         raise ConfigError("there is nothing to measure", hint="give --text FILE, --tasks FILE, or both")
     if against is not None and (text is None or url is not None):
         raise ConfigError("--against compares on a text, in this process", hint="give --text, and no --url")
-    _refuse_idle(tasks, (rows, shots or None, limit), url, (served, api_key))
+    _refuse_idle(tasks, (rows, shots or None, limit), url, (served, api_key), settings.origins)
     asked = _Asked(
         text=text,
         window=window,
@@ -112,13 +112,22 @@ def eval(
 
 
 def _refuse_idle(
-    tasks: Sequence[Path] | None, of_tasks: Sequence[object], url: str | None, of_server: Sequence[object]
+    tasks: Sequence[Path] | None,
+    of_tasks: Sequence[object],
+    url: str | None,
+    of_server: Sequence[object],
+    origins: Mapping[str, str],
 ) -> None:
     """Refuse flags that would mean nothing."""
     if not tasks and any(value is not None for value in of_tasks):
         raise ConfigError("--rows, --shots and --limit are of task sets", hint="give --tasks FILE")
     if url is None and any(value is not None for value in of_server):
         raise ConfigError("--served and --api-key are of a server", hint="give --url URL")
+    given = [setting.flag for setting in ENGINE if origins[setting.field].startswith("--")]
+    if url is not None and given:
+        raise ConfigError(
+            f"{', '.join(given)} would not reach the server at --url", hint="start the server with it"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

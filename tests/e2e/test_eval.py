@@ -52,10 +52,10 @@ def test_an_engine_and_a_server_score_rows_as_lm_eval_does(tmp_path: Path) -> No
         " ".join(entry["row"]["text"] for entry in FROZEN["lambada"]) * 4, encoding="utf-8"
     )
     text = ["--text", "text.txt", "--window", "64", "--windows", "3"]
-    common = ["--rows", "rows.jsonl", "--json", *ROOMY]
+    common = ["--rows", "rows.jsonl", "--json"]
     built = typed("build", "books-4m", "-o", "b.engine", *ROOMY, cwd=tmp_path)
     assert built.returncode == 0, built.stderr
-    ran = typed("eval", "b.engine", *text, *flags, *common, "--against", "books-4m", cwd=tmp_path)
+    ran = typed("eval", "b.engine", *text, *flags, *common, *ROOMY, "--against", "books-4m", cwd=tmp_path)
     assert ran.returncode == 0, ran.stderr
     local = json.loads(ran.stdout)
     check(tmp_path, local)
@@ -84,6 +84,7 @@ def test_an_engine_and_a_server_score_rows_as_lm_eval_does(tmp_path: Path) -> No
         (("--against", "books-4m", "--tasks", "x"), "--against compares on a text"),
         (("--text", "x", "--rows", "y"), "--rows, --shots and --limit are of task sets"),
         (("--text", "x", "--api-key", "y"), "--served and --api-key are of a server"),
+        (("--text", "x", "--url", "y", "--kv-dtype", "int8"), "--kv-dtype would not reach the server"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_before_anything_starts(
