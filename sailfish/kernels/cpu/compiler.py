@@ -1,0 +1,118 @@
+"""Compiles the CPU's kernels with the C++ compiler that is there, once a level of instructions. No torch."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from types import MappingProxyType
+
+from sailfish.base.errors import EngineError
+from sailfish.base.sources import cache_dir, environment
+
+SOURCE_DIR = Path(__file__).parent / "source"
+_AVX2 = ("-mavx2", "-mfma", "-mf16c")
+_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni")
+LEVELS: MappingProxyType[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "avx512_bf16": (*_AVX512, "-mavx512bf16", "-mprefer-vector-width=512"),
+        "avx512_vnni": (*_AVX512, "-mprefer-vector-width=512"),
+        "avx_vnni": (*_AVX2, "-mavxvnni"),
+        "avx2": _AVX2,
+    }
+)
+"""The compiler's flags for each level of instructions, the best first."""
+_FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-ffp-contract=off", "-Wall", "-Wextra", "-pthread")
+_SHARED = ("-fPIC", "-shared", "-fvisibility=hidden")
+_TIMEOUT_S = 300.0
+
+
+def find_compiler() -> Path | None:
+    """Return the C++ compiler: what CXX names, or the first of c++, g++ and clang++ on the PATH."""
+    environ = environment()
+    for name in (environ.get("CXX"), "c++", "g++", "clang++"):
+        if name and (found := shutil.which(name, path=environ.get("PATH"))):
+            return Path(found)
+    return None
+
+
+def missing() -> str | None:
+    """Return why no kernels can be compiled on this machine, or None."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return f"the kernels are written for x86-64, this machine is {platform.machine()}"
+    if find_compiler() is None:
+        return "no C++ compiler is installed (install g++ or clang++, or name one in CXX)"
+    return None
+
+
+def compiled(level: str) -> Path:
+    """Return the shared library for a level, from the cache by (sources, compiler, flags) or compiled now.
+
+    Processes that want the same one wait for the first. EngineError with the log if it does not compile.
+    """
+    directory = cache_dir() / "kernels"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        path = directory / f"cpu-{level}-{_key(level)}.so"
+        if path.exists():
+            return path
+        with (directory / f"cpu-{level}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not path.exists():
+                _build(level, path)
+        return path
+    except OSError:  # a read-only cache costs a compilation at every start, nothing else
+        path = Path(tempfile.mkdtemp(prefix="sailfish-")) / f"cpu-{level}.so"
+        _build(level, path)
+        return path
+
+
+def compile_to(out: Path, flags: Sequence[str], sources: Sequence[Path]) -> None:
+    """Compile and link sources with `flags` beside the common ones; EngineError with the log if it fails."""
+    compiler = find_compiler()
+    if compiler is None:
+        raise EngineError(f"the CPU's kernels cannot be compiled: {missing()}")
+    command = [str(compiler), *_FLAGS, *flags, f"-I{SOURCE_DIR}", *map(str, sources), "-o", str(out)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S)
+    except subprocess.TimeoutExpired as error:
+        raise EngineError(f"{compiler} did not end within {_TIMEOUT_S:g} s") from error
+    if done.returncode != 0:
+        raise EngineError(
+            f"{compiler} does not compile the CPU's kernels: {done.stderr.strip()}",
+            hint="report this with the log",
+        )
+
+
+def _build(level: str, path: Path) -> None:
+    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".so", delete=False) as part:
+        pass
+    try:
+        compile_to(Path(part.name), (*_SHARED, *LEVELS[level]), sorted(SOURCE_DIR.glob("*.cpp")))
+        os.replace(part.name, path)
+    except BaseException:
+        Path(part.name).unlink(missing_ok=True)
+        raise
+
+
+def _key(level: str) -> str:
+    digest = hashlib.sha256(repr((_compiler_version(), _FLAGS, _SHARED, LEVELS[level])).encode())
+    for source in sorted((*SOURCE_DIR.glob("*.cpp"), *SOURCE_DIR.glob("*.h"))):
+        digest.update(source.name.encode())
+        digest.update(source.read_bytes())
+    return digest.hexdigest()[:24]
+
+
+@cache
+def _compiler_version() -> str:
+    compiler = find_compiler()
+    if compiler is None:
+        raise EngineError(f"the CPU's kernels cannot be compiled: {missing()}")
+    return f"{compiler} " + subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
