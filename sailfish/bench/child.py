@@ -1,16 +1,25 @@
-"""Runs one of our modules as a process that says READY, and ends it."""
+"""What a process of a measurement and its parent hold to: READY once it serves, an end with its parent."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import IO
 
 from sailfish.base.errors import EngineError
+from sailfish.engine import wire
+from sailfish.engine.api import EngineInfo
+from sailfish.engine.endpoint import Endpoint
+from sailfish.engine.loop import EngineLoop, Runner
+from sailfish.engine.scheduler import Scheduler
 
+_NO_CLIENT = -1
 _STOP_S = 20.0
 
 
@@ -52,3 +61,26 @@ def child(module: str, *flags: str) -> Iterator[Child]:
             process.kill()
             process.wait()
         process.stdout.close()
+
+
+def serve(socket: Path, info: EngineInfo, scheduler: Scheduler, runner: Runner, lag: int) -> None:
+    """Say READY and drive a runner for clients of a socket, until standard input closes or SIGTERM comes."""
+    endpoint = Endpoint(socket, info)
+    loop = EngineLoop(scheduler, runner, endpoint.send, lag, lambda: 0)
+
+    def drain(*_: object) -> None:
+        loop.inbox.put((_NO_CLIENT, wire.Drain(0.0)))
+
+    def end_with_parent() -> None:
+        os.read(sys.stdin.fileno(), 1)
+        drain()
+
+    signal.signal(signal.SIGTERM, drain)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    endpoint.start(loop)
+    sys.stdout.buffer.write(b"READY\n")
+    sys.stdout.flush()
+    try:
+        loop.run()
+    finally:
+        endpoint.stop()

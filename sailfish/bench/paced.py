@@ -9,23 +9,17 @@ from __future__ import annotations
 import argparse
 import os
 import random
-import signal
-import sys
-import threading
 import time
 from pathlib import Path
 
 from sailfish.artifact.reader import Artifact
 from sailfish.base import log
-from sailfish.engine import wire
+from sailfish.bench.child import serve
 from sailfish.engine.api import EngineInfo
-from sailfish.engine.endpoint import Endpoint
 from sailfish.engine.limits import SchedulerLimits
-from sailfish.engine.loop import EngineLoop
 from sailfish.engine.scheduler import Scheduler
 from sailfish.engine.step import StepPlan, StepResult
 
-_NO_CLIENT = -1
 _PAGE_TOKENS = 64
 _STEP_TOKENS = 8192
 _POOL = 65536
@@ -111,27 +105,7 @@ def main() -> None:
         pid=os.getpid(),
     )
     scheduler = Scheduler(limits, engine_digest=artifact.digest, kv_dtype="float32")
-    endpoint = Endpoint(args.socket, info)
-    loop = EngineLoop(
-        scheduler, PacedRunner(args.step_ms / 1e3, model.vocab_size), endpoint.send, limits.lag, lambda: 0
-    )
-
-    def drain(*_: object) -> None:
-        loop.inbox.put((_NO_CLIENT, wire.Drain(0.0)))
-
-    def end_with_parent() -> None:
-        os.read(sys.stdin.fileno(), 1)
-        drain()
-
-    signal.signal(signal.SIGTERM, drain)
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    endpoint.start(loop)
-    sys.stdout.buffer.write(b"READY\n")
-    sys.stdout.flush()
-    try:
-        loop.run()
-    finally:
-        endpoint.stop()
+    serve(args.socket, info, scheduler, PacedRunner(args.step_ms / 1e3, model.vocab_size), limits.lag)
 
 
 if __name__ == "__main__":

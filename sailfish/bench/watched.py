@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
-import signal
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -18,17 +15,15 @@ from sailfish.base import log
 from sailfish.base.config import EngineConfig
 from sailfish.base.sources import environment
 from sailfish.bench import steps
+from sailfish.bench.child import serve
 from sailfish.bench.steps import Span, Watched
-from sailfish.engine import wire
 from sailfish.engine.boot import boot
-from sailfish.engine.endpoint import Endpoint
 from sailfish.engine.limits import SchedulerLimits
-from sailfish.engine.loop import EngineLoop, Runner, StepHandle
+from sailfish.engine.loop import Runner, StepHandle
 from sailfish.engine.scheduler import Scheduler
 from sailfish.engine.step import StepPlan, StepResult
 from sailfish.engine.worker import info_of
 
-_NO_CLIENT = -1
 _TEMPLATE = re.compile(r"^void |[<(].*")
 """What stands around the name of a kernel that is a C++ template."""
 _UNTRACED = steps.SETTLE_STEPS + steps.WINDOWS * steps.WINDOW_STEPS
@@ -146,25 +141,7 @@ def main() -> None:
     batches = [int(word) for word in args.batches.split(",")]
     runner = Watch(booted.runner, batches, traces=plan.device == "cuda")
     scheduler = Scheduler(SchedulerLimits.of(plan), engine_digest=artifact.digest, kv_dtype=plan.kv_dtype)
-    endpoint = Endpoint(args.socket, info_of(booted, None, 0.0))
-    loop = EngineLoop(scheduler, runner, endpoint.send, plan.lag, lambda: 0)
-
-    def drain(*_: object) -> None:
-        loop.inbox.put((_NO_CLIENT, wire.Drain(0.0)))
-
-    def end_with_parent() -> None:
-        os.read(sys.stdin.fileno(), 1)
-        drain()
-
-    signal.signal(signal.SIGTERM, drain)
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    endpoint.start(loop)
-    sys.stdout.buffer.write(b"READY\n")
-    sys.stdout.flush()
-    try:
-        loop.run()
-    finally:
-        endpoint.stop()
+    serve(args.socket, info_of(booted, None, 0.0), scheduler, runner, plan.lag)
 
 
 if __name__ == "__main__":
