@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import tree
@@ -11,23 +14,36 @@ import tree
 UNPICKLERS = {"pickle", "cPickle", "dill", "marshal", "shelve", "cloudpickle", "joblib"}
 BANNED_CALLS = {"eval", "exec", "torch.load", "os.system", "os.popen", "breakpoint", "numpy.load", "np.load"}
 TEXT_SUFFIXES = {".py", ".md", ".toml", ".txt", ".yml", ".yaml", ".json", ".svg", ".cfg", ""}
+UNTRACKED = {".git", ".venv", "node_modules", "__pycache__", "constraints"}
+UNTRACKED_AT_ROOT = {".hypothesis", ".carry", ".whl", "out"}
 FOREIGN = re.compile(
     r"/(?:home|root|Users|mnt|wor[k])/[\w.]|pypi\.or[g]|files\.pythonhoste[d]|registry\.npmj[s]|C:\\\\Users"
 )
 
 
+@cache
 def _calls() -> list[tuple[Path, ast.Call, str]]:
     return [
         (path, node, tree.dotted(node.func))
         for path in tree.files()
-        for node in ast.walk(tree.tree(path))
+        for node in tree.nodes(path)
         if isinstance(node, ast.Call)
     ]
 
 
 def _names(path: Path) -> list[tuple[int, str]]:
-    nodes = [n for n in ast.walk(tree.tree(path)) if isinstance(n, ast.Attribute | ast.Name)]
+    nodes = [node for node in tree.nodes(path) if isinstance(node, ast.Attribute | ast.Name)]
     return [(node.lineno, tree.dotted(node)) for node in nodes]
+
+
+def _written_files() -> Iterator[Path]:
+    """Yield the repository's files, without looking into what tools install or keep."""
+    for folder, folders, files in os.walk(tree.ROOT):
+        skipped = UNTRACKED | (UNTRACKED_AT_ROOT if Path(folder) == tree.ROOT else set())
+        folders[:] = [
+            name for name in folders if name not in skipped and not name.endswith((".egg-info", "_cache"))
+        ]
+        yield from filter(Path.is_file, (Path(folder, name) for name in files))
 
 
 def _logs_traceback(handler: ast.ExceptHandler) -> bool:
@@ -74,7 +90,7 @@ def test_broad_excepts_stand_at_process_edges_with_a_reason() -> None:
     wrong = []
     for path in tree.files():
         lines = path.read_text(encoding="utf-8").splitlines()
-        for node in ast.walk(tree.tree(path)):
+        for node in tree.nodes(path):
             if not isinstance(node, ast.ExceptHandler):
                 continue
             kinds = node.type.elts if isinstance(node.type, ast.Tuple) else [node.type]
@@ -88,14 +104,8 @@ def test_broad_excepts_stand_at_process_edges_with_a_reason() -> None:
 
 def test_the_tree_names_no_machine_and_no_package_index() -> None:
     """Nothing tracked may depend on one person's folders or one place's mirror."""
-    skipped = {".git", ".venv", "node_modules", "__pycache__", "constraints"}
     wrong = []
-    for path in sorted(tree.ROOT.rglob("*")):
-        parts = path.relative_to(tree.ROOT).parts
-        if any(part in skipped or part.endswith((".egg-info", "_cache")) for part in parts):
-            continue
-        if parts[0] in {".hypothesis", ".carry", ".whl", "out"} or not path.is_file():
-            continue
+    for path in _written_files():
         if path.suffix not in TEXT_SUFFIXES or path.name == "tokenizer.json":
             continue
         text = path.read_text(encoding="utf-8", errors="replace")

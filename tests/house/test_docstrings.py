@@ -45,7 +45,7 @@ def test_every_file_postpones_annotations() -> None:
         tree.name(path)
         for path in tree.files()
         if len(tree.tree(path).body) > 1
-        and any(isinstance(n, ast.AnnAssign | ast.arg) for n in ast.walk(tree.tree(path)))
+        and any(isinstance(n, ast.AnnAssign | ast.arg) for n in tree.nodes(path))
         and not any(module == "__future__.annotations" for _, module in tree.imports(path))
     ]
     assert not wrong, wrong

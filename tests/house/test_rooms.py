@@ -59,7 +59,7 @@ def test_only_the_cuda_rooms_name_torch_cuda() -> None:
             continue
         wrong += [
             f"{tree.name(path)}:{node.lineno}"
-            for node in tree.ast.walk(tree.tree(path))
+            for node in tree.nodes(path)
             if tree.dotted(node).startswith("torch.cuda")
         ]
     assert not wrong, "\n".join(wrong)

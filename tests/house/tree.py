@@ -28,6 +28,12 @@ def tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
 
 
+@cache
+def nodes(path: Path) -> tuple[ast.AST, ...]:
+    """Return every node of a file's syntax tree."""
+    return tuple(ast.walk(tree(path)))
+
+
 def name(path: Path) -> str:
     """Return a file's path from the repository's root."""
     return path.relative_to(ROOT).as_posix()
@@ -41,7 +47,7 @@ def room(path: Path) -> str:
 
 def imports(path: Path) -> Iterator[tuple[int, str]]:
     """Yield (line, dotted module) of every import, inside functions too."""
-    for node in ast.walk(tree(path)):
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 yield node.lineno, alias.name
@@ -63,7 +69,7 @@ def functions(node: ast.AST, inside: str = "") -> Iterator[tuple[str, Function]]
             yield from functions(child, f"{inside}{child.name}.")
         elif isinstance(child, ast.ClassDef):
             yield from functions(child, f"{inside}{child.name}.")
-        else:
+        elif not isinstance(child, ast.expr):
             yield from functions(child, inside)
 
 
