@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sailfish.base.errors import ConfigError, EngineError
-from sailfish.quality.intervals import PerWindow
 from sailfish.quality.metrics import TokenComparison, compare_tokens, token_nll
 from sailfish.quality.model import WindowModel
 from sailfish.quality.scores import Comparison, Scores
@@ -32,7 +31,7 @@ def score(model: WindowModel, windows: Sequence[Window], progress: Progress | No
     found: list[NDArray[np.float64]] = []
     for done, window in enumerate(windows, 1):
         hidden_SD, target_S = _predicting(model, window)
-        chunks = _chunks(len(target_S), model)
+        chunks = chunks_of(len(target_S), model.config.vocab_size, model.device.type)
         nll = [token_nll(model.logits(hidden_SD[rows]), target_S[rows]) for rows in chunks]
         found.append(_finite(torch.cat(nll), done))
         if progress is not None:
@@ -64,16 +63,28 @@ def compare_all(
         parent_SD, target_S = _predicting(parent, window)
         hidden = [_predicting(model, window)[0] for model in models]
         parts: list[list[TokenComparison]] = [[] for _ in models]
-        for rows in _chunks(len(target_S), parent):
+        for rows in chunks_of(len(target_S), parent.config.vocab_size, parent.device.type):
             parent_CV = parent.logits(parent_SD[rows])
             for model, hidden_SD, part in zip(models, hidden, parts, strict=True):
                 logits_CV = model.logits(hidden_SD[rows]).to(parent.device)
                 part.append(compare_tokens(logits_CV, parent_CV, target_S[rows]))
         for figures, part in zip(found, parts, strict=True):
-            figures.append([_finite(torch.cat(column), done) for column in zip(*part, strict=True)])
+            figures.append(on_host(part, done))
         if progress is not None:
             progress(done, len(windows))
-    return [_comparison(figures) for figures in found]
+    return [Comparison.of_windows(figures) for figures in found]
+
+
+def chunks_of(n_rows: int, vocab_size: int, device: str) -> Iterator[slice]:
+    """Yield the rows of a window whose logits are worked on together, on "cpu" or "cuda"."""
+    rows = max(1, _CHUNK_ELEMENTS[device] // vocab_size)
+    for start in range(0, n_rows, rows):
+        yield slice(start, min(start + rows, n_rows))
+
+
+def on_host(parts: Sequence[TokenComparison], number: int) -> list[NDArray[np.float64]]:
+    """Return each figure of window `number`, joined; raises EngineError where one is not finite."""
+    return [_finite(torch.cat(column), number) for column in zip(*parts, strict=True)]
 
 
 def _predicting(model: WindowModel, window: Window) -> tuple[Tensor, Tensor]:
@@ -81,12 +92,6 @@ def _predicting(model: WindowModel, window: Window) -> tuple[Tensor, Tensor]:
     hidden_TD = model.hidden(window.tokens)
     target_S = torch.tensor(window.tokens[window.n_context :], dtype=torch.int64).to(model.device)
     return hidden_TD[window.n_context - 1 : -1], target_S
-
-
-def _chunks(n_rows: int, model: WindowModel) -> Iterator[slice]:
-    rows = max(1, _CHUNK_ELEMENTS[model.device.type] // model.config.vocab_size)
-    for start in range(0, n_rows, rows):
-        yield slice(start, min(start + rows, n_rows))
 
 
 def _finite(figure_S: Tensor, number: int) -> NDArray[np.float64]:
@@ -98,18 +103,6 @@ def _finite(figure_S: Tensor, number: int) -> NDArray[np.float64]:
             hint="a weight or an activation overflowed: look at the last step of compression",
         )
     return values
-
-
-def _comparison(figures: list[list[NDArray[np.float64]]]) -> Comparison:
-    columns: list[PerWindow] = [list(column) for column in zip(*figures, strict=True)]
-    nll, parent_nll, kl, is_same_top, acceptance = columns
-    return Comparison(
-        model=Scores(nll=nll),
-        parent=Scores(nll=parent_nll),
-        kl=kl,
-        is_same_top=is_same_top,
-        acceptance=acceptance,
-    )
 
 
 def _check(models: Sequence[WindowModel], windows: Sequence[Window]) -> None:

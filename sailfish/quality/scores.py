@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import exp, expm1
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sailfish.base.errors import ConfigError
 from sailfish.quality.intervals import (
@@ -75,6 +77,18 @@ class Comparison:
     kl: PerWindow
     is_same_top: PerWindow
     acceptance: PerWindow
+
+    @classmethod
+    def of_windows(cls, figures: Iterable[Sequence[NDArray[np.float64]]]) -> Comparison:
+        """Take the figures of each window, one or more, in the order of `metrics.TokenComparison`."""
+        nll, parent_nll, kl, is_same_top, acceptance = (list(column) for column in zip(*figures, strict=True))
+        return cls(
+            model=Scores(nll=nll),
+            parent=Scores(nll=parent_nll),
+            kl=kl,
+            is_same_top=is_same_top,
+            acceptance=acceptance,
+        )
 
     def first(self, n_windows: int) -> Comparison:
         """Return the comparison over the first windows."""
