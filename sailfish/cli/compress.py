@@ -9,7 +9,6 @@ import typer
 
 from sailfish.base.errors import ConfigError
 from sailfish.base.sources import environment
-from sailfish.base.units import format_bytes, format_duration
 from sailfish.cli import opening, tables
 from sailfish.cli.options import AsJson, Download, Offline
 
@@ -171,42 +170,15 @@ def _bits(text: str) -> float:
 
 
 def _show(reports: list[Report]) -> None:
-    from sailfish.compress.report import speed_words
+    from sailfish.compress.page import side_by_side
 
     first = reports[0]
-    rows = [
-        (
-            "parent",
-            format_bytes(first.bytes_before),
-            "",
-            f"{first.quality.parent_perplexity.value:.3f}",
-            "",
-            "",
-            "",
-            "1.00 x",
-            "",
-        )
-    ]
-    rows += [
-        (
-            str(report.recipe["name"]),
-            format_bytes(report.bytes_after),
-            f"{report.linear_bits:.3f}",
-            f"{report.quality.perplexity.value:.3f}",
-            f"{report.quality.increase.value:+.2%}",
-            f"{report.quality.kl.value:.4f}",
-            f"{report.quality.top1.value:.2%}",
-            speed_words(report),
-            format_duration(sum(report.seconds.values())),
-        )
-        for report in reports
-    ]
-    columns = ("recipe", "size", "bits", "perplexity", "change", "KL", "same top", "speed", "time")
+    heads, rows = side_by_side(reports)
     tables.show(
         f"{first.parent} on {first.device}: {first.quality.n_tokens:,} tokens of {first.quality.text}",
-        columns,
+        heads,
         rows,
-        right=columns[1:],
+        right=heads[1:],
     )
     for report in reports:
         for warning in report.warnings:
