@@ -19,7 +19,7 @@ def list_recipes() -> None:
 
     found = [load(name) for name in names()]
     rows = [
-        (one.name, f"{one.bits_per_weight:.3f}", "yes" if one.needs_inputs else "no", one.about)
+        (one.name, f"{one.bits_per_weight:.3f}", "yes" if one.is_calibrated else "no", one.about)
         for one in found
     ]
     tables.show("Recipes", ("name", "bits", "calibrated", "what it does"), rows, right=("bits",))

@@ -11,9 +11,10 @@ import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -27,12 +28,14 @@ from sailfish.checkpoint.hf_config import load_model_config
 from sailfish.checkpoint.model_config import ModelConfig
 from sailfish.checkpoint.names import check_tensors, tensor_specs
 from sailfish.checkpoint.safetensors_reader import Checkpoint
-from sailfish.compress.block import Block, Device, Site, block_specs, read_tensor, sites
+from sailfish.compress.block import Block, Device, block_specs, read_tensor, sites
+from sailfish.compress.cut import n_layers_left, narrowed
 from sailfish.compress.inputs import Inputs
 from sailfish.compress.recipe import Recipe
-from sailfish.compress.report import Fallback, LinearFacts
+from sailfish.compress.report import Fallback, LinearFacts, Removed
 from sailfish.compress.step import CompressedBlock, compress_block
 from sailfish.compress.storing import Store
+from sailfish.compress.structured import block_influence, cut_block, least_influential
 from sailfish.compress.texts import Texts
 from sailfish.hardware.memory import begin_cuda_peak, cuda_memory
 from sailfish.kernels.contract import ActivationFormat
@@ -54,6 +57,9 @@ class Run:
     """Over all windows, once every block is done."""
     drift: list[float] = field(default_factory=list)
     linears: list[LinearFacts] = field(default_factory=list)
+    removed: list[Removed] = field(default_factory=list)
+    influence: list[float] = field(default_factory=list)
+    """Of each block, where some are removed for having little."""
     fallbacks: list[Fallback] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     bytes_before: int = 0
@@ -117,6 +123,8 @@ class _Driver:
     ) -> None:
         self._checkpoint = checkpoint
         self._config = config
+        self._narrow = config if recipe.cut is None else narrowed(config, recipe.cut)
+        """With the heads and channels that stay, of all layers."""
         self._recipe = recipe
         self._on = on
         self._store = store
@@ -127,7 +135,7 @@ class _Driver:
         head = specs.get("head.weight")
         self._head_VD = table_VD if head is None else read_tensor(checkpoint, head.sources[0])
         self._windows = texts.evaluation
-        calibration = texts.calibration if recipe.needs_inputs else []
+        calibration = texts.calibration if recipe.is_calibrated else []
         self._calibration = [self._embedded(window, table_VD) for window in calibration]
         self._parent = [self._embedded(window, table_VD) for window in texts.evaluation]
         self._child = list(self._parent)
@@ -136,26 +144,29 @@ class _Driver:
         """Compress every block, and compare what comes out of the last one."""
         n_layers = self._config.n_layers
         run = Run()
+        gone = self._cut_layers(run, tell)
         parent = child = None
         for layer in range(n_layers):
             parent = child = None  # gives their memory back before the next ones take theirs
             is_last = layer == n_layers - 1
             tell("compressing", layer, n_layers)
-            specs = block_specs(self._config, layer)
-            tensors = {source: read_tensor(self._checkpoint, source) for s in specs for source in s.sources}
-            parent = self._block(layer, tensors, is_last, {})
-            where = sites(self._config, layer)
-            inputs = {site.name: Inputs(site.n_in, self._on.torch) for site in where}
-            with _timed(run.seconds, "calibration"):
-                self._see(parent, inputs)
+            tensors = self._tensors(layer)
+            parent = self._block(self._config, layer, tensors, is_last, {})
+            inputs = {s.name: Inputs(s.n_in, self._on.torch) for s in sites(self._config, layer)}
+            if layer not in gone:
+                with _timed(run.seconds, "calibration"):
+                    self._see(parent, inputs)
             with _timed(run.seconds, "measuring"):
                 self._parent = [parent.run(hidden_TD) for hidden_TD in self._parent]
+            if layer in gone:
+                run.drift.append(_drift(self._child, self._parent))
+                continue
             if not is_last:
                 parent = None
             with _timed(run.seconds, "methods"):
-                made = self._compressed(layer, where, tensors, inputs)
+                made = self._compressed(layer, tensors, inputs, run)
             self._keep(made, tensors, run)
-            child = self._block(layer, made.tensors, is_last, self._rounded(where))
+            child = self._block(self._narrow, layer, made.tensors, is_last, self._rounded(layer))
             with _timed(run.seconds, "calibration"):
                 if not is_last:
                     self._calibration = [child.run(hidden_TD) for hidden_TD in self._calibration]
@@ -167,6 +178,43 @@ class _Driver:
         with _timed(run.seconds, "measuring"):
             run.comparison = self._compare(parent, child)
         return run
+
+    def _cut_layers(self, run: Run, tell: Tell) -> list[int]:
+        """Return the layers that the recipe removes, and have the store know what is left."""
+        cut, n_layers = self._recipe.cut, self._config.n_layers
+        if cut is None:
+            return []
+        gone: list[int] = []
+        if cut.layers:
+            with _timed(run.seconds, "calibration"):
+                run.influence = self._influence(tell)
+            gone = least_influential(run.influence, n_layers - n_layers_left(self._config, cut))
+            run.removed += [
+                Removed(
+                    where=f"model.layers.{layer}", what="layer", influence=run.influence[layer], repaired=None
+                )
+                for layer in gone
+            ]
+        kept = [layer for layer in range(n_layers) if layer not in gone]
+        self._store.shrink(replace(self._narrow, layers=tuple(self._narrow.layers[i] for i in kept)), kept)
+        if not self._recipe.needs_inputs:
+            self._calibration = []
+        return gone
+
+    def _influence(self, tell: Tell) -> list[float]:
+        """Return each block's influence on the calibration windows, in the parent."""
+        found, states = [], self._calibration
+        for layer in range(self._config.n_layers):
+            tell("measuring influence", layer, self._config.n_layers)
+            block = self._block(self._config, layer, self._tensors(layer), False, {})
+            after = [block.run(hidden_TD) for hidden_TD in states]
+            found.append(block_influence(states, after))
+            states = after
+        return found
+
+    def _tensors(self, layer: int) -> dict[str, Tensor]:
+        specs = block_specs(self._config, layer)
+        return {source: read_tensor(self._checkpoint, source) for s in specs for source in s.sources}
 
     def _see(self, block: Block, inputs: dict[str, Inputs]) -> None:
         """Have a block with its parent's weights read the calibration windows, and gather its inputs."""
@@ -181,29 +229,43 @@ class _Driver:
         return (rows_TD * scale if self._config.embed_scale != 1 else rows_TD).to(self._on.torch)
 
     def _block(
-        self, layer: int, tensors: dict[str, Tensor], is_last: bool, rounded: dict[str, ActivationFormat]
+        self,
+        config: ModelConfig,
+        layer: int,
+        tensors: dict[str, Tensor],
+        is_last: bool,
+        rounded: dict[str, ActivationFormat],
     ) -> Block:
         head = (self._norm_D, self._head_VD) if is_last else None
-        return Block(self._config, layer, tensors, self._on, self._window_tokens, head=head, rounded=rounded)
+        return Block(config, layer, tensors, self._on, self._window_tokens, head=head, rounded=rounded)
 
     def _compressed(
-        self, layer: int, where: Sequence[Site], tensors: dict[str, Tensor], inputs: dict[str, Inputs]
+        self, layer: int, tensors: dict[str, Tensor], inputs: dict[str, Inputs], run: Run
     ) -> CompressedBlock:
         norms = {
             spec.name.split(".")[2]: spec.sources[0]
             for spec in block_specs(self._config, layer)
             if spec.name.endswith(("attn_norm.weight", "mlp_norm.weight"))
         }
-        return compress_block(self._config, where, tensors, norms, inputs, self._recipe, self._on.torch)
+        recipe, on, changed = self._recipe, self._on.torch, set[str]()
+        if recipe.cut is not None:
+            cut = cut_block(self._config, self._narrow, layer, tensors, inputs, recipe.cut, on)
+            run.removed += cut.removed
+            run.fallbacks += cut.fallbacks
+            tensors, changed = cut.tensors, cut.changed
+        where = sites(self._narrow, layer)
+        made = compress_block(self._narrow, where, tensors, norms, inputs, recipe, on)
+        made.changed |= changed - {f"{module}.weight" for module in made.linears}
+        return made
 
-    def _rounded(self, where: Sequence[Site]) -> dict[str, ActivationFormat]:
+    def _rounded(self, layer: int) -> dict[str, ActivationFormat]:
         """Return the sites that round their inputs as the model will run them."""
         if self._recipe.activations == "none":
             return {}
         to: ActivationFormat = "fp8" if self._recipe.layout == "float-quantized" else "int8"
         return {
             site.name: to
-            for site in where
+            for site in sites(self._narrow, layer)
             if all(self._recipe.round_of(module) is not None for module in site.modules)
         }
 
@@ -215,7 +277,7 @@ class _Driver:
             self._store.dense(name, _stored(made.tensors[name]))
         for facts in made.facts:
             if facts.module not in made.linears:
-                weight = tensors[f"{facts.module}.weight"]
+                weight = made.tensors[f"{facts.module}.weight"]
                 run.linears.append(_sized(facts, weight.numel() * weight.element_size(), tensors))
         run.fallbacks += made.fallbacks
 
@@ -245,9 +307,11 @@ def refuse_fallbacks(fallbacks: Sequence[Fallback]) -> None:
 
 def _sized(facts: LinearFacts, n_bytes: int, tensors: dict[str, Tensor]) -> LinearFacts:
     weight = tensors[f"{facts.module}.weight"]
-    values = {name: getattr(facts, name) for name in facts.__struct_fields__}
-    return LinearFacts(
-        **{**values, "n_bytes": n_bytes, "dense_bytes": weight.numel() * weight.element_size()}
+    how = facts.how
+    if (facts.n_out, facts.n_in) != weight.shape:
+        how = "cut" if how == "kept" else f"cut, {how}"
+    return msgspec.structs.replace(
+        facts, how=how, n_bytes=n_bytes, dense_bytes=weight.numel() * weight.element_size()
     )
 
 

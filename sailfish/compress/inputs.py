@@ -17,7 +17,7 @@ class Inputs:
 
     def __init__(self, n_in: int, device: torch.device | str) -> None:
         self._hessian = Hessian(n_in, device=device)
-        self._scaled_II: Tensor | None = None
+        self._changed_II: Tensor | None = None
         self._sum_I = torch.zeros(n_in, device=device)
         self.largest_I = torch.zeros(n_in, device=device)
         self._sample: list[Tensor] = []
@@ -40,7 +40,7 @@ class Inputs:
     @property
     def hessian_II(self) -> Tensor:
         """The mean of x x^T, float32."""
-        return self._hessian.mean_II if self._scaled_II is None else self._scaled_II
+        return self._hessian.mean_II if self._changed_II is None else self._changed_II
 
     @property
     def magnitude_I(self) -> Tensor:
@@ -54,7 +54,13 @@ class Inputs:
 
     def divide(self, scale_I: Tensor) -> None:
         """Become what would have been seen of inputs divided by a scale."""
-        self._scaled_II = scale_hessian(self.hessian_II, scale_I)
+        self._changed_II = scale_hessian(self.hessian_II, scale_I)
         self._sum_I = self._sum_I / scale_I
         self.largest_I = self.largest_I / scale_I
         self._sample = [x_TI / scale_I for x_TI in self._sample]
+
+    def keep(self, index_K: Tensor) -> None:
+        """Become what would have been seen of some of the inputs, int64 on their device."""
+        self._changed_II = self.hessian_II[index_K][:, index_K]
+        self._sum_I, self.largest_I = self._sum_I[index_K], self.largest_I[index_K]
+        self._sample = [x_TI[:, index_K] for x_TI in self._sample]

@@ -19,6 +19,7 @@ from sailfish.checkpoint.model_config import ModelConfig
 from sailfish.checkpoint.safetensors_reader import Checkpoint
 from sailfish.compress import recipe as recipes
 from sailfish.compress.block import Device
+from sailfish.compress.cut import n_layers_left, narrowed
 from sailfish.compress.driver import Run, Tell, compress, refuse_fallbacks
 from sailfish.compress.page import page
 from sailfish.compress.recipe import Bound, Recipe
@@ -141,7 +142,7 @@ def _texts(request: Request, config: ModelConfig) -> Texts:
 def _measured(
     request: Request, config: ModelConfig, texts: Texts, out: CheckpointWriter | None, tell: Tell
 ) -> Report:
-    timed = speeds(config, request.recipe, request.on)
+    timed = speeds(_left(config, request.recipe), request.recipe, request.on)
     made: list[Report] = []
 
     def finish(run: Run) -> dict[str, bytes]:
@@ -160,10 +161,20 @@ def _measured(
     return made[0]
 
 
+def _left(config: ModelConfig, recipe: Recipe) -> ModelConfig:
+    """Return a config of the shapes that a recipe leaves; which layers these are is found later."""
+    if recipe.cut is None:
+        return config
+    narrow = narrowed(config, recipe.cut)
+    return replace(narrow, layers=narrow.layers[: n_layers_left(config, recipe.cut)])
+
+
 def _refuse_slow(report: Report, request: Request) -> None:
     """Refuse a format that is no faster than its parent where the parent fits the device."""
     if report.bytes_before > request.free_bytes:
         return
+    if request.recipe.cut is not None and request.recipe.layout == "dense":
+        return  # the same kernels do less
     if not report.speeds:
         raise BuildError(
             f"{request.recipe.name} does not pay: dense weights take what the parent's do, which fit"
@@ -189,6 +200,7 @@ def _nearest(request: Request, tell: Tell) -> str | None:
         other
         for other in others
         if (other.layout == "dense") is (asked.layout == "dense")
+        and (other.cut is None) is (asked.cut is None)
         and other.bits_per_weight >= asked.bits_per_weight
     ]
     for other in sorted(others, key=lambda other: (other.bits_per_weight, other.name)):
@@ -215,9 +227,9 @@ def _report(request: Request, texts: Texts, run: Run, timed: list[LinearSpeed]) 
         sailfish=__version__,
         torch=str(torch.__version__),
         device=request.device_name,
-        calibration=texts.calibration_words if request.recipe.needs_inputs else "none",
-        calibration_digest=texts.digest if request.recipe.needs_inputs else "",
-        calibration_windows=len(texts.calibration) if request.recipe.needs_inputs else 0,
+        calibration=texts.calibration_words if request.recipe.is_calibrated else "none",
+        calibration_digest=texts.digest if request.recipe.is_calibrated else "",
+        calibration_windows=len(texts.calibration) if request.recipe.is_calibrated else 0,
         calibration_tokens=len(texts.calibration[0].tokens),
         seed=request.recipe.calibration.seed,
         bytes_before=run.bytes_before,
@@ -239,6 +251,8 @@ def _report(request: Request, texts: Texts, run: Run, timed: list[LinearSpeed]) 
         ),
         block_drift=run.drift,
         linears=run.linears,
+        removed=run.removed,
+        block_influence=run.influence,
         speeds=timed,
         sensitivity=list(request.sensitivity),
         warnings=_warnings(request, texts, run, timed),
@@ -249,7 +263,7 @@ def _report(request: Request, texts: Texts, run: Run, timed: list[LinearSpeed]) 
 
 
 def _warnings(request: Request, texts: Texts, run: Run, timed: Sequence[LinearSpeed]) -> list[str]:
-    found = [w for w in texts.warnings if request.recipe.needs_inputs or "calibrat" not in w]
+    found = [w for w in texts.warnings if request.recipe.is_calibrated or "calibrat" not in w]
     slow = sorted({speed.implementation for speed in timed if speed.packed_us is None})
     if slow:
         found.append(f"no speed is given: packed linears run as {', '.join(slow)} on {request.device_name}")

@@ -119,7 +119,7 @@ def sparsegpt(
     _refuse_misfits(n_in, block, sparsity, rounding)
     if not bool(weight_OI.isfinite().all()):
         raise BuildError("some weights to prune are not finite")
-    u_II, damp_frac = _inverse_factor(hessian_II, damp_frac)
+    u_II, damp_frac = inverse_factor(hessian_II, damp_frac)
     walk = _Walk(weight_OI, u_II, sparsity, rounding)
     walk.w_IO[hessian_II.diagonal() == 0] = 0
     for start in range(0, n_in, block):
@@ -132,6 +132,31 @@ def sparsegpt(
         keep_OI=walk.keep_IO.T.contiguous(),
         damp_frac=damp_frac,
     )
+
+
+def inverse_factor(hessian_II: Tensor, damp_frac: float) -> tuple[Tensor, float]:
+    """Return the upper U with U^T U = (H + damping)^-1, and the damping that it took.
+
+    Damping is a share of the mean diagonal, ten times more as often as H stays singular; inputs that are
+    always 0 have a 1 there. BuildError if H is not finite, or singular with all damping.
+
+    Of the matrix turned by 180 degrees the lower factor's inverse, turned back, is U: one factorisation
+    where the papers take three, and nothing is lost by inverting twice.
+    """
+    diagonal = hessian_II.diagonal()
+    if not bool(hessian_II.isfinite().all()):
+        raise BuildError("the activations that a layer is calibrated with are not finite")
+    is_dead = diagonal == 0
+    mean = diagonal.sum() / (~is_dead).sum().clamp(min=1)
+    identity = torch.eye(len(hessian_II), dtype=hessian_II.dtype, device=hessian_II.device)
+    while True:
+        added = torch.where(is_dead, 1.0, damp_frac * mean)
+        lower, failed = torch.linalg.cholesky_ex((hessian_II + added.diag()).flip(0, 1))
+        if not bool(failed):
+            return torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1), damp_frac
+        if damp_frac >= _MOST_DAMPING:
+            raise BuildError(f"a layer's Hessian cannot be inverted even with {damp_frac:g} of damping")
+        damp_frac = min(max(10 * damp_frac, 1e-4), _MOST_DAMPING)
 
 
 class _Walk:
@@ -195,28 +220,6 @@ def _highest(rows: Tensor, n: int) -> Tensor:
     """Return True for the n highest of each row, of equal ones the last."""
     lowest = rows.sort(dim=1, stable=True).indices[:, : rows.shape[1] - n]
     return torch.ones_like(rows, dtype=torch.bool).scatter_(1, lowest, False)
-
-
-def _inverse_factor(hessian_II: Tensor, damp_frac: float) -> tuple[Tensor, float]:
-    """Return the upper U with U^T U = (H + damping)^-1, and the damping that it took.
-
-    Of the matrix turned by 180 degrees the lower factor's inverse, turned back, is U: one factorisation
-    where the papers take three, and nothing is lost by inverting twice.
-    """
-    diagonal = hessian_II.diagonal()
-    if not bool(hessian_II.isfinite().all()):
-        raise BuildError("the activations that a layer is calibrated with are not finite")
-    is_dead = diagonal == 0
-    mean = diagonal.sum() / (~is_dead).sum().clamp(min=1)
-    identity = torch.eye(len(hessian_II), dtype=hessian_II.dtype, device=hessian_II.device)
-    while True:
-        added = torch.where(is_dead, 1.0, damp_frac * mean)
-        lower, failed = torch.linalg.cholesky_ex((hessian_II + added.diag()).flip(0, 1))
-        if not bool(failed):
-            return torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1), damp_frac
-        if damp_frac >= _MOST_DAMPING:
-            raise BuildError(f"a layer's Hessian cannot be inverted even with {damp_frac:g} of damping")
-        damp_frac = min(max(10 * damp_frac, 1e-4), _MOST_DAMPING)
 
 
 def _refuse_odd_rows(n_in: int, sparsity: Sparsity) -> None:

@@ -22,6 +22,21 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _Part = TypeVar("_Part", bound="msgspec.Struct")
 
 
+class Cut(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Parts of the model that go, each at least a share of them: what is left is a smaller dense model."""
+
+    layers: float = 0.0
+    """Whole layers, those that change their states least."""
+    heads: float = 0.0
+    """Key/value heads with the query heads that read them, of each layer."""
+    width: float = 0.0
+    """Channels of each layer's MLP."""
+    repair: bool = True
+    """Fit the linears that read what is gone to what their outputs were."""
+    damp: float = 0.01
+    """What is added to the Hessian's diagonal for that, as a share of its mean."""
+
+
 class Fold(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Factors of channels that are moved from activations into weights before anything is rounded."""
 
@@ -99,13 +114,17 @@ class Bound(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How every linear of a model's blocks is compressed; embedding, head and norms stay as they are."""
+    """How a model's blocks are compressed: parts are cut, then linears folded, pruned, rounded.
+
+    Embedding, head and norms stay as they are.
+    """
 
     name: str
     about: str
     """One line for people."""
     layout: Layout | Literal["dense"]
     """How the result is stored: what compressed-tensors, GPTQ and AWQ call it, or dense."""
+    cut: Cut | None = None
     fold: Fold | None = None
     prune: Prune | None = None
     round: Round | None = None
@@ -124,14 +143,20 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     @property
     def needs_inputs(self) -> bool:
-        """Whether anything is learned from what calibration sees."""
+        """Whether anything is learned from what linears read."""
         rounds = [self.round, *(override.round for override in self.overrides)]
         is_learned = any(found is not None and found.method == "gptq" for found in rounds)
         return (
             is_learned
             or self.fold is not None
             or (self.prune is not None and self.prune.method != "magnitude")
+            or (self.cut is not None and (self.cut.heads > 0 or self.cut.width > 0))
         )
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether anything is learned from the calibration text."""
+        return self.needs_inputs or (self.cut is not None and self.cut.layers > 0)
 
     @property
     def bits_per_weight(self) -> float:
@@ -230,6 +255,7 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
 
 
 _PARTS: dict[str, type[msgspec.Struct]] = {
+    "cut": Cut,
     "fold": Fold,
     "prune": Prune,
     "round": Round,
@@ -275,9 +301,11 @@ def _check(recipe: Recipe, where: str) -> None:
             raise refuse("GPTQ rounds to whole numbers", "use method: rtn for fp8")
         if not 0 <= found.sweeps <= 100 or not _is_number(found.damp):
             raise refuse(f"{found.sweeps} sweeps with damp {found.damp:g}", "use 0 to 100, and at least 0")
-    if recipe.round is None and recipe.prune is None:
-        raise refuse("nothing is pruned or rounded", "write round: or prune:")
+    if recipe.round is None and recipe.prune is None and recipe.cut is None:
+        raise refuse("nothing is cut, pruned or rounded", "write round:, prune: or cut:")
     _check_layout(recipe, rounds, refuse)
+    if recipe.cut is not None:
+        _check_cut(recipe.cut, refuse)
     if recipe.prune is not None:
         _check_prune(recipe.prune, rounds, refuse)
     if recipe.fold is not None and recipe.round is None:
@@ -288,6 +316,14 @@ def _check(recipe: Recipe, where: str) -> None:
     calibration = recipe.calibration
     if calibration.samples < 1 or calibration.tokens < 2:
         raise refuse("calibration reads nothing", "use one sample of two tokens at least")
+
+
+def _check_cut(cut: Cut, refuse: Any) -> None:
+    shares = cut.layers, cut.heads, cut.width
+    if not all(0 <= share < 1 for share in shares) or not any(shares):
+        raise refuse("no share of layers, heads or width is cut", "write one between 0 and 1: width: 0.25")
+    if not 0 < cut.damp < math.inf:
+        raise refuse(f"a repair with damp {cut.damp:g}", "use 0.01")
 
 
 def _check_prune(prune: Prune, rounds: list[Round], refuse: Any) -> None:

@@ -38,6 +38,18 @@ class LinearFacts(msgspec.Struct, frozen=True, kw_only=True):
     """Of the parent's weight."""
 
 
+class Removed(msgspec.Struct, frozen=True, kw_only=True):
+    """A part of the model that is gone."""
+
+    where: str
+    """The layer, or the linear that read it, by the parent's name."""
+    what: str
+    influence: float
+    """Of a layer, 1 less the mean cosine of its states before and after; else ||X (W - W')|| / ||X W||."""
+    repaired: float | None
+    """The latter once the linear is fitted to what its outputs were; None: it was not."""
+
+
 class Estimate(msgspec.Struct, frozen=True, kw_only=True):
     """A figure and its 95% interval over windows."""
 
@@ -120,6 +132,10 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     block_drift: list[float]
     """||y - y of the parent|| / ||y of the parent|| after each block, over the measured windows."""
     linears: list[LinearFacts]
+    """By the parent's names."""
+    removed: list[Removed] = []
+    block_influence: list[float] = []
+    """Of each of the parent's blocks, where some were to be removed for having little."""
     speeds: list[LinearSpeed]
     sensitivity: list[Sensitivity] = []
     """What a choice under a budget was made from."""

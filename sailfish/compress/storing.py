@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,21 @@ from sailfish.checkpoint.formats.patterns import LINEAR_CLASSES
 from sailfish.checkpoint.formats.scheme import ActivationScheme, LinearScheme, Method, QuantConfig, Rule
 from sailfish.checkpoint.formats.tensors import StoredTensor
 from sailfish.checkpoint.formats.writer import CheckpointWriter
+from sailfish.checkpoint.model_config import ModelConfig
 from sailfish.checkpoint.safetensors_reader import Checkpoint
+from sailfish.compress.cut import config_values
 from sailfish.compress.recipe import Recipe, Round
 
 _CONFIG = "config.json"
 _HEAD = "lm_head"
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
 class Store:
-    """Where a compressed checkpoint goes: tensors are counted, and written where there is a writer."""
+    """Where a compressed checkpoint goes: tensors are counted, and written where there is a writer.
+
+    Names are the parent's.
+    """
 
     def __init__(self, source: Path, checkpoint: Checkpoint, recipe: Recipe, writer: CheckpointWriter | None):
         self._source = source
@@ -36,14 +43,21 @@ class Store:
         self._writer = writer
         self._schemes: dict[str, LinearScheme] = {}
         self._written: set[str] = set()
+        self._smaller: ModelConfig | None = None
+        self._kept: Sequence[int] | None = None
         self.n_bytes = 0
+
+    def shrink(self, config: ModelConfig, kept: Sequence[int]) -> None:
+        """Have the checkpoint be one of `config`, whose layers are those `kept` of the parent, ascending."""
+        self._smaller = config
+        self._kept = kept
 
     def linear(self, module: str, linear: QuantisedLinear) -> int:
         """Take a rounded linear, and return the bytes that it is stored in."""
         rounding = self._recipe.round_of(module)
         assert rounding is not None and self._recipe.layout != "dense"
         scheme = scheme_of(self._recipe, rounding)
-        self._schemes[module] = scheme
+        self._schemes[self._new(module)] = scheme
         before = self.n_bytes
         for part, tensor in write_linear(linear, scheme, module).items():
             self._add(f"{module}.{part}", tensor)
@@ -61,6 +75,8 @@ class Store:
         if self._writer is None:
             return
         values = read_json(self._source / _CONFIG)
+        if self._smaller is not None:
+            values = config_values(values, self._smaller)
         if self._schemes:
             values["quantization_config"] = self.quant_config()
         small = {
@@ -71,27 +87,37 @@ class Store:
         self._writer.finish({**small, **files, _CONFIG: json.dumps(values, indent=2).encode()})
 
     def copy_rest(self) -> None:
-        """Copy all tensors of the parent that were not given."""
+        """Copy all tensors of the parent that were not given, but those of layers that are gone."""
         for name, ref in self._checkpoint.tensors.items():
-            if name not in self._written:
+            if name not in self._written and not self._is_gone(name):
                 if self._writer is not None:
-                    self._writer.copy(ref, self._checkpoint.bytes(name))
+                    self._writer.copy(replace(ref, name=self._new(name)), self._checkpoint.bytes(name))
                 self.n_bytes += ref.n_bytes
                 self._written.add(name)
 
     def quant_config(self) -> dict[str, Any]:
         """Return the quantization_config of what was taken; ConfigError for what the format cannot say."""
         dense = sorted(
-            name.removesuffix(".weight")
+            self._new(name).removesuffix(".weight")
             for name, ref in self._checkpoint.tensors.items()
             if name.endswith(".weight") and len(ref.shape) == 2 and any(p.isdigit() for p in name.split("."))
+            if not self._is_gone(name)
         )
         dense = [module for module in dense if module not in self._schemes]
         return write_quant_config(_config(self._schemes, dense))
 
+    def _is_gone(self, name: str) -> bool:
+        found = _LAYER.match(name)
+        return self._kept is not None and found is not None and int(found[1]) not in self._kept
+
+    def _new(self, name: str) -> str:
+        """Return what a tensor or module of the parent that is not gone is called."""
+        kept = self._kept
+        return name if kept is None else _LAYER.sub(lambda m: f"model.layers.{kept.index(int(m[1]))}.", name)
+
     def _add(self, name: str, tensor: StoredTensor) -> None:
         if self._writer is not None:
-            self._writer.add(name, tensor)
+            self._writer.add(self._new(name), tensor)
         self.n_bytes += tensor.array.nbytes
 
 
