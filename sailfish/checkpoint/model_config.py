@@ -65,6 +65,8 @@ class StoredWeights:
     """(name in an engine, format) of those that are in another format."""
     ordered: tuple[str, ...]
     """Engine's names of 4-bit ones whose inputs are in an order of their own (act-order)."""
+    static: tuple[str, ...]
+    """Engine's names of 8-bit ones whose inputs have one scale for all tokens."""
     words: str
     """How the checkpoint stores them, as in "gptq, 4 bits in groups of 128"."""
     restored: str | None

@@ -34,13 +34,14 @@ def stored_tensors(
             ordered=spec.name in formats.ordered,
         )
         zero_OG = None if rows.zero_OG is None else _tensor(rows.zero_OG).float()
-        packed = int4.pack(_tensor(rows.code_OI), _tensor(rows.scale_OG), zero_OG, torch.float32)
+        packed = int4.pack(_tensor(rows.code_OI), _tensor(rows.scale_OG), zero_OG, torch.float32, formats.layout)
         scale = packed.scale.bfloat16()
         tensors = [packed.packed, scale if torch.equal(scale.float(), packed.scale) else packed.scale]
         tensors += [] if packed.zero is None else [packed.zero.bfloat16()]
         return tensors if rows.order_I is None else [*tensors, torch.from_numpy(rows.order_I)]
     rows_8 = linears.rows_8(spec)
-    return [_tensor(rows_8.bits_OI).view(_DTYPE_8[to]), _tensor(rows_8.scale_O)]
+    tensors = [_tensor(rows_8.bits_OI).view(_DTYPE_8[to]), _tensor(rows_8.scale_O)]
+    return tensors if rows_8.input_scale is None else [*tensors, _tensor(rows_8.input_scale)]
 
 
 def _tensor(array: NDArray[np.uint8] | NDArray[np.float32]) -> Tensor:

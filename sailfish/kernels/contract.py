@@ -204,6 +204,8 @@ class Weight8:
     """int8 or float8_e4m3fn."""
     scale_O: Tensor
     """float32."""
+    input_scale_1: Tensor | None = None
+    """float32: the scale of all its inputs (static); None: each token has its own."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -260,6 +262,15 @@ class Quantise(Protocol):
     """
 
     def __call__(self, x_TI: Tensor, out: ActivationFormat) -> Quantised: ...
+
+
+class QuantiseStatic(Protocol):
+    """Return x in 8 bits with one scale for all tokens; what is beyond the largest number is cut off.
+
+    Rounded to nearest, ties to even, to -128 .. 127 (int8) or -448 .. 448 (fp8).
+    """
+
+    def __call__(self, x_TI: Tensor, out: ActivationFormat, scale_1: Tensor) -> Quantised: ...
 
 
 class LinearOp(Protocol):
@@ -410,6 +421,7 @@ class Ops:
     rms_norm: RmsNorm
     add_rms_norm: AddRmsNorm
     quantise: Quantise
+    quantise_static: QuantiseStatic
     linear: LinearOp
     linear_int4: LinearInt4
     linear_int8: Linear8

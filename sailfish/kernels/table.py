@@ -64,6 +64,11 @@ OPS: MappingProxyType[str, Op] = MappingProxyType(
             ),
             Op(name="quantise", reference=_QUANTISED + "quantise", axes={"x": "TI", "out": "TI, T"}),
             Op(
+                name="quantise_static",
+                reference=_QUANTISED + "quantise_static",
+                axes={"x": "TI", "scale": "1", "out": "TI, T"},
+            ),
+            Op(
                 name="linear_int4",
                 reference="sailfish.kernels.int4:linear_int4",
                 axes={"x": "TI", "weight": "OI", "bias": "O", "out": "TO"},
@@ -196,6 +201,17 @@ PREFERRED: MappingProxyType[str, tuple[Impl, ...]] = MappingProxyType(
             _elementwise("add_rms_norm", "adds, norms and stores in 8 bits in one launch", rejects_norm),
         ),
         "quantise": (_elementwise("quantise", "one pass over rows held in registers", rejects_quantise),),
+        "quantise_static": (
+            Impl(
+                op="quantise_static",
+                name="torch",
+                entry=_QUANTISED + "quantise_static",
+                why="some launches of plain torch: no kernel takes one scale for all tokens",
+                rejects=_accepts,
+                workspace_bytes=quantise_bytes,
+                can_capture=True,
+            ),
+        ),
         "rope_write": (
             _elementwise(
                 "rope_write", "splits, norms, rotates and writes the cache in one launch", rejects_rope_write

@@ -95,7 +95,8 @@ def assemble(
             order_I = tensors.get(f"{name}.order")
             weights[name] = int4 if order_I is None else OrderedInt4(int4, order_I)
         else:
-            weights[name] = Weight8(tensors[f"{name}.values"], tensors[f"{name}.scale"])
+            values, scale = tensors[f"{name}.values"], tensors[f"{name}.scale"]
+            weights[name] = Weight8(values, scale, tensors.get(f"{name}.input_scale"))
     return weights
 
 

@@ -86,6 +86,7 @@ def _stored_formats(
         zero_points=stored.zero_points,
         others=stored.others,
         ordered=stored.ordered,
+        static=stored.static,
     )
 
 
@@ -108,6 +109,7 @@ def words(formats: WeightFormats) -> str:
     """Return the formats in words, as in "int4 (groups of 128), int8 head"."""
     parts = [_word(formats.layers, formats)] if formats.layers != "plain" else []
     parts += ["stored"] if formats.stored else []
+    parts += ["static scales of inputs"] if formats.static else []
     others = Counter(format for _, format in formats.others)
     parts += [f"{n} of the layers' weights {format}" for format, n in sorted(others.items())]
     parts += [f"{_word(formats.head, formats)} head"] if formats.head != "plain" else []
@@ -228,10 +230,13 @@ def parts(spec: TensorSpec, format: WeightFormat, formats: WeightFormats) -> lis
             found.append(ArenaTensor(name=f"{name}.order", shape=(n_in,), dtype="I32"))
         return found
     values = "I8" if format == "int8" else "F8_E4M3"
-    return [
+    found = [
         ArenaTensor(name=f"{name}.values", shape=shape, dtype=values),
         ArenaTensor(name=f"{name}.scale", shape=(n_out,), dtype="F32"),
     ]
+    if name in formats.static:
+        found.append(ArenaTensor(name=f"{name}.input_scale", shape=(1,), dtype="F32"))
+    return found
 
 
 def int4_sizes(n_out: int, n_in: int, group: int) -> tuple[int, int, int]:

@@ -23,7 +23,7 @@ from sailfish.plan.types import CacheDtype, Dtype, Plan, WeightFormat, WeightFor
 
 _LINEARS = ("linear", "linear_int4", "linear_int8", "linear_fp8")
 _8_BITS = ("int8", "fp8")
-LINEAR_OPS = (*_LINEARS, *(f"norm_{linear}" for linear in _LINEARS), "quantise")
+LINEAR_OPS = (*_LINEARS, *(f"norm_{linear}" for linear in _LINEARS), "quantise", "quantise_static")
 """Products with weights, and what 8-bit ones need done to activations before."""
 
 
@@ -119,6 +119,7 @@ def op_cases(
     ops += ["moe"] if moe is not None else []
     ops += ["softcap"] if model.logit_softcap is not None else []
     ops += ["quantise"] if any(format in _8_BITS for format, _, _ in linears) else []
+    ops += ["quantise_static"] if formats.static else []
 
     def linear(format: WeightFormat, n_out: int, n_in: int) -> Case:
         return replace(
@@ -170,8 +171,8 @@ def launches_saved(model: ModelConfig, formats: WeightFormats, choices: Iterable
         for kind, is_there in (("qkv", i > 0), ("gate_up", layer.moe is None)):
             if not is_there:
                 continue
-            if f"layers.{i}.{kind}.weight" in formats.ordered:
-                continue  # inputs are gathered between the norm and the product
+            if f"layers.{i}.{kind}.weight" in (*formats.ordered, *formats.static):
+                continue  # inputs are gathered or rounded between the norm and the product
             format = format_of(f"layers.{i}.{kind}.weight", formats)
             op = "norm_linear" if format == "plain" else f"norm_linear_{format}"
             activation = model.activation if kind == "gate_up" else ""

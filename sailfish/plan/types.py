@@ -33,6 +33,8 @@ class WeightFormats:
     """(name, format) of layers' weights that are in another format than `layers`."""
     ordered: tuple[str, ...] = ()
     """4-bit weights of layers whose inputs are in an order of their own, which products gather first."""
+    static: tuple[str, ...] = ()
+    """8-bit weights of layers whose inputs have one scale for all tokens, found by calibration."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -110,6 +110,12 @@ def _quantise(n_tokens: int, out: ActivationFormat, draw: Draw) -> tuple[Any, ..
     return draw.normal(n_tokens, 112) * (torch.arange(n_tokens, device=draw.device) % 5)[:, None], out
 
 
+def _quantise_static(n_tokens: int, out: ActivationFormat, draw: Draw) -> tuple[Any, ...]:
+    """Cut off what is beyond two and a half standard deviations."""
+    scale_1 = torch.full((1,), 2.5 / (127 if out == "int8" else 448), device=draw.device)
+    return draw.normal(n_tokens, 112), out, scale_1
+
+
 def _linear(n_tokens: int, n_in: int, n_out: int, has_bias: bool) -> Make:
     return lambda draw: (
         draw.normal(n_tokens, n_in, scale=n_in**-0.5),
@@ -262,6 +268,11 @@ SCENARIOS: dict[str, dict[str, Make]] = {
     },
     "quantise": {
         f"{out} {name}": partial(_quantise, n_tokens, out)
+        for out in ("int8", "fp8")
+        for name, n_tokens in (("one token", 1), ("no token", 0), ("many tokens", 70))
+    },
+    "quantise_static": {
+        f"{out} {name}": partial(_quantise_static, n_tokens, out)
         for out in ("int8", "fp8")
         for name, n_tokens in (("one token", 1), ("no token", 0), ("many tokens", 70))
     },

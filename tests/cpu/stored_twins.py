@@ -37,6 +37,8 @@ FP8 = replace(
     layout="float-quantized",
     activations=ActivationScheme(kind="float", dynamic=True, strategy="token"),
 )
+INT8_STATIC = replace(INT8, activations=ActivationScheme(kind="int", dynamic=False, strategy="tensor"))
+FP8_STATIC = replace(FP8, activations=ActivationScheme(kind="float", dynamic=False, strategy="tensor"))
 Schemes = Mapping[str, LinearScheme | None]
 """Expression of layers' module names, or "lm_head" -> how they are stored; the first that matches counts,
 None: dense."""
@@ -77,9 +79,9 @@ def round_linear(weight_OI: NDArray[np.float32], scheme: LinearScheme, seed: int
         bits=scheme.bits,
         scale_dtype="F16",
         is_float=scheme.is_float,
-        input_scale=np.array([0.5], np.float32)
-        if scheme.activations is not None and not scheme.activations.dynamic
-        else None,
+        input_scale=None
+        if scheme.activations is None or scheme.activations.dynamic
+        else np.array([(2 + seed % 3) / largest], np.float16).astype(np.float32),
     )
 
 
@@ -168,29 +170,40 @@ def stored_truth(folder: Path, *, rounds_activations: bool) -> Any:
     model = transformers.AutoModelForCausalLM.from_config(
         config, dtype=torch.float32, attn_implementation="eager"
     )
-    numbers = stored_numbers(folder)
-    state = {f"{module}.weight": weight for module, (_, weight) in numbers.items()}
+    linears = stored_linears(folder)
+    state = {
+        f"{module}.weight": torch.from_numpy(restored_by_hand(linear))
+        for module, (_, linear) in linears.items()
+    }
     for file in folder.glob("*.safetensors"):
         for name, tensor in load_file(file).items():
-            if name.rpartition(".")[0] not in numbers or name.endswith(".bias"):
+            if name.rpartition(".")[0] not in linears or name.endswith(".bias"):
                 state[name] = tensor.float()
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert not unexpected and set(missing) <= {"lm_head.weight"}
     model.tie_weights()
-    for module, (scheme, _) in numbers.items():
-        linear = model.get_submodule(module)
+    for module, (scheme, stored) in linears.items():
         if rounds_activations and scheme.activations is not None:
-            setattr(linear, "forward", _rounding(linear, 448.0 if scheme.is_float else 127.0))  # noqa: B010
+            linear = model.get_submodule(module)
+            forward = _rounding(linear, 448.0 if scheme.is_float else 127.0, stored.input_scale)
+            setattr(linear, "forward", forward)  # noqa: B010
     return model.eval()
 
 
-def _rounding(linear: torch.nn.Linear, largest: float) -> Callable[[Tensor], Tensor]:
-    """Return a linear whose inputs are rounded token by token to 8 bits, each with its own scale."""
+def _rounding(
+    linear: torch.nn.Linear, largest: float, static: NDArray[np.float32] | None
+) -> Callable[[Tensor], Tensor]:
+    """Return a linear whose inputs are rounded to 8 bits: all with one scale, or each token with its own."""
 
     def forward(x: Tensor) -> Tensor:
         scale = x.abs().amax(-1, keepdim=True) / largest
         scale = torch.where(scale == 0, 1.0, scale)
-        rounded = (x / scale).round() if largest == 127.0 else (x / scale).to(torch.float8_e4m3fn).float()
+        if static is not None:
+            scale = torch.from_numpy(static)
+        if largest == 127.0:
+            rounded = (x / scale).round().clamp(-128, 127)
+        else:
+            rounded = (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float()
         y = F.linear((rounded * scale).double(), linear.weight.double())
         return (y if linear.bias is None else y + linear.bias).to(x.dtype)
 

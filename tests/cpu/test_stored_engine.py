@@ -12,7 +12,7 @@ import pytest
 import torch
 from paged import PagedDriver, load_engine_weights
 from rounded import restored
-from stored_twins import FP8, INT8, Schemes, store_twin, stored_numbers, stored_truth
+from stored_twins import FP8, FP8_STATIC, INT8, INT8_STATIC, Schemes, store_twin, stored_numbers, stored_truth
 from torch import Tensor
 from twins import make_twin
 
@@ -22,7 +22,7 @@ from sailfish.base.config import EngineConfig
 from sailfish.base.errors import CheckpointError, ConfigError, PlanError, UnsupportedModelError
 from sailfish.build.builder import build_engine
 from sailfish.checkpoint.formats.kept import row_order
-from sailfish.checkpoint.formats.scheme import ActivationScheme, LinearScheme
+from sailfish.checkpoint.formats.scheme import LinearScheme
 from sailfish.checkpoint.hf_config import load_model_config
 from sailfish.checkpoint.names import linear_modules
 from sailfish.models.layers.linear import LinearWeight, OrderedInt4
@@ -37,7 +37,6 @@ G64 = replace(G32, group=64)
 ASYMMETRIC = replace(G32, symmetric=False)
 CHANNEL = replace(G32, strategy="channel", group=None)
 GPTQ = replace(G32, layout="gptq")
-STATIC = ActivationScheme(kind="int", dynamic=False, strategy="tensor")
 QUANTISED: dict[str, tuple[str, Schemes, str]] = {
     "groups of 32": ("llama", {"": G32}, "int4"),
     "groups of 64 and 32": ("qwen2", {"mlp": G64, "": G32}, "int4"),
@@ -70,8 +69,9 @@ QUANTISED: dict[str, tuple[str, Schemes, str]] = {
     "act-order in several orders": ("llama", {"": replace(GPTQ, act_order=True)}, "int4"),
     "int8": ("llama", {"": INT8}, "int8"),
     "int8 with a scale for each matrix": ("llama_tied", {"": replace(INT8, strategy="tensor")}, "int8"),
-    "int8 with static scales, which are not used": ("llama", {"": replace(INT8, activations=STATIC)}, "int8"),
+    "int8 with static scales": ("llama", {"": INT8_STATIC}, "int8"),
     "fp8": ("qwen2", {"": FP8}, "fp8"),
+    "fp8 with static scales in a layer": ("qwen2", {"layers.1": FP8_STATIC, "": FP8}, "fp8"),
     "8 bits, activations as they are": ("llama", {"": replace(INT8, activations=None)}, "plain"),
     "8 bits in groups": ("llama", {"": replace(G32, bits=8)}, "plain"),
     "int8 beside int4, and fp8 in a layer": (
@@ -187,9 +187,9 @@ def test_a_plan_says_what_the_checkpoint_stores_and_what_is_restored(home: Path)
     weights = next(decision for decision in kept.plan.decisions if decision.name == "weights")
     assert weights.active == "int4 (groups of 32)" and "4 bits in groups of 32" in weights.why
     assert kept.quantised_by == "the checkpoint: compressed-tensors, 4 bits in groups of 32"
-    static = engine_of(folder("int8 with static scales, which are not used", home), home).manifest.plan
+    static = engine_of(folder("int8 with static scales", home), home).manifest.plan
     weights = next(decision for decision in static.decisions if decision.name == "weights")
-    assert "static int8 activations (which an engine scales token by token)" in weights.why
+    assert weights.why.endswith("8 bits by channel, static int8 activations")
     partly = engine_of(folder("act-order in several orders", home), home)
     decisions = {decision.name: decision for decision in partly.manifest.plan.decisions}
     found = decisions["restored_weights"]
@@ -200,6 +200,18 @@ def test_a_plan_says_what_the_checkpoint_stores_and_what_is_restored(home: Path)
     config = replace(FLOAT32, strict=True)
     with pytest.raises(PlanError, match="no kernel multiplies 8-bit weights with activations that stay"):
         build_engine(folder("8 bits in groups", home), home / "strict", config=config, target="cpu")
+
+
+def test_a_product_whose_linears_scale_their_inputs_apart_is_restored(home: Path, tmp_path: Path) -> None:
+    twin = make_twin("llama_tied", home / "twins")
+    source = store_twin(twin, tmp_path / "several", {"": INT8_STATIC}, own_orders=True)
+    config = load_model_config(source)
+    assert config.stored is not None and config.stored.restored is not None
+    n_layers = len(config.layers)
+    assert set(config.stored.static) == {
+        f"layers.{i}.{part}.weight" for i in range(n_layers) for part in ("o", "down")
+    }
+    assert "several static scales of their inputs" in config.stored.restored
 
 
 def test_a_step_has_room_for_inputs_that_are_gathered(home: Path) -> None:

@@ -65,8 +65,6 @@ def format_warnings(checkpoint: Checkpoint, stored: StoredWeights) -> list[str]:
         found.append("zero points are stored less one (gptq); a reader of gptq_v2 would be off by one")
     if stored.restored is not None:
         found.append(f"an engine restores some weights to its dtype: {stored.restored}")
-    if any(scheme.activations is not None and not scheme.activations.dynamic for scheme in schemes):
-        found.append("static scales of activations are not used: an engine finds one for each token")
     if config.kv_cache is not None:
         found.append("scales of an 8-bit KV cache are not used: --kv-dtype makes a cache with its own")
     parts = (".scales", ".weight_scale")

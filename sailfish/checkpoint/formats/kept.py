@@ -44,6 +44,8 @@ class Rows8:
     bits_OI: NDArray[np.uint8]
     """Of int8 or E4M3 numbers."""
     scale_O: NDArray[np.float32]
+    input_scale: NDArray[np.float32] | None
+    """[1] of all inputs; None: each token has its own."""
 
 
 class StoredLinears:
@@ -97,6 +99,7 @@ class StoredLinears:
         return Rows8(
             bits_OI=_joined(bits, order_O),
             scale_O=_joined([linear.scale_OG[:, 0] for linear in linears], order_O),
+            input_scale=linears[0].input_scale,
         )
 
     def restored(self, spec: TensorSpec) -> NDArray[np.float32]:

@@ -32,6 +32,8 @@ class _Kept:
     zero_points: bool = False
     ordered: bool = False
     """Its inputs are in an order of their own."""
+    static: bool = False
+    """All its inputs have one scale, found by calibration."""
 
 
 def stored_weights(model: ModelConfig, config: QuantConfig, checkpoint: Checkpoint) -> StoredWeights:
@@ -51,7 +53,8 @@ def stored_weights(model: ModelConfig, config: QuantConfig, checkpoint: Checkpoi
             continue
         if LAYER_WEIGHT.fullmatch(spec.name):
             orders = [_order(checkpoint, module) for module in linear_modules(spec)]
-            found[spec.name] = _kept_of(its, orders, reasons)
+            scales = {_input_scale(checkpoint, module) for module in linear_modules(spec)}
+            found[spec.name] = _kept_of(its, orders, len(scales) == 1, reasons)
         else:
             kind = (
                 spec.name.split(".")[2:-1] if spec.name.startswith("layers.") else spec.name.split(".")[:-1]
@@ -68,6 +71,7 @@ def stored_weights(model: ModelConfig, config: QuantConfig, checkpoint: Checkpoi
         group=min((kept.group for kept in in_4_bits), default=GROUPS[0]),
         zero_points=any(kept.zero_points for kept in in_4_bits),
         ordered=tuple(name for name, kept in found.items() if kept is not None and kept.ordered),
+        static=tuple(name for name, kept in found.items() if kept is not None and kept.static),
         others=tuple((name, other) for name, other in each.items() if other != format) if format else (),
         words=_words(config, [scheme for scheme in schemes.values() if scheme is not None]),
         restored="; ".join(dict.fromkeys(reasons)) or None,
@@ -106,7 +110,7 @@ def _kept(scheme: LinearScheme) -> _Kept | str:
         return "no kernel has 8-bit weights with groups or zero points"
     if (activations.kind == "float") is not scheme.is_float:
         return "no kernel multiplies whole numbers with float8"
-    return _Kept(format="fp8" if scheme.is_float else "int8")
+    return _Kept(format="fp8" if scheme.is_float else "int8", static=not activations.dynamic)
 
 
 def _order(checkpoint: Checkpoint, module: str) -> NDArray[np.int64] | None:
@@ -119,13 +123,22 @@ def _order(checkpoint: Checkpoint, module: str) -> NDArray[np.int64] | None:
     return None if np.array_equal(order, np.arange(len(order))) else order
 
 
+def _input_scale(checkpoint: Checkpoint, module: str) -> bytes | None:
+    """Return the static scale of a linear's inputs as it is stored, None where it has none."""
+    name = f"{module}.input_scale"
+    return bytes(checkpoint.bytes(name)) if name in checkpoint.tensors else None
+
+
 def is_same_order(order: NDArray[np.int64] | None, other: NDArray[np.int64] | None) -> bool:
     """Say whether two orders of inputs are one; None: as the model has them."""
     return order is other if order is None or other is None else np.array_equal(order, other)
 
 
 def _kept_of(
-    schemes: list[LinearScheme | None], orders: list[NDArray[np.int64] | None], reasons: list[str]
+    schemes: list[LinearScheme | None],
+    orders: list[NDArray[np.int64] | None],
+    has_one_scale: bool,
+    reasons: list[str],
 ) -> _Kept | None:
     """Return what a weight of several linears' rows is kept as; None, with the reason added: restored."""
     kept: list[_Kept] = []
@@ -135,8 +148,11 @@ def _kept_of(
             reasons.append(found)
             return None
         kept.append(found)
-    if len({one.format for one in kept}) > 1:
+    if len({(one.format, one.static) for one in kept}) > 1:
         reasons.append("linears that share a product are in several formats")
+        return None
+    if kept[0].static and not has_one_scale:
+        reasons.append("linears that share a product have several static scales of their inputs")
         return None
     first = orders[0]
     if not all(is_same_order(order, first) for order in orders):
@@ -145,6 +161,7 @@ def _kept_of(
     return _Kept(
         format=kept[0].format,
         ordered=first is not None,
+        static=kept[0].static,
         group=min(one.group for one in kept),
         zero_points=any(one.zero_points for one in kept),
     )
@@ -157,9 +174,7 @@ def _words(config: QuantConfig, schemes: list[LinearScheme]) -> str:
             hint="if the weights are dense remove it from config.json, and quantize_config.json with it",
             param="quantization_config",
         )
-    words = f"{config.method}, {' and '.join(dict.fromkeys(map(scheme_words, schemes)))}"
-    is_static = any(scheme.activations is not None and not scheme.activations.dynamic for scheme in schemes)
-    return f"{words} (which an engine scales token by token)" if is_static else words
+    return f"{config.method}, {' and '.join(dict.fromkeys(map(scheme_words, schemes)))}"
 
 
 def scheme_words(scheme: LinearScheme) -> str:

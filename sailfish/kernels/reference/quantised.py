@@ -22,6 +22,16 @@ def quantise(x_TI: Tensor, out: ActivationFormat) -> Quantised:
     return Quantised(values, scale_T, x_TI.dtype)
 
 
+def quantise_static(x_TI: Tensor, out: ActivationFormat, scale_1: Tensor) -> Quantised:
+    """Meet `contract.QuantiseStatic`."""
+    scaled = x_TI.float() / scale_1
+    if out == "int8":
+        values = scaled.round_().clamp_(-128, 127).to(torch.int8)
+    else:
+        values = scaled.clamp_(-LARGEST["fp8"], LARGEST["fp8"]).to(torch.float8_e4m3fn)
+    return Quantised(values, scale_1.expand(len(x_TI)).contiguous(), x_TI.dtype)
+
+
 def formatted(x_TI: Tensor, out: ActivationFormat) -> Tensor | Quantised:
     """Return x as it is, or quantised, as a producer of activations is asked to."""
     return x_TI if out == "plain" else quantise(x_TI, out)

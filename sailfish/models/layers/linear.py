@@ -38,15 +38,15 @@ class Linear:
 
     @property
     def takes(self) -> ActivationFormat:
-        """The format of activations that the weight's format multiplies with."""
+        """The format of activations that it is to be given; it rounds those with a static scale itself."""
         weight = self.weight_OI
-        return weight.format if isinstance(weight, Weight8) else "plain"
+        return weight.format if isinstance(weight, Weight8) and weight.input_scale_1 is None else "plain"
 
     def __call__(self, x_TI: Tensor | Quantised, ops: Ops) -> Tensor:
         weight = self.weight_OI
         if isinstance(weight, Weight8):
-            x = x_TI if isinstance(x_TI, Quantised) else ops.quantise(x_TI, self.takes)
-            return (ops.linear_int8 if self.takes == "int8" else ops.linear_fp8)(x, weight, self.bias_O)
+            x = x_TI if isinstance(x_TI, Quantised) else _rounded(x_TI, weight, ops)
+            return (ops.linear_int8 if weight.format == "int8" else ops.linear_fp8)(x, weight, self.bias_O)
         assert not isinstance(x_TI, Quantised), "who made x asked this linear what it takes"
         if isinstance(weight, Int4Weight):
             return ops.linear_int4(x_TI, weight, self.bias_O)
@@ -64,14 +64,15 @@ class Linear:
     ) -> tuple[Tensor | Quantised, Tensor]:
         """Return (the activated product with the norm of x + residual, x + residual)."""
         weight = self.weight_OI
-        if isinstance(weight, OrderedInt4):
+        is_static = isinstance(weight, Weight8) and weight.input_scale_1 is not None
+        if is_static or isinstance(weight, OrderedInt4):
             normed_TD, sum_TD = add_and_norm(x_TD, norm, ops)
             y_TO = self(normed_TD, ops)
             return (y_TO if activation is None else ops.act_mul(y_TO, activation, out)), sum_TD
         if isinstance(weight, Int4Weight):
             op = ops.norm_linear_int4
         elif isinstance(weight, Weight8):
-            op = ops.norm_linear_int8 if self.takes == "int8" else ops.norm_linear_fp8
+            op = ops.norm_linear_int8 if weight.format == "int8" else ops.norm_linear_fp8
         else:
             op = ops.norm_linear
         return op(ops, x_TD, norm, weight, self.bias_O, activation, out)
@@ -82,3 +83,10 @@ def dense(weights: Mapping[str, LinearWeight], name: str) -> Tensor:
     weight = weights[name]
     assert isinstance(weight, Tensor), f"{name} is dense in every engine"
     return weight
+
+
+def _rounded(x_TI: Tensor, weight: Weight8, ops: Ops) -> Quantised:
+    """Return activations as the weight multiplies them."""
+    if weight.input_scale_1 is None:
+        return ops.quantise(x_TI, weight.format)
+    return ops.quantise_static(x_TI, weight.format, weight.input_scale_1)
