@@ -33,8 +33,8 @@ class Cut(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     """Channels of each layer's MLP."""
     repair: bool = True
     """Fit the linears that read what is gone to what their outputs were."""
-    damp: float = 0.01
-    """What is added to the Hessian's diagonal for that, as a share of its mean."""
+    damp: float = 0.1
+    """What is added to the Hessian's diagonal for that, as a share of its mean: little text is overfitted."""
 
 
 class Fold(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -323,7 +323,7 @@ def _check_cut(cut: Cut, refuse: Any) -> None:
     if not all(0 <= share < 1 for share in shares) or not any(shares):
         raise refuse("no share of layers, heads or width is cut", "write one between 0 and 1: width: 0.25")
     if not 0 < cut.damp < math.inf:
-        raise refuse(f"a repair with damp {cut.damp:g}", "use 0.01")
+        raise refuse(f"a repair with damp {cut.damp:g}", "use 0.1")
 
 
 def _check_prune(prune: Prune, rounds: list[Round], refuse: Any) -> None:
