@@ -1,0 +1,1 @@
+"""Trains a student to answer as its teacher does."""
