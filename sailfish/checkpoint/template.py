@@ -152,22 +152,13 @@ class ChatTemplate:
     def _text(self, reply: Mapping[str, Any]) -> str:
         if "text" in reply:
             return str(reply["text"])
-        match reply.get("error"):
-            case "raised":
-                raise RequestError(
-                    f"the chat template refused the messages: {_reason(reply)}", param="messages"
-                )
-            case "bad_template":
-                raise self._unusable(reply)
-            case "too_large":
-                raise RequestError(
-                    f"the chat template made more than {MAX_RENDERED_BYTES} bytes of these messages",
-                    param="messages",
-                )
-            case _:
-                raise RequestError(
-                    f"the chat template failed on these messages: {_reason(reply)}", param="messages"
-                )
+        if reply.get("error") == "bad_template":
+            raise self._unusable(reply)
+        why = {
+            "raised": f"refused the messages: {_reason(reply)}",
+            "too_large": f"made more than {MAX_RENDERED_BYTES} bytes of these messages",
+        }.get(reply.get("error", ""), f"failed on these messages: {_reason(reply)}")
+        raise RequestError(f"the chat template {why}", param="messages")
 
     def _unusable(self, reply: Mapping[str, Any]) -> CheckpointError:
         return CheckpointError(f"{self._origin}: the chat template is not usable: {_reason(reply)}")

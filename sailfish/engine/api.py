@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import operator
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from typing import Any, Literal, TypeVar
 
 import msgspec
@@ -84,26 +84,15 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         _range("n", self.n, 1, MAX_N)
         _range("logprobs", self.logprobs, 0, MAX_LOGPROBS)
         _range("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
-        if len(self.logit_bias) > MAX_LOGIT_BIAS:
-            raise RequestError(
-                f"logit_bias has {len(self.logit_bias)} entries, at most {MAX_LOGIT_BIAS} are taken",
-                param="logit_bias",
-            )
+        _few("logit_bias", self.logit_bias, MAX_LOGIT_BIAS)
         for token_id, bias in self.logit_bias.items():
             _token("logit_bias", token_id, vocab_size)
             _range("logit_bias", bias, -100.0, 100.0)
-        if len(self.stop) > MAX_STOP_STRINGS:
-            raise RequestError(
-                f"stop has {len(self.stop)} strings, at most {MAX_STOP_STRINGS} are taken", param="stop"
-            )
+        _few("stop", self.stop, MAX_STOP_STRINGS)
         for text in self.stop:
             if not text or len(text) > MAX_STOP_CHARS:
                 raise RequestError(f"stop strings have 1 to {MAX_STOP_CHARS} characters", param="stop")
-        if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
-            raise RequestError(
-                f"stop_token_ids has {len(self.stop_token_ids)} ids, at most {MAX_STOP_TOKEN_IDS} are taken",
-                param="stop_token_ids",
-            )
+        _few("stop_token_ids", self.stop_token_ids, MAX_STOP_TOKEN_IDS)
         for token_id in self.stop_token_ids:
             _token("stop_token_ids", token_id, vocab_size)
 
@@ -121,13 +110,9 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     def checked(self) -> Options:
         """Return the same options; raise RequestError naming the first field that is wrong."""
         typed = _typed(self, Options, "options")
-        typed.check()
+        _range("priority", typed.priority, -_MAX_PRIORITY, _MAX_PRIORITY)
+        _range("deadline_s", typed.deadline_s, 0.0, 1e9, open_low=True)
         return typed
-
-    def check(self) -> None:
-        """Raise RequestError naming the first field out of range."""
-        _range("priority", self.priority, -_MAX_PRIORITY, _MAX_PRIORITY)
-        _range("deadline_s", self.deadline_s, 0.0, 1e9, open_low=True)
 
 
 class TopLogprob(msgspec.Struct, frozen=True, array_like=True):
@@ -328,6 +313,11 @@ def _typed(value: T, kind: type[T], what: str) -> T:
         return msgspec.convert(msgspec.to_builtins(value), kind)
     except (msgspec.ValidationError, TypeError, UnicodeEncodeError, OverflowError) as error:
         raise RequestError(f"{what} are of the wrong type: {error}") from None
+
+
+def _few(name: str, values: Sized, most: int) -> None:
+    if len(values) > most:
+        raise RequestError(f"{name} has {len(values)} entries, at most {most} are taken", param=name)
 
 
 def _range(name: str, value: Any, low: float, high: float, *, open_low: bool = False) -> None:

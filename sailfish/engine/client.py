@@ -16,6 +16,7 @@ import msgspec
 
 from sailfish.base.config import EngineConfig
 from sailfish.base.errors import EngineError, RequestError, WorkerDied, error_from_code
+from sailfish.checkpoint.messages import Message as ReadMessage
 from sailfish.checkpoint.messages import read_messages
 from sailfish.checkpoint.template import ChatTemplate, encode_chat
 from sailfish.checkpoint.tokenizer import Tokenizer
@@ -29,7 +30,7 @@ from sailfish.engine.stream import AnswerStream, collect
 log = logging.getLogger(__name__)
 
 Prompt = str | Sequence[int]
-Message = Mapping[str, Any]
+Message = Mapping[str, Any] | ReadMessage
 
 _RECONNECT_S = 0.2
 _MAX_BEAT_AGE_S = 5.0
@@ -209,6 +210,7 @@ class AsyncEngine:
                 f"model {self.info.name!r} has no chat template",
                 hint="use /v1/completions, or serve it with --chat-template FILE",
                 param="messages",
+                code="no_chat_template",
             )
         return await asyncio.to_thread(
             encode_chat,
@@ -216,7 +218,7 @@ class AsyncEngine:
             self.template,
             [message.for_template() for message in read_messages(messages)],
             add_generation_prompt=add_generation_prompt,
-            template_kwargs=dict(template_kwargs or {}),
+            template_kwargs=template_kwargs,
             max_tokens=self.info.context_tokens,
         )
 

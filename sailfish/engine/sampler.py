@@ -40,8 +40,6 @@ def sample(
     if any(n < p + r.min_tokens for r, n, p in zip(rows, lengths, n_prompts, strict=True)):
         _bar_ends(logits_SV, row_S, length_S, table)
     drawing = [i for i, r in enumerate(rows) if r.temperature > 0.0]
-    if not drawing:
-        return logits_SV.argmax(dim=1), finite_S
     step = max(1, SAMPLER_CHUNK_ELEMENTS // logits_SV.shape[1])
     token_S = logits_SV.argmax(dim=1)
     for begin in range(0, len(drawing), step):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, Protocol
 
+from sailfish.checkpoint.messages import Message
 from sailfish.engine.api import Chunk, EngineInfo, EngineStats, Options, SamplingParams
 
 
@@ -88,7 +89,7 @@ class EnginePort(Protocol):
 
     async def encode_chat(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Sequence[Message],
         *,
         add_generation_prompt: bool = True,
         template_kwargs: Mapping[str, Any] | None = None,

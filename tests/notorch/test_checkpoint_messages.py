@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from types import MappingProxyType
-from typing import Any
+import asyncio
+from pathlib import Path
+from types import MappingProxyType, SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from sailfish.base.errors import RequestError
 from sailfish.checkpoint.messages import read_messages
+from sailfish.engine.api import EngineInfo
+from sailfish.engine.client import AsyncEngine
 
 IMAGE = {"type": "image_url", "image_url": {"url": "https://images.test/cat.png"}}
 
@@ -64,3 +68,11 @@ def test_a_template_sees_plain_roles_and_texts() -> None:
         {"role": "assistant", "content": ""},
     ]
     assert [message.for_template() for message in read_messages(seen)] == seen
+
+
+def test_an_engine_whose_model_has_no_template_refuses_conversations_by_a_code_of_its_own() -> None:
+    engine = AsyncEngine(Path("nowhere"), None)
+    engine.info, engine.template = cast(EngineInfo, SimpleNamespace(name="bare")), None
+    with pytest.raises(RequestError, match="'bare' has no chat template") as refused:
+        asyncio.run(engine.encode_chat([{"role": "user", "content": "Hi"}]))
+    assert (refused.value.code, refused.value.param) == ("no_chat_template", "messages")

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sailfish.base.errors import ContextTooLong, SailfishError
+from sailfish.checkpoint.messages import Message
 from sailfish.engine.api import (
     Chunk,
     EngineInfo,
@@ -189,13 +190,13 @@ class FakeEngine:
 
     async def encode_chat(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Sequence[Message],
         *,
         add_generation_prompt: bool = True,
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """Return the last message's bytes after a mark."""
-        return list(f"#{messages[-1]['content']}".encode())
+        return list(f"#{messages[-1].for_template()['content']}".encode())
 
     async def submit(
         self,
@@ -204,7 +205,7 @@ class FakeEngine:
         options: Options = Options(),
     ) -> FakeStream:
         """Start an answer, under the real engine's rules for what is refused."""
-        params.check(self.info.vocab_size)
+        params = params.checked(self.info.vocab_size)
         if self.refuse is not None:
             raise self.refuse
         if len(prompt_ids) + (params.max_tokens or 1) > CONTEXT_TOKENS:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
 from msgspec import UNSET, UnsetType
 from starlette.requests import Request
 from starlette.responses import Response
 
 from sailfish.base.errors import RequestError
-from sailfish.checkpoint.messages import Message
 from sailfish.engine.api import Chunk, Completion
 from sailfish.serve.gateway.strict_json import read_object
 from sailfish.serve.openai import logprobs
@@ -25,7 +22,7 @@ from sailfish.serve.openai.replies import (
     PromptLogprobs,
     UsageReply,
 )
-from sailfish.serve.openai.requests import ChatRequest, Scalar, read
+from sailfish.serve.openai.requests import ChatRequest, read
 from sailfish.serve.openai.stream import EventStream, pieces
 from sailfish.serve.site import Site
 
@@ -42,8 +39,10 @@ async def create_chat_completion(site: Site, http: Request) -> Response:
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
         prompt_logprobs=request.prompt_logprobs,
     )
-    prompt_ids = await encode_messages(
-        site, request.messages, request.add_generation_prompt, request.chat_template_kwargs
+    prompt_ids = await site.engine.encode_chat(
+        request.messages,
+        add_generation_prompt=request.add_generation_prompt is not False,
+        template_kwargs=request.chat_template_kwargs,
     )
     shaper = _Shaper(site, request)
     try:
@@ -59,24 +58,6 @@ async def create_chat_completion(site: Site, http: Request) -> Response:
         return EventStream(site, answers, events)
     completions = await whole_reply(site, answers, http.receive)
     return json_reply(shaper.whole([completion for _, completion in completions], answers.tally.reply()))
-
-
-async def encode_messages(
-    site: Site,
-    messages: Sequence[Message],
-    add_generation_prompt: bool | None,
-    template_kwargs: Mapping[str, Scalar] | None,
-) -> list[int]:
-    """Return the prompt tokens of a conversation."""
-    if site.engine.template is None:
-        raise RequestError(
-            "this model has no chat template; use /v1/completions", param="messages", code="no_chat_template"
-        )
-    return await site.engine.encode_chat(
-        [message.for_template() for message in messages],
-        add_generation_prompt=add_generation_prompt is not False,
-        template_kwargs=template_kwargs,
-    )
 
 
 class _Shaper:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-from sailfish.engine.api import TokenLogprob
+from sailfish.engine.api import TokenLogprob, TopLogprob
 from sailfish.serve.openai.replies import (
     ChatLogprobs,
     ChatToken,
@@ -33,18 +34,14 @@ def for_chat(tokenizer: TokenizerPort, entries: Sequence[TokenLogprob] | None) -
     if entries is None:
         return None
 
-    def parts(token_id: int, logprob: float) -> tuple[str, float, list[int]]:
-        raw = tokenizer.token_bytes(token_id)
-        return token_string(tokenizer, token_id), max(logprob, _LOWEST), list(raw)
+    def parts(one: TokenLogprob | TopLogprob) -> dict[str, Any]:
+        token, raw = token_string(tokenizer, one.token_id), tokenizer.token_bytes(one.token_id)
+        return {"token": token, "logprob": max(one.logprob, _LOWEST), "bytes": list(raw)}
 
-    content = []
-    for entry in entries:
-        top = []
-        for alternative in entry.top:
-            token, logprob, raw = parts(alternative.token_id, alternative.logprob)
-            top.append(TokenChance(token=token, logprob=logprob, bytes=raw))
-        token, logprob, raw = parts(entry.token_id, entry.logprob)
-        content.append(ChatToken(token=token, logprob=logprob, bytes=raw, top_logprobs=top))
+    content = [
+        ChatToken(**parts(entry), top_logprobs=[TokenChance(**parts(top)) for top in entry.top])
+        for entry in entries
+    ]
     return ChatLogprobs(content=content)
 
 

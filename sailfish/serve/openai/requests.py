@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeVar
 
+import msgspec
 from msgspec import Meta, Struct
 
 from sailfish.checkpoint.messages import NEUTRAL, Message, ShortText, convert, known_fields, read_messages
@@ -83,30 +84,12 @@ class GenerateRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         self, *, max_tokens: int | None, logprobs: int | None, prompt_logprobs: int | None
     ) -> SamplingParams:
         """Return the engine's parameters; what the endpoints read differently is given by them."""
-        stop = self.stop or ()
-        min_tokens = self.min_tokens or 0
-        if max_tokens is not None:
-            min_tokens = min(min_tokens, max_tokens)  # the text ends there either way
-        return SamplingParams(
-            max_tokens=max_tokens,
-            min_tokens=min_tokens,
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            min_p=self.min_p,
-            repetition_penalty=self.repetition_penalty,
-            presence_penalty=self.presence_penalty or 0.0,
-            frequency_penalty=self.frequency_penalty or 0.0,
-            logit_bias={int(token): bias for token, bias in (self.logit_bias or {}).items()},
-            seed=self.seed,
-            stop=(stop,) if isinstance(stop, str) else tuple(stop),
-            stop_token_ids=tuple(self.stop_token_ids or ()),
-            ignore_eos=bool(self.ignore_eos),
-            n=self.n or 1,
-            logprobs=logprobs,
-            prompt_logprobs=prompt_logprobs,
-            skip_special_tokens=self.skip_special_tokens is not False,
-        )
+        asked = {name: getattr(self, name, None) for name in SamplingParams.__struct_fields__}
+        asked |= {"max_tokens": max_tokens, "logprobs": logprobs, "prompt_logprobs": prompt_logprobs}
+        if max_tokens is not None and self.min_tokens is not None:
+            asked["min_tokens"] = min(self.min_tokens, max_tokens)  # the text ends there either way
+        given = {name: value for name, value in asked.items() if value is not None}
+        return msgspec.convert(given, SamplingParams, str_keys=True)
 
 
 class ChatRequest(GenerateRequest, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -9,7 +9,6 @@ from starlette.responses import Response
 
 from sailfish.base.errors import RequestError
 from sailfish.serve.gateway.strict_json import read_object
-from sailfish.serve.openai.chat import encode_messages
 from sailfish.serve.openai.endpoint import check_model, json_reply
 from sailfish.serve.openai.logprobs import token_string
 from sailfish.serve.openai.replies import DetokenizeReply, TokenizeReply, TokenizerInfo
@@ -23,7 +22,9 @@ async def tokenize(site: Site, http: Request) -> Response:
     request = read(TokenizeChat, value) if "messages" in value else read(TokenizePrompt, value)
     check_model(site, request.model)
     if isinstance(request, TokenizeChat):
-        ids = await encode_messages(site, request.messages, request.add_generation_prompt, None)
+        ids = await site.engine.encode_chat(
+            request.messages, add_generation_prompt=request.add_generation_prompt is not False
+        )
     else:
         ids = await asyncio.to_thread(
             site.engine.tokenizer.encode,
