@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import http.client
 import json
 import tempfile
@@ -44,21 +43,13 @@ def _is_of_the_clock(row: trace.Entered) -> bool:
 
 
 def _with_sealed(entered: list[trace.Entered]) -> list[trace.Entered]:
-    """Add the process that renders chat templates: sealed off from tracing, so all its functions count."""
-    tree = ast.parse((Path(trace.PACKAGE_DIR) / _SEALED).read_text(encoding="utf-8"))
-    asked_ns = max(row.at_ns for row in entered if row.file == "checkpoint/template.py")
-    sealed = [
-        trace.Entered(
-            at_ns=asked_ns,
-            file=_SEALED,
-            first_line=node.lineno,
-            last_line=node.end_lineno or node.lineno,
-            function=f"{node.name} (sealed process)",
-        )
-        for node in ast.walk(tree)
-        if isinstance(node, ast.FunctionDef)
-    ]
-    return sorted([*entered, *sealed])
+    """Add the process that renders chat templates: sealed off from tracing, so its whole file counts."""
+    n_lines = len((Path(trace.PACKAGE_DIR) / _SEALED).read_text(encoding="utf-8").splitlines())
+    asks = [row.at_ns for row in entered if row.file == "checkpoint/template.py"]
+    whole = trace.Entered(
+        at_ns=max(asks), file=_SEALED, first_line=1, last_line=n_lines, function="(sealed process: all of it)"
+    )
+    return sorted([*entered, whole])
 
 
 def _ask(url: str, model: str, text: str, chat: bool) -> None:
