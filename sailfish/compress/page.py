@@ -93,6 +93,7 @@ def _one(report: Report, *, alone: bool) -> str:
     return (
         f"{heading}<p class='lead'>{escape(str(report.recipe.get('about', '')))}</p>"
         f"{cards(figures)}{warnings([*notes, *report.warnings])}"
+        + _removed(report)
         + _errors(report)
         + _drifts(report)
         + _speeds(report)
@@ -100,6 +101,26 @@ def _one(report: Report, *, alone: bool) -> str:
         + _linears(report)
         + _provenance(report)
     )
+
+
+def _removed(report: Report) -> str:
+    if not report.removed:
+        return ""
+    rows = [
+        (
+            part.where,
+            part.what,
+            f"{part.influence:.4f}",
+            "" if part.repaired is None else f"{part.repaired:.4f}",
+        )
+        for part in report.removed
+    ]
+    influence = [(float(layer), value) for layer, value in enumerate(report.block_influence)]
+    drawn = (
+        plot("Influence", "block", "1 - cosine", [("states", influence)], joined=True) if influence else ""
+    )
+    heads = ("from", "removed", "influence or error of outputs", "repaired")
+    return f"<h2>What was removed</h2>{drawn}{table(heads, rows)}"
 
 
 def _errors(report: Report) -> str:

@@ -17,13 +17,16 @@ from safetensors.torch import load_file, save_file
 from test_compress import LENGTH, N_SAMPLES, asked, perplexity, restored, silent, small, tokens
 from torch import Tensor
 from twins import TWINS, VOCAB_SIZE, load_truth, make_twin
+from typer.testing import CliRunner
 
 from sailfish.base.errors import BuildError, ConfigError
 from sailfish.checkpoint.files import read_json
 from sailfish.checkpoint.hf_config import load_model_config
+from sailfish.cli.main import application
 from sailfish.compress.cut import config_values, n_layers_left, narrowed
 from sailfish.compress.make import Costly, make
 from sailfish.compress.recipe import Bound, Calibration, Cut, Override, Recipe
+from sailfish.compress.report import PAGE_FILE
 from sailfish.compress.structured import group_energy, leave
 from sailfish.quality.model import WindowModel
 
@@ -209,6 +212,25 @@ def test_a_cut_beyond_the_bound_is_refused_beside_the_other_cuts(
         make(asked(source, recipe, text), tmp_path / "out", silent)
     assert caught.value.hint == "raise the bound in a recipe of your own"
     assert not (tmp_path / "out").exists()
+
+
+def test_recipes_that_were_done_stay_where_a_later_one_is_refused(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    source, text = make_twin("llama", tmp_path_factory.getbasetemp()), tokens(tmp_path)
+    words = ["compress", str(source), "--calibration", str(text), "--must-pay", "--device", "cpu"]
+    words += ["--length", "48", "--samples", "6", "--eval-windows", "3", "-o", str(tmp_path / "out")]
+    for names, left in (
+        (["w8a16", "prune-width"], []),
+        (["prune-width", "w8a16"], [PAGE_FILE, "prune-width"]),
+    ):
+        asks = [*words, *(word for name in names for word in ("-r", name))]
+        refused = CliRunner().invoke(application(asks), asks).exception
+        assert isinstance(refused, BuildError) and "w8a16 does not pay: no kernel here" in str(refused)
+        assert sorted(path.name for path in tmp_path.glob("out/*")) == left
+        assert (f"{tmp_path / 'out' / 'prune-width'} stays" in str(refused)) is bool(left)
+        assert (tmp_path / "out").exists() is bool(left)
+    assert "32 of 112 channels" in (tmp_path / "out" / PAGE_FILE).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
