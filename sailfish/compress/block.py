@@ -13,10 +13,10 @@ from sailfish.checkpoint.names import TensorSpec, tensor_specs
 from sailfish.checkpoint.safetensors_reader import Checkpoint
 from sailfish.kernels.choose import bind
 from sailfish.kernels.composed import norm_linear
-from sailfish.kernels.contract import ActivationFormat, AttentionSpan, Ops, Quantised
+from sailfish.kernels.contract import ActivationFormat, Ops, Quantised
 from sailfish.kernels.reference.elementwise import gated
 from sailfish.kernels.reference.moe import route
-from sailfish.kernels.reference.quantised import quantise
+from sailfish.kernels.reference.quantised import quantise, quantise_static
 from sailfish.models.arena import arena_layout
 from sailfish.models.decoder import Decoder, KvCache, StepInputs
 from sailfish.models.load import DTYPES, assemble, load_weights
@@ -57,6 +57,15 @@ class Site:
     modules: tuple[str, ...]
     """Their names in the checkpoint, in the order of the rows of the engine's one matrix."""
     n_in: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundedInputs:
+    """What a site makes of its inputs before it multiplies."""
+
+    to: ActivationFormat
+    scale_1: Tensor | None = None
+    """float32, of all tokens; None: each has its own."""
 
 
 def block_specs(config: ModelConfig, layer: int) -> list[TensorSpec]:
@@ -109,12 +118,12 @@ class Block:
         window_tokens: int,
         *,
         head: tuple[Tensor, Tensor] | None = None,
-        rounded: Mapping[str, ActivationFormat] | None = None,
+        rounded: Mapping[str, RoundedInputs] | None = None,
     ) -> None:
         """Take the block's tensors by the checkpoint's names, of any device and float dtype.
 
         With a `head`, (norm_D, head_VD), `run` returns normed states and `logits` may be called. `rounded`
-        names the sites that round their inputs to 8 bits, a scale for each token.
+        names the sites that round their inputs to 8 bits.
         """
         one = _one(config, layer, 1 if head is None else len(head[1]))
         self._is_last = head is not None
@@ -156,18 +165,8 @@ class Block:
 
         `see` is told what each site reads.
         """
-        n_tokens = len(hidden_TD)
-        position_T = torch.arange(n_tokens, device=self._device)
-        span = AttentionSpan(
-            block_table_RW=self._block_1W,
-            row_B=torch.zeros(1, dtype=torch.int32, device=self._device),
-            query_start=(0, n_tokens),
-            kv_len=(n_tokens,),
-            kv_len_B=torch.tensor([n_tokens], dtype=torch.int32, device=self._device),
-            query_start_B1=torch.tensor([0, n_tokens], dtype=torch.int32, device=self._device),
-        )
-        # Blocks lie in order, so that a token's slot is its position.
-        step = StepInputs(token_T=position_T, position_T=position_T, slot_T=position_T, span=span)
+        any_T = torch.arange(len(hidden_TD), device=self._device)  # states come in the tokens' place
+        step = StepInputs.of_window(any_T, self._block_1W)
         self._taps.hidden_TD, self._taps.see = hidden_TD, see
         normed_TD = self._decoder.forward(step, self._kv)
         return normed_TD if self._is_last else self._taps.hidden_TD
@@ -186,7 +185,7 @@ class _Taps:
         ops: Ops,
         names: Mapping[int, str],
         final_norm: int,
-        rounded: dict[str, ActivationFormat],
+        rounded: dict[str, RoundedInputs],
     ) -> None:
         self._ops = ops
         self._names = names
@@ -228,10 +227,13 @@ class _Taps:
         """Show a site's inputs, and return them as it reads them."""
         if self.see is not None:
             self.see(name, x_TI)
-        to = self._rounded.get(name)
-        if to is None:
+        how = self._rounded.get(name)
+        if how is None:
             return x_TI
-        values = quantise(x_TI, to)
+        if how.scale_1 is None:
+            values = quantise(x_TI, how.to)
+        else:
+            values = quantise_static(x_TI, how.to, how.scale_1.to(x_TI.device))
         return (values.values_TI.float() * values.scale_T[:, None]).to(x_TI.dtype)
 
     def _moe(
@@ -244,14 +246,17 @@ class _Taps:
         normalise: bool,
         activation: str,
     ) -> Tensor:
-        if self.see is not None:
-            _, expert_TA = route(router_TX, n_active, normalise)
-            for x, gate_up_2MD in enumerate(gate_up_X2MD):
-                routed_TD = x_TD[(expert_TA == x).any(1)]
-                self.see(f"experts.{x}.gate_up", routed_TD)
-                gate, up = (routed_TD @ gate_up_2MD.T).chunk(2, -1)
-                self.see(f"experts.{x}.down", gated(gate, up, activation))
-        return self._ops.moe(x_TD, router_TX, gate_up_X2MD, down_XDM, n_active, normalise, activation)
+        if self.see is None and not any(name.startswith("experts.") for name in self._rounded):
+            return self._ops.moe(x_TD, router_TX, gate_up_X2MD, down_XDM, n_active, normalise, activation)
+        weight_TA, expert_TA = route(router_TX, n_active, normalise)
+        out_TD = torch.zeros_like(x_TD, dtype=torch.float32)
+        for x, (gate_up_2MD, down_DM) in enumerate(zip(gate_up_X2MD, down_XDM, strict=True)):
+            share_T = (weight_TA * (expert_TA == x)).sum(1)
+            rows = (expert_TA == x).any(1)
+            gate_TM, up_TM = (self._read(f"experts.{x}.gate_up", x_TD[rows]) @ gate_up_2MD.T).chunk(2, -1)
+            mlp_TM = self._read(f"experts.{x}.down", gated(gate_TM, up_TM, activation))
+            out_TD[rows] += (mlp_TM @ down_DM.T).float() * share_T[rows, None]
+        return out_TD.to(x_TD.dtype)
 
 
 class Memory:

@@ -28,17 +28,19 @@ from sailfish.checkpoint.hf_config import load_model_config
 from sailfish.checkpoint.model_config import ModelConfig
 from sailfish.checkpoint.names import check_tensors, tensor_specs
 from sailfish.checkpoint.safetensors_reader import Checkpoint
-from sailfish.compress.block import Block, Device, block_specs, read_tensor, sites
+from sailfish.compress.block import Block, Device, RoundedInputs, block_specs, read_tensor, sites
 from sailfish.compress.cut import n_layers_left, narrowed
 from sailfish.compress.inputs import Inputs
+from sailfish.compress.parent import ParentStates
 from sailfish.compress.recipe import Recipe
 from sailfish.compress.report import Fallback, LinearFacts, Removed
+from sailfish.compress.rtn import Format8
+from sailfish.compress.static_scale import Magnitudes, static_scale
 from sailfish.compress.step import CompressedBlock, compress_block
 from sailfish.compress.storing import Store
 from sailfish.compress.structured import block_influence, cut_block, least_influential
 from sailfish.compress.texts import Texts
 from sailfish.hardware.memory import begin_cuda_peak, cuda_memory
-from sailfish.kernels.contract import ActivationFormat
 from sailfish.quality.evaluate import chunks_of, on_host
 from sailfish.quality.metrics import compare_tokens
 from sailfish.quality.scores import Comparison
@@ -73,18 +75,19 @@ def compress(
     recipe: Recipe,
     texts: Texts,
     on: Device,
+    parent: ParentStates,
     tell: Tell,
     finish: Callable[[Run], dict[str, bytes]],
 ) -> Run:
     """Compress the dense checkpoint in `source`; without `out` nothing is written, and all is measured.
 
-    `finish` is called when all is measured and before the checkpoint gets its name: it returns the files
+    `parent` is filled, or used where it was filled with the same windows. `finish` is called when all is measured and before the checkpoint gets its name: it returns the files
     to put beside the weights, or raises to have nothing written. Raises CheckpointError for a checkpoint
     that cannot be compressed, BuildError where a linear cannot.
     """
     checkpoint, config = _opened(source)
     store = Store(source, checkpoint, recipe, out)
-    driver = _Driver(checkpoint, config, recipe, texts, on, store)
+    driver = _Driver(checkpoint, config, recipe, texts, on, parent, store)
     if on.torch == "cuda":
         begin_cuda_peak()
     run = driver.run(tell)
@@ -119,6 +122,7 @@ class _Driver:
         recipe: Recipe,
         texts: Texts,
         on: Device,
+        parent: ParentStates,
         store: Store,
     ) -> None:
         self._checkpoint = checkpoint
@@ -137,8 +141,9 @@ class _Driver:
         self._windows = texts.evaluation
         calibration = texts.calibration if recipe.is_calibrated else []
         self._calibration = [self._embedded(window, table_VD) for window in calibration]
-        self._parent = [self._embedded(window, table_VD) for window in texts.evaluation]
-        self._child = list(self._parent)
+        self._child = [self._embedded(window, table_VD) for window in texts.evaluation]
+        self._parent = parent
+        parent.begin(texts.evaluation, config.n_layers, self._child)
 
     def run(self, tell: Tell) -> Run:
         """Compress every block, and compare what comes out of the last one."""
@@ -153,26 +158,29 @@ class _Driver:
             tensors = self._tensors(layer)
             parent = self._block(self._config, layer, tensors, is_last, {})
             inputs = {s.name: Inputs(s.n_in, self._on.torch) for s in sites(self._config, layer)}
-            if layer not in gone:
+            if layer not in gone and self._recipe.needs_inputs:
                 with _timed(run.seconds, "calibration"):
                     self._see(parent, inputs)
             with _timed(run.seconds, "measuring"):
-                self._parent = [parent.run(hidden_TD) for hidden_TD in self._parent]
+                if len(self._parent.first) == layer:
+                    self._parent.read(parent.run)
             if layer in gone:
-                run.drift.append(_drift(self._child, self._parent))
+                run.drift.append(_drift(self._child, self._parent.first[layer]))
                 continue
             if not is_last:
                 parent = None
             with _timed(run.seconds, "methods"):
                 made = self._compressed(layer, tensors, inputs, run)
+            with _timed(run.seconds, "calibration"):
+                rounded = self._rounded(layer, made)
             self._keep(made, tensors, run)
-            child = self._block(self._narrow, layer, made.tensors, is_last, self._rounded(layer))
+            child = self._block(self._narrow, layer, made.tensors, is_last, rounded)
             with _timed(run.seconds, "calibration"):
                 if not is_last:
                     self._calibration = [child.run(hidden_TD) for hidden_TD in self._calibration]
             with _timed(run.seconds, "measuring"):
                 self._child = [child.run(hidden_TD) for hidden_TD in self._child]
-                run.drift.append(_drift(self._child, self._parent))
+                run.drift.append(_drift(self._child, self._parent.first[layer]))
         tell("compressing", n_layers, n_layers)
         assert parent is not None and child is not None, "a decoder has at least one layer"
         with _timed(run.seconds, "measuring"):
@@ -197,7 +205,7 @@ class _Driver:
             ]
         kept = [layer for layer in range(n_layers) if layer not in gone]
         self._store.shrink(replace(self._narrow, layers=tuple(self._narrow.layers[i] for i in kept)), kept)
-        if not self._recipe.needs_inputs:
+        if not self._recipe.needs_inputs and self._recipe.activations != "static":
             self._calibration = []
         return gone
 
@@ -234,7 +242,7 @@ class _Driver:
         layer: int,
         tensors: dict[str, Tensor],
         is_last: bool,
-        rounded: dict[str, ActivationFormat],
+        rounded: dict[str, RoundedInputs],
     ) -> Block:
         head = (self._norm_D, self._head_VD) if is_last else None
         return Block(config, layer, tensors, self._on, self._window_tokens, head=head, rounded=rounded)
@@ -258,15 +266,31 @@ class _Driver:
         made.changed |= changed - {f"{module}.weight" for module in made.linears}
         return made
 
-    def _rounded(self, layer: int) -> dict[str, ActivationFormat]:
-        """Return the sites that round their inputs as the model will run them."""
+    def _rounded(self, layer: int, made: CompressedBlock) -> dict[str, RoundedInputs]:
+        """Return how sites round their inputs when the model runs; their linears get static scales."""
         if self._recipe.activations == "none":
             return {}
-        to: ActivationFormat = "fp8" if self._recipe.layout == "float-quantized" else "int8"
-        return {
-            site.name: to
+        to: Format8 = "fp8" if self._recipe.layout == "float-quantized" else "int8"
+        found = {
+            site: RoundedInputs(to=to)
             for site in sites(self._narrow, layer)
-            if all(self._recipe.round_of(module) is not None for module in site.modules)
+            if any(module in made.linears for module in site.modules)
+        }
+        if self._recipe.activations == "static":
+            seen = {site.name: Magnitudes() for site in found}
+            block = self._block(self._narrow, layer, made.tensors, False, {})
+            for hidden_TD in self._calibration:
+                block.run(hidden_TD, lambda name, x_TI: seen[name].add(x_TI) if name in seen else None)
+            for site in found:
+                scale = static_scale(seen[site.name], self._recipe.static, to)
+                scale_1 = torch.tensor([scale]).bfloat16().float()  # as it is stored
+                made.give_input_scale(site, scale_1, is_seen=seen[site.name].largest > 0)
+                found[site] = RoundedInputs(to=to, scale_1=scale_1)
+        # A product that is dense in part takes inputs as they are.
+        return {
+            site.name: how
+            for site, how in found.items()
+            if all(module in made.linears for module in site.modules)
         }
 
     def _keep(self, made: CompressedBlock, tensors: dict[str, Tensor], run: Run) -> None:
@@ -286,7 +310,7 @@ class _Driver:
         for number, window in enumerate(self._windows):
             target_S = torch.tensor(window.tokens[window.n_context :]).to(self._on.torch)
             scored = slice(window.n_context - 1, -1)
-            ours_SD, theirs_SD = self._child[number][scored], self._parent[number][scored]
+            ours_SD, theirs_SD = self._child[number][scored], self._parent.last[number][scored]
             parts = [
                 compare_tokens(child.logits(ours_SD[rows]), parent.logits(theirs_SD[rows]), target_S[rows])
                 for rows in chunks_of(len(target_S), len(self._head_VD), self._on.torch)
@@ -324,8 +348,10 @@ def _stored(tensor: Tensor) -> StoredTensor:
 
 
 def _drift(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
-    wrong = sum(float((a.float() - b.float()).square().sum()) for a, b in zip(ours, theirs, strict=True))
-    size = sum(float(b.float().square().sum()) for b in theirs)
+    """Return how far our states are from the parent's on the host, of the windows that it has there."""
+    pairs = [(a.cpu().float(), b.float()) for a, b in zip(ours, theirs, strict=False)]
+    wrong = sum(float((a - b).square().sum()) for a, b in pairs)
+    size = sum(float(b.square().sum()) for _, b in pairs)
     return (wrong / size) ** 0.5 if size else 0.0
 
 

@@ -96,6 +96,15 @@ class Override(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """null: they stay dense."""
 
 
+class Static(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How the one scale of all tokens is found, where activations are static."""
+
+    method: Literal["min-max", "percentile", "mse", "entropy"] = "mse"
+    """What becomes the largest 8-bit number; see `static_scale`. entropy: int8 only."""
+    kept: float = 0.9999
+    """percentile: the share of all values that is not cut off."""
+
+
 class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What is read to learn how inputs weigh."""
 
@@ -128,8 +137,10 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     fold: Fold | None = None
     prune: Prune | None = None
     round: Round | None = None
-    activations: Literal["none", "dynamic"] = "none"
-    """dynamic: a token's activations are rounded to 8 bits as it comes, with a scale of its own."""
+    activations: Literal["none", "dynamic", "static"] = "none"
+    """dynamic: a token's activations are rounded to 8 bits as it comes, with a scale of its own; static: all
+    with one scale for each input of a linear, which is found by calibration."""
+    static: Static = Static()
     overrides: list[Override] = []
     calibration: Calibration = Calibration()
     bound: Bound = Bound()
@@ -156,7 +167,8 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     @property
     def is_calibrated(self) -> bool:
         """Whether anything is learned from the calibration text."""
-        return self.needs_inputs or (self.cut is not None and self.cut.layers > 0)
+        is_cut = self.cut is not None and self.cut.layers > 0
+        return self.needs_inputs or is_cut or self.activations == "static"
 
     @property
     def bits_per_weight(self) -> float:
@@ -259,6 +271,7 @@ _PARTS: dict[str, type[msgspec.Struct]] = {
     "fold": Fold,
     "prune": Prune,
     "round": Round,
+    "static": Static,
     "calibration": Calibration,
     "bound": Bound,
 }
@@ -348,6 +361,12 @@ def _check_layout(recipe: Recipe, rounds: list[Round], refuse: Any) -> None:
     layout = recipe.layout
     if recipe.activations != "none" and layout not in ("int-quantized", "float-quantized"):
         raise refuse(f"{layout} has no 8-bit activations", "use int-quantized or float-quantized")
+    if recipe.activations != "static" and recipe.static != Static():
+        raise refuse("static: is written, and activations are not static", "write activations: static")
+    if not 0 < recipe.static.kept <= 1:
+        raise refuse(f"{recipe.static.kept:g} of all values cannot be kept", "write kept: 0.9999")
+    if recipe.static.method == "entropy" and layout == "float-quantized":
+        raise refuse("entropy compares evenly spaced levels, which fp8 has not", "write method: mse")
     for found in rounds:
         if (found.to == "fp8") is not (layout == "float-quantized") and layout != "dense":
             raise refuse(

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-from sailfish.base.errors import BuildError, ConfigError
+from sailfish.base.errors import BuildError
+from sailfish.compress.recipe import Static
 from sailfish.compress.rtn import LARGEST_8, Format8
-
-Method = Literal["min-max", "percentile", "mse", "entropy"]
 
 _N_BINS = 4096
 _N_LIMITS = 512
@@ -56,26 +53,20 @@ class Magnitudes:
         return self._count_J[:n_used], self._range / _N_BINS
 
 
-def static_scale(seen: Magnitudes, method: Method, to: Format8, *, kept_frac: float = 0.9999) -> float:
+def static_scale(seen: Magnitudes, how: Static, to: Format8) -> float:
     """Return the scale that 8-bit values are multiplied with: the method's limit over the largest value.
 
-    What lies beyond the limit is cut off. "percentile" keeps `kept_frac` of all values, "mse" takes the
-    limit of least squared error, "entropy" that of least information lost (Migacz 2017), int8 only.
-    1 where nothing but zeros were seen. ConfigError for a share or a method that cannot be.
+    What lies beyond the limit is cut off. "percentile" keeps a share of all values, "mse" takes the limit of
+    least squared error, "entropy" that of least information lost (Migacz 2017), int8 only. 1 where nothing
+    but zeros were seen.
     """
-    if not 0 < kept_frac <= 1:
-        raise ConfigError(f"{kept_frac:g} of all values cannot be kept", hint="0.9999 can")
-    if method == "entropy" and to != "int8":
-        raise ConfigError(
-            "entropy compares evenly spaced levels, which fp8 has not", hint='use "mse" for fp8'
-        )
     if seen.largest == 0:
         return 1.0
-    if method == "min-max":
+    if how.method == "min-max":
         limit = seen.largest
-    elif method == "percentile":
-        limit = _percentile(seen, kept_frac)
-    elif method == "mse":
+    elif how.method == "percentile":
+        limit = _percentile(seen, how.kept)
+    elif how.method == "mse":
         limit = _least_squares(seen, to)
     else:
         limit = _least_divergence(seen)

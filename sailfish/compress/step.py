@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -45,6 +45,14 @@ class CompressedBlock:
     """Names of dense tensors that are not the parent's."""
     facts: list[LinearFacts] = field(default_factory=list)
     fallbacks: list[Fallback] = field(default_factory=list)
+
+    def give_input_scale(self, site: Site, scale_1: Tensor, *, is_seen: bool) -> None:
+        """Have the site's rounded linears scale all their inputs alike: float32, exact in bfloat16."""
+        for module in self.linears.keys() & set(site.modules):
+            self.linears[module] = replace(self.linears[module], input_scale=scale_1.numpy())
+        if not is_seen:
+            why = "nothing but zeros reached it: the static scale of its inputs is 1"
+            self.fallbacks.append(Fallback(what="calibration", where=", ".join(site.modules), why=why))
 
 
 def compress_block(

@@ -125,9 +125,13 @@ def scheme_of(recipe: Recipe, rounding: Round) -> LinearScheme:
     """Return how linears that are rounded so are stored in the recipe's layout."""
     assert recipe.layout != "dense"
     activations = None
-    if recipe.activations == "dynamic":
-        kind = recipe.layout == "float-quantized"
-        activations = ActivationScheme(kind="float" if kind else "int", dynamic=True, strategy="token")
+    if recipe.activations != "none":
+        is_dynamic = recipe.activations == "dynamic"
+        activations = ActivationScheme(
+            kind="float" if recipe.layout == "float-quantized" else "int",
+            dynamic=is_dynamic,
+            strategy="token" if is_dynamic else "tensor",
+        )
     return LinearScheme(
         layout=recipe.layout,
         bits=rounding.bits,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import math
 from dataclasses import replace
@@ -15,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from stored_twins import stored_linears
+from transformers import AutoModelForCausalLM
 from twins import TWINS, VOCAB_SIZE, load_truth, make_twin
 from typer.testing import CliRunner
 
@@ -29,7 +31,7 @@ from sailfish.compress import speed
 from sailfish.compress.block import Device, read_tensor
 from sailfish.compress.gptq import Hessian, quantise_gptq
 from sailfish.compress.make import Costly, Request, make
-from sailfish.compress.recipe import Bound, Calibration, Recipe
+from sailfish.compress.recipe import Bound, Calibration, Recipe, Static
 from sailfish.compress.report import PAGE_FILE, REPORT_FILE, from_json
 from sailfish.compress.speed import RESTORED, speeds
 from sailfish.compress.texts import read_texts
@@ -103,12 +105,12 @@ def restored(directory: Path, to: Path) -> Path:
     return to
 
 
-def perplexity(directory: Path, text: Path) -> float:
-    """Return transformers' perplexity over the windows at the end of the text."""
+def perplexity(model: Any, text: Path) -> float:
+    """Return a transformers model's perplexity over the windows at the end of the text."""
     ids = torch.tensor(json.loads(text.read_text(encoding="utf-8")))
     windows = ids[-N_EVALUATION * LENGTH :].view(N_EVALUATION, LENGTH)
     with torch.no_grad():
-        logits = load_truth(directory)(windows).logits[:, :-1].double()
+        logits = model(windows).logits[:, :-1].double()
     nll = torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
     return math.exp(float(nll))
 
@@ -120,8 +122,8 @@ def test_what_is_written_of_any_family_is_what_was_measured(
     source, text = make_twin(family, tmp_path_factory.getbasetemp()), tokens(tmp_path)
     report = make(asked(source, small("w4a16-awq"), text), tmp_path / "out", silent)
     quality = report.quality
-    assert quality.parent_perplexity.value == pytest.approx(perplexity(source, text), rel=2e-4)
-    truth = perplexity(restored(tmp_path / "out", tmp_path / "dense"), text)
+    assert quality.parent_perplexity.value == pytest.approx(perplexity(load_truth(source), text), rel=2e-4)
+    truth = perplexity(load_truth(restored(tmp_path / "out", tmp_path / "dense")), text)
     assert quality.perplexity.value == pytest.approx(truth, rel=2e-4)
     assert quality.n_tokens == N_EVALUATION * (LENGTH - 1)
     assert from_json((tmp_path / "out" / REPORT_FILE).read_bytes()) == report
@@ -138,7 +140,7 @@ def test_every_packaged_recipe_writes_what_it_measured(
     recipe = small(name)
     report = make(asked(source, recipe, text), tmp_path / "out", silent)
     if recipe.activations == "none":
-        truth = perplexity(restored(tmp_path / "out", tmp_path / "dense"), text)
+        truth = perplexity(load_truth(restored(tmp_path / "out", tmp_path / "dense")), text)
         assert report.quality.perplexity.value == pytest.approx(truth, rel=2e-4)
     weights = [f for f in (tmp_path / "out").iterdir() if f.suffix == ".safetensors"]
     assert report.bytes_after <= sum(f.stat().st_size for f in weights) <= report.bytes_after + (1 << 16)
@@ -150,6 +152,67 @@ def test_every_packaged_recipe_writes_what_it_measured(
             checkpoint = Checkpoint.open(restored(tmp_path / "out", tmp_path / facts.module))
             weight = read_tensor(checkpoint, f"{facts.module}.weight")
             assert int((weight.view(-1, 4) != 0).sum(1).max()) <= 2
+
+
+@pytest.mark.filterwarnings("ignore")  # of transformers and compressed-tensors
+@pytest.mark.parametrize("name", ["fp8", "fp8-static", "w8a8-static"])
+def test_transformers_with_compressed_tensors_measures_the_same(
+    name: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    source, text = make_twin("llama", tmp_path_factory.getbasetemp()), tokens(tmp_path)
+    report = make(asked(source, small(name), text), tmp_path / "out", silent)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert report.quality.perplexity.value == pytest.approx(perplexity(theirs, text), rel=1e-5)
+    assert abs(report.quality.increase.value) > 1e-3, "rounding shows"
+
+
+@pytest.mark.parametrize("method", ["min-max", "percentile", "entropy"])
+def test_a_static_scale_is_what_its_method_finds_in_what_linears_read(
+    method: Any, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    source, text = make_twin("llama", tmp_path_factory.getbasetemp()), tokens(tmp_path)
+    recipe = msgspec.structs.replace(small("w8a8-static"), fold=None, static=Static(method=method, kept=0.9))
+    make(asked(source, recipe, text), tmp_path / "out", silent)
+    ids = torch.tensor(json.loads(text.read_text(encoding="utf-8"))).view(-1, LENGTH)[:N_SAMPLES]
+    truth = load_truth(source).model
+    with torch.no_grad():
+        values = truth.layers[0].input_layernorm(truth.embed_tokens(ids)).abs().flatten().sort().values
+    scale = linears(tmp_path / "out")["model.layers.0.self_attn.q_proj"].input_scale
+    assert scale is not None
+    limit = float(scale[0]) * 127
+    if method == "min-max":
+        assert limit == pytest.approx(float(values[-1]), rel=2**-8)
+    elif method == "percentile":
+        assert limit == pytest.approx(float(values[int(0.9 * len(values))]), rel=0.01)
+    else:
+        assert float(values[len(values) // 2]) < limit <= float(values[-1]) * 1.01
+
+
+def test_experts_that_round_their_inputs_are_measured_so(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    source, text = make_twin("mixtral", tmp_path_factory.getbasetemp()), tokens(tmp_path)
+    report = make(asked(source, small("fp8"), text), tmp_path / "out", silent)
+    model = load_truth(restored(tmp_path / "out", tmp_path / "dense"))
+
+    def in_8_bits(x: torch.Tensor) -> torch.Tensor:
+        scale = x.abs().amax(-1, keepdim=True) / 448
+        return (x / scale).to(torch.float8_e4m3fn).float() * scale
+
+    def forward(experts: Any, x: torch.Tensor, expert: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        out = torch.zeros_like(x)
+        for number, (gate_up, down) in enumerate(zip(experts.gate_up_proj, experts.down_proj, strict=True)):
+            token, place = torch.where(expert == number)
+            gate, up = (in_8_bits(x[token]) @ gate_up.T).chunk(2, -1)
+            y = in_8_bits(torch.nn.functional.silu(gate) * up) @ down.T
+            out.index_add_(0, token, y * weight[token, place, None])
+        return out
+
+    for layer in model.model.layers:
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            layer.self_attn.get_submodule(name).register_forward_pre_hook(lambda _, x: in_8_bits(x[0]))
+        layer.mlp.experts.forward = functools.partial(forward, layer.mlp.experts)
+    assert report.quality.perplexity.value == pytest.approx(perplexity(model, text), rel=2e-5)
 
 
 def test_later_blocks_are_rounded_to_the_inputs_that_rounded_blocks_make(
@@ -278,7 +341,7 @@ def test_linears_named_in_overrides_are_rounded_otherwise(
     assert {linear.bits for module, linear in found.items() if "down_proj" not in module} == {4}
     assert "model.layers.1.self_attn.q_proj" not in found
     assert "overrides that name no linear: model.layers.99.mlp.up_proj" in report.warnings
-    truth = perplexity(restored(tmp_path / "out", tmp_path / "dense"), text)
+    truth = perplexity(load_truth(restored(tmp_path / "out", tmp_path / "dense")), text)
     assert report.quality.perplexity.value == pytest.approx(truth, rel=2e-4)
 
 
@@ -308,7 +371,7 @@ def test_the_layouts_of_other_tools_hold_what_was_measured(
     values = read_json(tmp_path / "out" / "config.json")["quantization_config"]
     assert values["quant_method"] == layout.removesuffix("_v2")
     assert {linear.scale_dtype for linear in linears(tmp_path / "out").values()} == {"F16"}
-    truth = perplexity(restored(tmp_path / "out", tmp_path / "dense"), text)
+    truth = perplexity(load_truth(restored(tmp_path / "out", tmp_path / "dense")), text)
     assert report.quality.perplexity.value == pytest.approx(truth, rel=2e-4)
 
 
@@ -324,7 +387,9 @@ def test_transformers_runs_what_we_compress(
         recipe = msgspec.structs.replace(recipe, round=rounding)
     report = make(asked(source, recipe, text), tmp_path / "out", silent)
     # int8 and fp8 activations are rounded there as here, in float32.
-    assert report.quality.perplexity.value == pytest.approx(perplexity(tmp_path / "out", text), rel=2e-3)
+    assert report.quality.perplexity.value == pytest.approx(
+        perplexity(load_truth(tmp_path / "out"), text), rel=2e-3
+    )
 
 
 def test_the_command_compresses_by_several_recipes_and_shows_them_side_by_side(

@@ -59,6 +59,17 @@ def test_the_difference_of_two_recipes_is_told_by_its_values() -> None:
         (BEGIN + "round: {method: gptq, damp: .nan}", "0 sweeps with damp nan"),
         (BEGIN + "round: {}\nbound: {max_kl: .nan}", "the bound is not a number"),
         (BEGIN + "round: {to: int4}\nactivations: dynamic", "has no 8-bit activations"),
+        (BEGIN + "round: {to: int4}\nstatic: {method: entropy}", "activations are not static"),
+        (
+            BEGIN.replace("pack", "float") + "round: {to: fp8, group: null}\n"
+            "activations: static\nstatic: {method: entropy}",
+            "entropy compares evenly spaced levels",
+        ),
+        (
+            BEGIN.replace("pack", "int") + "round: {to: int8, group: null}\n"
+            "activations: static\nstatic: {method: percentile, kept: 0}",
+            "0 of all values cannot be kept",
+        ),
         (BEGIN + "round: &a {to: int4}\noverrides: [{match: x, round: *a}]", "aliases are not read"),
         (BEGIN + "name: other\nround: {to: int4}", "written twice"),
         (BEGIN + "round: !!python/object/apply:os.getcwd []", "is not YAML"),
