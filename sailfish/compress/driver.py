@@ -81,9 +81,10 @@ def compress(
 ) -> Run:
     """Compress the dense checkpoint in `source`; without `out` nothing is written, and all is measured.
 
-    `parent` is filled, or used where it was filled with the same windows. `finish` is called when all is measured and before the checkpoint gets its name: it returns the files
-    to put beside the weights, or raises to have nothing written. Raises CheckpointError for a checkpoint
-    that cannot be compressed, BuildError where a linear cannot.
+    `parent` is filled, or used where it was filled with the same windows. `finish` is called when all is
+    measured and before the checkpoint gets its name: it returns the files to put beside the weights, or
+    raises to have nothing written. Raises CheckpointError for a checkpoint that cannot be compressed,
+    BuildError where a linear cannot.
     """
     checkpoint, config = _opened(source)
     store = Store(source, checkpoint, recipe, out)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import msgspec
@@ -22,6 +22,7 @@ from sailfish.compress.block import Device
 from sailfish.compress.cut import n_layers_left, narrowed
 from sailfish.compress.driver import Run, Tell, compress, refuse_fallbacks
 from sailfish.compress.page import page
+from sailfish.compress.parent import ParentStates
 from sailfish.compress.recipe import Bound, Recipe
 from sailfish.compress.report import (
     PAGE_FILE,
@@ -31,6 +32,7 @@ from sailfish.compress.report import (
     Quality,
     Report,
     Sensitivity,
+    WindowFigures,
     to_json,
     total_us,
 )
@@ -61,6 +63,8 @@ class Request:
     must_pay: bool = False
     sensitivity: tuple[Sensitivity, ...] = ()
     """What the recipe's overrides were chosen from."""
+    parent: ParentStates = field(default_factory=ParentStates)
+    """Shared by requests of one source and device, so that the parent reads the measured windows once."""
 
 
 class Costly(BuildError):
@@ -157,7 +161,7 @@ def _measured(
             _refuse_slow(report, request)
         return {REPORT_FILE: to_json(report), PAGE_FILE: page([report]).encode()}
 
-    compress(request.source, out, request.recipe, texts, request.on, tell, finish)
+    compress(request.source, out, request.recipe, texts, request.on, request.parent, tell, finish)
     return made[0]
 
 
@@ -248,6 +252,7 @@ def _report(request: Request, texts: Texts, run: Run, timed: list[LinearSpeed]) 
             kl_p99=_estimate(summary.kl_p99),
             kl_p999=_estimate(summary.kl_p999),
             top1=_estimate(summary.top1),
+            windows=[WindowFigures(*means) for means in run.comparison.window_means()],
         ),
         block_drift=run.drift,
         linears=run.linears,

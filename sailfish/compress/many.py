@@ -13,6 +13,7 @@ from sailfish.compress.block import Device
 from sailfish.compress.driver import Tell
 from sailfish.compress.make import Request, make, within
 from sailfish.compress.page import page
+from sailfish.compress.parent import ParentStates
 from sailfish.compress.recipe import Recipe
 from sailfish.compress.report import PAGE_FILE, Report
 from sailfish.hardware.probe import probe
@@ -60,6 +61,7 @@ def make_all(
             param="length",
         )
     reports: list[Report] = []
+    parent = ParentStates()
     with _folder(out, reports) if len(recipes) > 1 else nullcontext():
         for recipe in recipes:
             wanted = msgspec.structs.replace(recipe.calibration, **changes)
@@ -74,6 +76,7 @@ def make_all(
                 free_bytes=hardware.free_bytes,
                 strict=strict,
                 must_pay=must_pay,
+                parent=parent,
             )
             its = out if len(recipes) == 1 else out / recipe.name
 

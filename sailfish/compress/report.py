@@ -58,6 +58,16 @@ class Estimate(msgspec.Struct, frozen=True, kw_only=True):
     high: float
 
 
+class WindowFigures(msgspec.Struct, frozen=True, array_like=True):
+    """Means over the scored tokens of one window, as `metrics.TokenComparison` has them of a token."""
+
+    nll: float
+    parent_nll: float
+    kl: float
+    is_same_top: float
+    acceptance: float
+
+
 class Quality(msgspec.Struct, frozen=True, kw_only=True):
     """The compressed model beside its parent, over the same windows of text."""
 
@@ -79,6 +89,8 @@ class Quality(msgspec.Struct, frozen=True, kw_only=True):
     kl_p999: Estimate
     top1: Estimate
     """Share of tokens before which both find the same one likeliest."""
+    windows: list[WindowFigures] = []
+    """In order, so that two reports over the same windows can be set against each other in pairs."""
 
 
 class LinearSpeed(msgspec.Struct, frozen=True, kw_only=True):
@@ -130,7 +142,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     """Bits that a weight of the blocks' linears takes, scales and zero points included."""
     quality: Quality
     block_drift: list[float]
-    """||y - y of the parent|| / ||y of the parent|| after each block, over the measured windows."""
+    """||y - y of the parent|| / ||y of the parent|| after each block, over the first measured windows."""
     linears: list[LinearFacts]
     """By the parent's names."""
     removed: list[Removed] = []

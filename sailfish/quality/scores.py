@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import exp, expm1
 
@@ -99,6 +99,12 @@ class Comparison:
             is_same_top=self.is_same_top[:n_windows],
             acceptance=self.acceptance[:n_windows],
         )
+
+    def window_means(self) -> Iterator[tuple[float, ...]]:
+        """Yield each window's means, in the order of `metrics.TokenComparison`."""
+        columns = self.model.nll, self.parent.nll, self.kl, self.is_same_top, self.acceptance
+        for window in zip(*columns, strict=True):
+            yield tuple(float(figure_S.mean()) for figure_S in window)
 
     def summary(self, confidence: float = CONFIDENCE) -> Summary:
         """Return all figures: means with normal intervals, quantiles with those of a seeded bootstrap."""
