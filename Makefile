@@ -9,7 +9,7 @@ CONSTRAINTS := constraints/$(DEVICE).txt
 MODEL ?= books-4m
 export GOMP_SPINCOUNT ?= 500# OpenMP threads park soon: spinning ones cost a busy machine far more than they gain
 
-.PHONY: demo compress-demo test test-computed test-run check house notorch static serve bench gpu clean
+.PHONY: demo compress-demo test test-computed test-run check house notorch static serve bench bench-cpu-peers gpu clean
 
 demo: $(VENV)/.ready-client ## build the packaged model, serve it, stream an answer, show the figures
 	@$(BIN)/sailfish demo
@@ -24,6 +24,10 @@ serve: $(VENV)/.ready-client ## serve MODEL (default: the packaged one) on 127.0
 
 bench: $(VENV)/.ready-client ## measure MODEL and append the figures to benchmarks/results
 	@$(BIN)/sailfish bench engine $(MODEL)
+
+bench-cpu-peers: $(VENV)/.ready-client ## build llama.cpp in build/peers, measure it and us in turns on this CPU
+	@$(BIN)/python benchmarks/cpu_peers.py build/peers
+	@env -u GOMP_SPINCOUNT $(BIN)/sailfish bench cpu --peers build/peers
 
 check: $(VENV)/.ready-check ## format, lint, types, house rules, tests without torch
 	@$(MAKE) --no-print-directory -j3 static house notorch

@@ -85,9 +85,11 @@ def cases_for(context_tokens: int, max_sequences: int, batches: Sequence[int]) -
     return cases
 
 
-async def measure(engine: AsyncEngine, cases: Sequence[Case], *, repeats: int) -> AsyncIterator[Measured]:
-    """Yield each case measured, after a few tokens that do not count."""
-    draw = random.Random(0)
+async def measure(
+    engine: AsyncEngine, cases: Sequence[Case], *, repeats: int, seed: int = 0
+) -> AsyncIterator[Measured]:
+    """Yield each case measured, after a few tokens that do not count; another seed draws other prompts."""
+    draw = random.Random(seed)
     for case in cases:
         most = None if case.kind in ("decode", "generate") else _WARM_REQUESTS
         await _seconds(engine, case, min(case.n_out, _WARM_TOKENS), draw, most=most)

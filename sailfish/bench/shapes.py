@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ from typing import Any
 import numpy as np
 
 from sailfish.base.errors import ConfigError
+from sailfish.build.cache import cache_root
 from sailfish.checkpoint.hf_config import load_model_config
 from sailfish.checkpoint.names import TensorSpec, tensor_specs
+from sailfish.checkpoint.safetensors_reader import INDEX_FILE
 from sailfish.data import demo_model
 
 _LLAMA = {
@@ -76,15 +79,24 @@ _POOL_ELEMENTS = 1 << 24
 _SHARD_BYTES = 1 << 30
 
 
+def random_checkpoint(shape: str, environ: Mapping[str, str], say: Callable[[str], None]) -> Path:
+    """Return a checkpoint of one of SHAPES with random weights, written beside the engine cache once."""
+    _config(shape)
+    directory = cache_root(environ).parent / "shapes" / shape
+    if not (directory / INDEX_FILE).exists():
+        say(f"writing random weights of shape {shape} to {directory}")
+        write_checkpoint(shape, directory)
+    return directory
+
+
 def write_checkpoint(shape: str, directory: Path) -> Path:
     """Write a bfloat16 checkpoint of one of SHAPES, with the demo model's tokenizer; return `directory`.
 
     Weights repeat one pool of normal draws (sigma 0.02) from changing offsets; norm weights are one.
     """
-    if shape not in SHAPES:
-        raise ConfigError(f"no shape is called {shape!r}", hint=f"use one of {', '.join(SHAPES)}")
+    config = _config(shape)
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.json").write_text(json.dumps(SHAPES[shape], indent=1), encoding="utf-8")
+    (directory / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(demo_model() / name, directory / name)
     normal = np.random.default_rng(0).standard_normal(_POOL_ELEMENTS, dtype=np.float32) * _SIGMA
@@ -99,10 +111,16 @@ def write_checkpoint(shape: str, directory: Path) -> Path:
         for each in written:
             each.result()
     total_bytes = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
-    (directory / "model.safetensors.index.json").write_text(
+    (directory / INDEX_FILE).write_text(
         json.dumps({"metadata": {"total_size": total_bytes}, "weight_map": index}), encoding="utf-8"
     )
     return directory
+
+
+def _config(shape: str) -> dict[str, Any]:
+    if shape not in SHAPES:
+        raise ConfigError(f"no shape is called {shape!r}", hint=f"use one of {', '.join(SHAPES)}")
+    return SHAPES[shape]
 
 
 def _shards(specs: list[TensorSpec]) -> list[list[tuple[str, tuple[int, ...]]]]:

@@ -16,10 +16,8 @@ from sailfish.bench.calibrate import calibrate
 from sailfish.bench.engine import BATCHES
 from sailfish.bench.replay import read_trace
 from sailfish.bench.results import Recorder, Result, store
-from sailfish.bench.shapes import SHAPES, write_checkpoint
+from sailfish.bench.shapes import SHAPES, random_checkpoint
 from sailfish.bench.suite import Wanted, keep_as_evidence, run_suite
-from sailfish.build.cache import cache_root
-from sailfish.checkpoint.safetensors_reader import INDEX_FILE
 from sailfish.cli import measured, opening
 from sailfish.cli.measured import Only, Repeats
 from sailfish.cli.options import ENGINE, Download, Offline, Settings, with_settings
@@ -52,7 +50,7 @@ def engine(
     if (model is None) == (shape is None):
         raise ConfigError("give either a model or --shape", hint="sailfish bench engine books-4m")
     lengths = read_trace(trace) if trace is not None else []
-    source = str(_random_checkpoint(shape)) if shape is not None else str(model)
+    source = str(random_checkpoint(shape, environment(), opening.say)) if shape is not None else str(model)
     engine_dir = opening.find(source, settings, offline=offline, download=download)
 
     device = probe(settings.engine.device, environ=environment())
@@ -102,14 +100,3 @@ def _numbers(text: str) -> list[int]:
         raise ConfigError(
             f"--batches {text!r} is no list of numbers", hint="write --batches 1,4,16"
         ) from None
-
-
-def _random_checkpoint(shape: str) -> Path:
-    """Return a checkpoint of a known shape with random weights, written beside the engine cache once."""
-    if shape not in SHAPES:
-        raise ConfigError(f"no shape is called {shape!r}", hint=f"use one of {', '.join(SHAPES)}")
-    directory = cache_root(environment()).parent / "shapes" / shape
-    if not (directory / INDEX_FILE).exists():
-        opening.say(f"writing random weights of shape {shape} to {directory}")
-        write_checkpoint(shape, directory)
-    return directory

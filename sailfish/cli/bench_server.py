@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 
-from sailfish.base.config import EngineConfig
 from sailfish.base.sources import environment
 from sailfish.bench import streams
 from sailfish.bench.results import Recorder, store
@@ -49,7 +48,7 @@ def server(
         name = f"steps of {step_ms:g} ms"
     else:
         device = probe(engine.device, environ=environment())
-        serving = streams.real_server(str(engine_dir), n_processes, _flags(engine))
+        serving = streams.real_server(str(engine_dir), n_processes, measured.flags_of(engine))
         name = engine_dir.name
     recorder = Recorder(suite="server", device=device.name, command=measured.command(), calibration={})
     with serving as running:
@@ -62,9 +61,3 @@ def server(
         rows.append(recorder.result(f"{name}: {row}", [value for _, value, _ in figures], unit))
         measured.say(rows[-1])
     store(rows, out)
-
-
-def _flags(engine: EngineConfig) -> list[str]:
-    """Return the settings as a command line has them; switches keep their default."""
-    values = [(row.flag, getattr(engine, row.field)) for row in ENGINE if "/" not in row.flag]
-    return [word for flag, value in values if value is not None for word in (flag, str(value))]

@@ -8,8 +8,10 @@ from typing import Annotated
 
 import typer
 
+from sailfish.base.config import EngineConfig
 from sailfish.bench import peers, results
 from sailfish.bench.results import Result
+from sailfish.cli.options import ENGINE
 
 _ONLY_HELP = "Measure only rows that contain this (* for anything); may be repeated, or comma-separated."
 Only = Annotated[list[str] | None, typer.Option("--only", metavar="ROW", help=_ONLY_HELP)]
@@ -24,6 +26,12 @@ def patterns(only: Sequence[str] | None) -> list[str]:
 def command() -> str:
     """Return the command of this process, as a row stores it."""
     return results.command(["sailfish", *sys.argv[1:]])
+
+
+def flags_of(engine: EngineConfig) -> list[str]:
+    """Return the settings as a command line has them; switches keep their default."""
+    values = [(row.flag, getattr(engine, row.field)) for row in ENGINE if "/" not in row.flag]
+    return [word for flag, value in values if value is not None for word in (flag, str(value))]
 
 
 def say_calibration(calibration: Mapping[str, float]) -> None:

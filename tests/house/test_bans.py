@@ -15,7 +15,7 @@ UNPICKLERS = {"pickle", "cPickle", "dill", "marshal", "shelve", "cloudpickle", "
 BANNED_CALLS = {"eval", "exec", "torch.load", "os.system", "os.popen", "breakpoint", "numpy.load", "np.load"}
 TEXT_SUFFIXES = {".py", ".md", ".toml", ".txt", ".yml", ".yaml", ".json", ".svg", ".cfg", ""}
 UNTRACKED = {".git", ".venv", "node_modules", "__pycache__", "constraints"}
-UNTRACKED_AT_ROOT = {".hypothesis", ".carry", ".whl", "out"}
+UNTRACKED_AT_ROOT = {"build", ".hypothesis", ".carry", ".whl", "out"}
 FOREIGN = re.compile(
     r"/(?:home|root|Users|mnt|wor[k])/[\w.]|pypi\.or[g]|files\.pythonhoste[d]|registry\.npmj[s]|C:\\\\Users"
 )
