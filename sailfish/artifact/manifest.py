@@ -20,7 +20,7 @@ from sailfish.kernels.contract import Choice
 from sailfish.plan.formats import GROUPS, STORED_BYTES, arena_tensors, is_quantised
 from sailfish.plan.types import Plan
 
-FORMAT = 4
+FORMAT = 5
 """Version of the directory's format. A reader takes its own version only."""
 MANIFEST_FILE = "manifest.json"
 DIGEST_FILE = "manifest.sha256"

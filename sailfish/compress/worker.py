@@ -75,10 +75,10 @@ def quantise(job: Job, tell: Callable[[int, int], None]) -> Done:
                 tensors = stored_tensors(linears, spec, to, job.formats, job.dtype)
             else:
                 try:
-                    tensors, error = _quantised(checkpoint, spec, to, job.formats.group, device)
+                    tensors, error = _quantised(checkpoint, spec, to, job.formats, device)
                 except torch.OutOfMemoryError:  # others use the GPU; the CPU gives the same numbers
                     device = torch.device("cpu")
-                    tensors, error = _quantised(checkpoint, spec, to, job.formats.group, device)
+                    tensors, error = _quantised(checkpoint, spec, to, job.formats, device)
                 errors.setdefault(kind_of(spec.name), []).append(error)
             if written is not None:
                 written.result()
@@ -97,17 +97,17 @@ def quantise(job: Job, tell: Callable[[int, int], None]) -> Done:
 
 
 def _quantised(
-    checkpoint: Checkpoint, spec: TensorSpec, to: WeightFormat, group: int, device: torch.device
+    checkpoint: Checkpoint, spec: TensorSpec, to: WeightFormat, formats: WeightFormats, device: torch.device
 ) -> tuple[list[Tensor], float]:
     """Return the tensors of a weight on the host, in the order of its parts, and its relative error."""
     weight_OI = _load(checkpoint, spec, device)
     try:
         if to == "int4":
-            code, scale, zero = rtn.quantise_int4(weight_OI, group)
+            code, scale, zero = rtn.quantise_int4(weight_OI, formats.group)
             error = _relative_error(
-                weight_OI, lambda rows: rtn.restore_int4(code[rows], scale[rows], zero, group)
+                weight_OI, lambda rows: rtn.restore_int4(code[rows], scale[rows], zero, formats.group)
             )
-            packed = int4.pack(code, scale, zero, torch.bfloat16)
+            packed = int4.pack(code, scale, zero, torch.bfloat16, formats.layout)
             tensors = [packed.packed, packed.scale]
         else:
             assert to != "plain"

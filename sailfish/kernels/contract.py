@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
     from sailfish.kernels.int4 import Int4Weight
 
+Int4Layout = Literal["tensor_core", "lanes"]
+"""How the bytes of a 4-bit weight lie: for the tensor cores of a GPU, or for the lanes of a CPU's vectors."""
 TARGETS = ("cpu", "sm_80", "sm_86", "sm_89", "sm_90")
 """Devices that implementations are written with in mind; a newer "sm_..." is none of them, yet CUDA."""
 
@@ -57,6 +59,8 @@ class Case:
     """Of a linear: columns of its weight, inputs."""
     group: int = 0
     """Of a 4-bit linear: inputs that share a scale."""
+    layout: Int4Layout = "tensor_core"
+    """Of a 4-bit linear."""
     max_rows: int | None = None
     """Of a linear: the most rows of activations it is called with in this case; None: any number."""
     activation: str = ""

@@ -91,6 +91,7 @@ def assemble(
                 n_out=n_out,
                 n_in=n_in,
                 group=int4_sizes(n_out, n_in, formats.group)[2],
+                layout=formats.layout,
             )
             order_I = tensors.get(f"{name}.order")
             weights[name] = int4 if order_I is None else OrderedInt4(int4, order_I)

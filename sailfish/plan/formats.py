@@ -90,6 +90,11 @@ def _stored_formats(
     )
 
 
+def laid_out(formats: WeightFormats, target: str) -> WeightFormats:
+    """Return the formats with 4-bit weights as the target's kernels read them."""
+    return replace(formats, layout="lanes") if target == "cpu" and _has_int4(formats) else formats
+
+
 def is_quantised(formats: WeightFormats) -> bool:
     """Say whether any weight is in 4 or 8 bits."""
     return (formats.layers, formats.head, formats.embedding) != ("plain", "plain", "plain")

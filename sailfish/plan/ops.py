@@ -128,6 +128,7 @@ def op_cases(
             n_out=n_out,
             n_in=n_in,
             group=int4_sizes(n_out, n_in, formats.group)[2] if format == "int4" else 0,
+            layout=formats.layout,
         )
 
     fused = (

@@ -10,7 +10,7 @@ from sailfish.base.errors import ConfigError
 from sailfish.base.units import format_bytes, format_count
 from sailfish.checkpoint.model_config import ModelConfig
 from sailfish.hardware.profile import GIB, HardwareProfile
-from sailfish.plan.formats import PLAIN, decisions, formats_of
+from sailfish.plan.formats import PLAIN, decisions, formats_of, laid_out
 from sailfish.plan.types import CacheDtype, Decision, Dtype, WeightFormats
 
 _SMALL_WEIGHTS_BYTES = 2 * GIB
@@ -96,7 +96,7 @@ def settle(
     dtype = answers.settle("dtype", config.dtype, default_dtype, dtype_why)
     if config.dtype is None and config.weights not in PLAIN and dtype == "bfloat16" != model.dtype:
         answers.downgrade("dtype", dtype, dtype_why)
-    formats = formats_of(config, model)
+    formats = laid_out(formats_of(config, model), hardware.target)
     answers.decisions += decisions(config, model, formats, cast(Dtype, dtype))
     kv_dtype = answers.settle("kv_dtype", config.kv_dtype, dtype, "as the activations: exact")
     context_tokens = answers.settle("context_tokens", config.context_tokens, *_default_context(model, is_cpu))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from sailfish.kernels.contract import Int4Layout
+
 Dtype = Literal["float32", "bfloat16"]
 
 
@@ -25,6 +27,8 @@ class WeightFormats:
     """Of the table that tokens are looked up in."""
     group: int = 128
     """Inputs of a row that share a scale, in 4 bits."""
+    layout: Int4Layout = "tensor_core"
+    """How the bytes of 4-bit weights lie."""
     stored: bool = False
     """Layers' weights are as the checkpoint has them: in 4 bits their scales are in the plan's dtype."""
     zero_points: bool = False

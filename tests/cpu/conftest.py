@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -11,6 +11,8 @@ import pytest
 from sailfish.build import builder
 from sailfish.compress.job import Done, Job
 from sailfish.compress.worker import quantise
+from sailfish.kernels.choose import choose_by_rows
+from sailfish.kernels.cpu import library
 from sailfish.plan.types import Dtype, WeightFormats
 
 
@@ -39,3 +41,12 @@ class InThisProcess:
 def quantises_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have engines' weights quantised without a process of its own, whose start takes seconds."""
     monkeypatch.setattr(builder, "Quantiser", InThisProcess)
+
+
+@pytest.fixture
+def has_no_library(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Take the CPU's kernels away, which round activations: plain torch keeps the numbers of the weights."""
+    monkeypatch.setattr(library, "unavailable", lambda: "no C++ compiler is installed")
+    choose_by_rows.cache_clear()
+    yield
+    choose_by_rows.cache_clear()

@@ -30,7 +30,7 @@ from sailfish.plan.formats import engine_specs
 from sailfish.plan.ops import gathered_bytes
 
 MODELS = Path(__file__).parents[2].parent / "shared" / "models"
-pytestmark = pytest.mark.usefixtures("quantises_in_this_process")
+pytestmark = pytest.mark.usefixtures("quantises_in_this_process", "has_no_library")
 FLOAT32 = EngineConfig(dtype="float32")
 G32 = LinearScheme(layout="pack-quantized", bits=4, strategy="group", group=32)
 G64 = replace(G32, group=64)

@@ -26,6 +26,7 @@ def linear_int4(x_TI: Tensor, weight: Int4Weight, bias_O: Tensor | None = None) 
             n_out=end - start,
             n_in=weight.n_in,
             group=weight.group,
+            layout=weight.layout,
         )
         return dequantise(part)
 

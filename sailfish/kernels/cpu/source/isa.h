@@ -6,6 +6,13 @@
 #include <cstdint>
 #include <cstring>
 
+// Before a loop over registers, which an array of them stays in only if the loop is written out.
+#if defined(__clang__)
+#define SF_UNROLL _Pragma("unroll")
+#else
+#define SF_UNROLL _Pragma("GCC unroll 32")
+#endif
+
 namespace sailfish {
 
 #if defined(__AVX512F__)
@@ -131,6 +138,8 @@ inline Ints dot(Ints sum, Ints u8, Ints s8) {
 
 #endif
 
+// Holds x in a register here: GCC otherwise keeps copies of many sums in memory.
+inline void keep(Ints& x) { asm("" : "+v"(x)); }
 // Four bytes at p in every lane.
 inline Ints splat_bytes(const int8_t* p) {
     int32_t word;

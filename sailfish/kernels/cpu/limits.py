@@ -1,0 +1,31 @@
+"""What the CPU's kernels cannot do, and the memory they take. No torch."""
+
+from __future__ import annotations
+
+from sailfish.kernels.contract import Case, StepBounds
+from sailfish.kernels.cpu import library
+
+_DTYPES = ("float32", "bfloat16")
+
+
+def rejects_library(case: Case) -> str | None:
+    """Return why no kernel of the library can do a case, or None."""
+    if case.target != "cpu":
+        return f"made for the CPU, the target is {case.target}"
+    if case.dtype not in _DTYPES:
+        return f"reads float32 and bfloat16, not {case.dtype}"
+    return library.unavailable()
+
+
+def rejects_int4(case: Case) -> str | None:
+    """Return why a 4-bit weight cannot be multiplied, or None."""
+    if reason := rejects_library(case):
+        return reason
+    return None if case.layout == "lanes" else "the weight lies as a GPU's tensor cores read it"
+
+
+def int4_bytes(case: Case, bounds: StepBounds) -> int:
+    """Return the workspace of a 4-bit product: activations in 8 bits, with a scale and a sum of each run."""
+    rows = min(bounds.step_tokens, case.max_rows or bounds.step_tokens)
+    width = -(-case.n_in // case.group) * case.group
+    return rows * (width + 8 * -(-width // min(case.group, 128)))

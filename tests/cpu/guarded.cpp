@@ -1,0 +1,56 @@
+// Calls every kernel on buffers of exactly their size, with more threads than cores. Built with sanitizers.
+#include <cstdint>
+#include <cstdio>
+#include <thread>
+#include <vector>
+
+extern "C" {
+void sf_set_threads(int64_t);
+void sf_read_memory(const uint8_t*, int64_t, int32_t*);
+void sf_linear_int4(const void*, int64_t, int64_t, int64_t, const uint8_t*, const void*, const void*, int64_t,
+                    int64_t, int64_t, int64_t, const void*, void*);
+}
+
+static int64_t up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// bfloat16 and float32 ones alike are finite where every half word is 0x3f80.
+static std::vector<uint16_t> ones(int64_t n, bool is_bf16) {
+    return std::vector<uint16_t>(is_bf16 ? n : 2 * n, 0x3f80);
+}
+
+static int products() {
+    int n = 0;
+    for (const int64_t n_tokens : {1, 5, 12, 13, 40}) {
+        for (const int64_t n_in : {1, 63, 128, 200, 449}) {
+            for (const int64_t n_out : {1, 16, 31, 130}) {
+                for (const int64_t asked : {32, 64, 128, 1 << 20}) {
+                    for (const bool is_bf16 : {false, true}) {
+                        const int64_t group = n_in <= asked ? up(n_in, 64) : asked;
+                        const int64_t width = up(up(n_in, 64), group), rows = up(n_out, 64);
+                        const std::vector<uint8_t> packed(rows * width / 2, 0x9a);
+                        const auto scale = ones(rows * width / group, is_bf16), bias = ones(n_out, is_bf16);
+                        const auto x = ones(n_tokens * n_in, is_bf16);
+                        auto out = ones(n_tokens * n_out, is_bf16);
+                        sf_linear_int4(x.data(), n_tokens, n_in, is_bf16, packed.data(), scale.data(),
+                                       n % 2 ? scale.data() : nullptr, is_bf16, n_out, width, group,
+                                       n % 3 ? bias.data() : nullptr, out.data());
+                        ++n;
+                    }
+                }
+            }
+        }
+    }
+    return n;
+}
+
+int main() {
+    sf_set_threads(4);
+    const std::vector<uint8_t> bytes(64 * 5000, 1);
+    int32_t word = 0;
+    sf_read_memory(bytes.data(), int64_t(bytes.size()), &word);
+    std::thread other([] { products(); });
+    const int n = products();
+    other.join();
+    std::printf("%d products\n", n);
+    return word != 0;
+}
