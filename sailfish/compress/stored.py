@@ -34,7 +34,9 @@ def stored_tensors(
             ordered=spec.name in formats.ordered,
         )
         zero_OG = None if rows.zero_OG is None else _tensor(rows.zero_OG).float()
-        packed = int4.pack(_tensor(rows.code_OI), _tensor(rows.scale_OG), zero_OG, torch.float32, formats.layout)
+        packed = int4.pack(
+            _tensor(rows.code_OI), _tensor(rows.scale_OG), zero_OG, torch.float32, formats.layout
+        )
         scale = packed.scale.bfloat16()
         tensors = [packed.packed, scale if torch.equal(scale.float(), packed.scale) else packed.scale]
         tensors += [] if packed.zero is None else [packed.zero.bfloat16()]
