@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import random
 import shutil
 import time
 from array import array
@@ -27,7 +28,7 @@ from sailfish.checkpoint.names import check_tensors, tensor_specs
 from sailfish.checkpoint.safetensors_reader import Checkpoint
 from sailfish.compress.block import Device, read_tensor
 from sailfish.compress.distill.page import page
-from sailfish.compress.distill.ranks import Ranks, joined, whole
+from sailfish.compress.distill.ranks import Ranks, joined, wait_for_all, whole
 from sailfish.compress.distill.report import PAGE_FILE, REPORT_FILE, Beside, Gain, Report
 from sailfish.compress.distill.stack import engine_weights
 from sailfish.compress.distill.state import Progress, load, save
@@ -46,8 +47,15 @@ _CONFIG, _TOKENIZER = "config.json", "tokenizer.json"
 _CURVE_POINTS = 250
 _MANY_EPOCHS = 4
 
+_SAMPLED = "sampled.json"
+_PROMPT_TOKENS = 16
+"""Of the text that each window begins with which the teacher writes."""
+_SAMPLED_AT_ONCE = 64
+
 Tell = Callable[[str, int, int], None]
 """Told (what is done, steps done, steps in all)."""
+Write = Callable[[Sequence[Sequence[int]], int, int], list[list[int]]]
+"""Takes prompts, tokens to write on each and a seed; returns what the teacher wrote."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,8 +70,9 @@ class Request:
     evaluation: Path | None
     """None: windows that are held out of the text."""
     n_evaluation: int
-    sampled: Sequence[int]
-    """Tokens that the teacher wrote, trained on beside the text's."""
+    n_sampled: int
+    """Windows that the teacher writes, trained on beside the text's."""
+    write: Write
     on: Device
     device_name: str
     save_every: int
@@ -92,10 +101,18 @@ def distill(request: Request, out: Path, tell: Tell) -> Report | None:
     _check_pair(request, teacher, student)
     writer = CheckpointWriter(out)
     state = out.with_name(f"{out.name}.state")
+    if request.n_sampled and request.schedule.length <= _PROMPT_TOKENS:
+        raise ConfigError(
+            f"a teacher writes nothing on windows of {request.schedule.length} tokens",
+            hint=f"use a --length of more than {_PROMPT_TOKENS}",
+            param="length",
+        )
     if state.exists() and not request.resume:
         raise ConfigError(
             f"{state} is of a run that was stopped", hint="go on with --resume, or remove it", param="resume"
         )
+    if request.resume and not state.exists():
+        raise ConfigError(f"there is no {state} to go on from", hint="leave --resume out", param="resume")
     texts = _texts(request, teacher.config, student.config)
     with joined(request.on.torch) as ranks:
         trained = _train(request, teacher, student, texts, state, ranks, tell)
@@ -184,13 +201,13 @@ def _train(
             param="batch",
         )
     windows = [list(window.tokens) for window in texts.calibration]
-    windows += _cut(request.sampled, schedule.length)
+    windows += _sampled(request, windows, state, ranks, tell)
     inputs = _digest((teacher, student), windows)
     begun_s = time.perf_counter()
     trainer = Trainer(
         (teacher.config, teacher.tensors()), (student.config, student.tensors()), schedule, request.on, ranks
     )
-    curve = load(state, trainer, schedule, inputs).curve if request.resume else []
+    curve = load(state, trainer, schedule, inputs) if request.resume else []
 
     def done(point: Point) -> None:
         curve.append(point)
@@ -210,8 +227,36 @@ def _train(
     )
 
 
-def _cut(tokens: Sequence[int], length: int) -> list[list[int]]:
-    return [list(tokens[i : i + length]) for i in range(0, len(tokens) - length + 1, length)]
+def _sampled(
+    request: Request, windows: Sequence[Sequence[int]], state: Path, ranks: Ranks, tell: Tell
+) -> list[list[int]]:
+    """Return windows that the teacher writes on beginnings of others; once written they are kept."""
+    file, wanted = state / _SAMPLED, request.n_sampled
+    if ranks.rank == 0 and wanted and not file.exists():
+        starts = [window[:_PROMPT_TOKENS] for window in windows]
+        random.Random(request.schedule.seed).shuffle(starts)
+        found: list[list[int]] = []
+        while len(found) < wanted:
+            first, last = len(found), min(len(found) + _SAMPLED_AT_ONCE, wanted)
+            prompts = [starts[n % len(starts)] for n in range(first, last)]
+            written = request.write(
+                prompts, request.schedule.length - len(prompts[0]), request.schedule.seed + first
+            )
+            found += [[*prompt, *tokens] for prompt, tokens in zip(prompts, written, strict=True)]
+            tell("sampling from the teacher", len(found), wanted)
+        state.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(".partial")
+        partial.write_bytes(msgspec.json.encode(found))
+        partial.rename(file)
+    wait_for_all(ranks)
+    if not wanted:
+        return []
+    kept = msgspec.json.decode(read_bytes(file, MAX_SMALL_BYTES), type=list[list[int]])
+    if len(kept) != wanted:
+        raise ConfigError(
+            f"{file} holds {len(kept)} windows, {wanted} are asked for", hint="give what that run was given"
+        )
+    return kept
 
 
 def _digest(models: Iterable[_Model], windows: Iterable[Sequence[int]]) -> str:
@@ -282,7 +327,7 @@ def _report(
         schedule=request.schedule,
         text=texts.calibration_words,
         n_windows=trained.n_windows,
-        n_sampled=len(request.sampled) // request.schedule.length,
+        n_sampled=request.n_sampled,
         held_out=texts.evaluation_words,
         n_held_windows=summary.n_windows,
         teacher_perplexity=_estimate(summary.parent_perplexity),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+_PATIENCE = timedelta(hours=6)
+"""The others wait while the first samples from the teacher."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +40,7 @@ def joined(device: str) -> Iterator[Ranks]:
         return
     if device == "cuda":
         torch.accelerator.set_device_index(dist.get_node_local_rank())
-    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=_PATIENCE)
     try:
         yield Ranks(rank=dist.get_rank(), mesh=init_device_mesh(device, (dist.get_world_size(),)))
     finally:
@@ -52,6 +56,12 @@ def shard(ranks: Ranks, modules: Iterable[nn.Module]) -> None:
         return
     for module in modules:
         fully_shard(module, mesh=ranks.mesh)
+
+
+def wait_for_all(ranks: Ranks) -> None:
+    """Return when every process has called this."""
+    if ranks.mesh is not None:
+        dist.barrier()
 
 
 def mean_over_ranks(ranks: Ranks, values: Tensor) -> Tensor:

@@ -45,16 +45,19 @@ def save(directory: Path, trainer: Trainer, progress: Progress, ranks: Ranks) ->
         for name, tensor in tensors:
             writer.add(name, StoredTensor(dtype="F32", array=whole(tensor).numpy()))
         writer.finish({_FILE: msgspec.json.encode(progress)})
-    for other in directory.iterdir():
+    for other in directory.glob("*step-*"):
         if other != place:
             shutil.rmtree(other)
 
 
-def load(directory: Path, trainer: Trainer, schedule: Schedule, inputs: str) -> Progress:
-    """Fill the trainer from the newest state; ConfigError where there is none, or it is of another run."""
+def load(directory: Path, trainer: Trainer, schedule: Schedule, inputs: str) -> list[Point]:
+    """Fill the trainer from the newest state, if one was saved, and return the curve so far.
+
+    Raises ConfigError where it is of another run.
+    """
     places = sorted(directory.glob("step-*"), key=lambda place: int(place.name.removeprefix("step-")))
     if not places:
-        raise ConfigError(f"there is nothing to resume in {directory}", hint="leave --resume out")
+        return []
     progress = msgspec.json.decode(read_bytes(places[-1] / _FILE, _MAX_BYTES), type=Progress)
     if progress.schedule != schedule:
         old, new = msgspec.to_builtins(progress.schedule), msgspec.to_builtins(schedule)
@@ -74,7 +77,7 @@ def load(directory: Path, trainer: Trainer, schedule: Schedule, inputs: str) -> 
     for name, found in _parts(trainer):
         for part, tensor in found:
             fill(tensor, read_tensor(checkpoint, f"{part}.{name}"))
-    return progress
+    return progress.curve
 
 
 def _parts(trainer: Trainer) -> Sequence[tuple[str, list[tuple[str, torch.Tensor]]]]:

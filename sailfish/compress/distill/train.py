@@ -11,7 +11,7 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
-from sailfish.base.errors import BuildError
+from sailfish.base.errors import BuildError, ConfigError
 from sailfish.checkpoint.model_config import ModelConfig
 from sailfish.compress.block import Device
 from sailfish.compress.distill.loss import Aim, Divergence, Teacher, losses
@@ -44,6 +44,12 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True):
     seed: int
     keep_zeros: bool
     """Pruned matrices keep their zeros."""
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for values that nothing can be trained with."""
+        for name, value in (("lr", self.lr), ("temperature", self.temperature)):
+            if not (math.isfinite(value) and value > 0):
+                raise ConfigError(f"a {name} of {value:g} is not above 0", hint="use more", param=name)
 
     def lr_at(self, step: int) -> float:
         """Return the rate of a step: up in a line, then down as a cosine does. Loshchilov and Hutter 2016."""
