@@ -240,9 +240,10 @@ class _Site:
         old, new = self._made.tensors[name], after_OI.cpu()
         if linear is not None:
             self._made.linears[module] = _rows(linear, rows)
-        elif not torch.equal(new.to(stored), old):
-            self._made.changed.add(name)
+        else:
             new = new.to(stored)
+            if not torch.equal(new, old):
+                self._made.changed.add(name)
         self._made.tensors[name] = new
         wrong = float((after_OI - before_OI).square().sum(dtype=torch.float64))
         size = float(before_OI.square().sum(dtype=torch.float64))

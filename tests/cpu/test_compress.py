@@ -147,11 +147,16 @@ def test_every_packaged_recipe_writes_what_it_measured(
     assert {"config.json", "tokenizer.json", REPORT_FILE, PAGE_FILE} <= {
         f.name for f in (tmp_path / "out").iterdir()
     }
-    if recipe.prune is not None and recipe.prune.keep is not None:
+    if recipe.prune is not None:
+        dense = Checkpoint.open(tmp_path / "dense")
         for facts in report.linears:
-            checkpoint = Checkpoint.open(restored(tmp_path / "out", tmp_path / facts.module))
-            weight = read_tensor(checkpoint, f"{facts.module}.weight")
-            assert int((weight.view(-1, 4) != 0).sum(1).max()) <= 2
+            is_zero_OI = read_tensor(dense, f"{facts.module}.weight") == 0
+            assert facts.zeros_frac == pytest.approx(float(is_zero_OI.float().mean()))
+            if recipe.prune.keep is not None and recipe.prune.of is not None:
+                n_zeros = is_zero_OI.view(-1, recipe.prune.of).sum(1)
+                assert int(n_zeros.min()) >= recipe.prune.of - recipe.prune.keep
+            else:
+                assert recipe.prune.zeros is not None and facts.zeros_frac >= recipe.prune.zeros
 
 
 @pytest.mark.filterwarnings("ignore")  # of transformers and compressed-tensors

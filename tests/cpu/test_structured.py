@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 from sailfish.base.errors import BuildError, ConfigError
 from sailfish.checkpoint.files import read_json
 from sailfish.checkpoint.hf_config import load_model_config
+from sailfish.checkpoint.safetensors_reader import Checkpoint
 from sailfish.cli.main import application
 from sailfish.compress.cut import config_values, n_layers_left, narrowed
 from sailfish.compress.make import Costly, make
@@ -109,19 +110,20 @@ def test_the_influence_of_blocks_is_that_of_their_states_in_transformers(
 ) -> None:
     source, text = make_twin(family, tmp_path_factory.getbasetemp()), tokens(tmp_path)
     report = make(asked(source, cutting(Cut(layers=0.4)), text), tmp_path / "out", silent)
-    model, truth = load_truth(source), []
+    model, influence = load_truth(source), []
 
     def measure(_: object, before: tuple[Tensor], after: Tensor) -> None:
         x, y = before[0].double(), after.double()
-        truth.append(1 - float(((x * y).sum(-1) / x.norm(dim=-1) / y.norm(dim=-1)).mean()))
+        influence.append(1 - float(((x * y).sum(-1) / x.norm(dim=-1) / y.norm(dim=-1)).mean()))
 
     for layer in model.model.layers:
         layer.register_forward_hook(measure)
     with torch.no_grad():
         model(torch.tensor(json.loads(text.read_text(encoding="utf-8"))).view(-1, LENGTH)[:N_SAMPLES])
-    assert report.block_influence == pytest.approx(truth, rel=1e-4)
+    assert report.block_influence == pytest.approx(influence, rel=1e-4)
     assert [removed.where for removed in report.removed] == ["model.layers.0", "model.layers.1"]
-    assert report.quality.perplexity.value == pytest.approx(perplexity(tmp_path / "out", text), rel=2e-4)
+    truth = perplexity(load_truth(tmp_path / "out"), text)
+    assert report.quality.perplexity.value == pytest.approx(truth, rel=2e-4)
 
 
 def _inputs(n_in: int) -> Tensor:
@@ -182,6 +184,19 @@ def test_the_repair_brings_the_model_nearer_to_its_parent(
     assert kl[True] < kl[False]
 
 
+def test_what_a_cut_leaves_has_the_dtype_of_the_parent(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    base = tmp_path_factory.getbasetemp()
+    source, text = make_twin("glm4", base, dtype=torch.bfloat16), tokens(tmp_path)
+    report = make(asked(source, cutting(Cut(heads=0.5, width=0.25)), text), tmp_path / "out", silent)
+    assert {tensor.dtype for tensor in Checkpoint.open(tmp_path / "out").tensors.values()} == {"BF16"}
+    assert report.linear_bits == 16
+    assert report.bytes_after < 0.8 * report.bytes_before
+    truth = perplexity(load_truth(tmp_path / "out"), text)
+    assert report.quality.perplexity.value == pytest.approx(truth, rel=2e-4)
+
+
 def test_what_a_cut_leaves_is_rounded_in_the_same_pass(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -199,7 +214,7 @@ def test_what_a_cut_leaves_is_rounded_in_the_same_pass(
     how = {facts.module: facts.how for facts in report.linears}
     assert how["model.layers.2.mlp.down_proj"] == "cut"
     assert how["model.layers.2.mlp.up_proj"] == "cut, int4 GPTQ"
-    truth = perplexity(restored(tmp_path / "out", tmp_path / "dense"), text)
+    truth = perplexity(load_truth(restored(tmp_path / "out", tmp_path / "dense")), text)
     assert report.quality.perplexity.value == pytest.approx(truth, rel=2e-4)
 
 
