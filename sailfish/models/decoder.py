@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from sailfish.checkpoint.model_config import ModelConfig
@@ -27,6 +28,22 @@ class StepInputs:
     slot_T: Tensor
     """int64, block * P + offset: where each token's key and value go."""
     span: AttentionSpan
+
+    @classmethod
+    def of_window(cls, token_T: Tensor, block_1W: Tensor) -> StepInputs:
+        """Return a whole sequence on an empty cache; block_1W: int32, the blocks 0, 1, ... in order."""
+        device, n_tokens = block_1W.device, len(token_T)
+        span = AttentionSpan(
+            block_table_RW=block_1W,
+            row_B=torch.zeros(1, dtype=torch.int32, device=device),
+            query_start=(0, n_tokens),
+            kv_len=(n_tokens,),
+            kv_len_B=torch.tensor([n_tokens], dtype=torch.int32, device=device),
+            query_start_B1=torch.tensor([0, n_tokens], dtype=torch.int32, device=device),
+        )
+        position_T = torch.arange(n_tokens, device=device)
+        # Blocks lie in order, so that a token's slot is its position.
+        return cls(token_T=token_T, position_T=position_T, slot_T=position_T, span=span)
 
 
 @dataclass(frozen=True, slots=True)

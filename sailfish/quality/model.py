@@ -16,7 +16,7 @@ from sailfish.checkpoint.model_config import ModelConfig
 from sailfish.checkpoint.names import check_tensors, tensor_specs
 from sailfish.checkpoint.safetensors_reader import Checkpoint
 from sailfish.kernels.choose import bind
-from sailfish.kernels.contract import AttentionSpan, Choice
+from sailfish.kernels.contract import Choice
 from sailfish.models.arena import arena_layout
 from sailfish.models.decoder import Decoder, KvCache, StepInputs
 from sailfish.models.layers.linear import LinearWeight
@@ -141,21 +141,9 @@ class WindowModel:
     @torch.inference_mode()
     def hidden(self, tokens: Sequence[int]) -> Tensor:
         """Return hidden_TD after the final norm of a window's tokens."""
-        n_tokens = len(tokens)
-        assert 0 < n_tokens <= self.window_tokens
-        position_T = torch.arange(n_tokens, device=self.device)
-        span = AttentionSpan(
-            block_table_RW=self._block_1W,
-            row_B=torch.zeros(1, dtype=torch.int32, device=self.device),
-            query_start=(0, n_tokens),
-            kv_len=(n_tokens,),
-            kv_len_B=torch.tensor([n_tokens], dtype=torch.int32, device=self.device),
-            query_start_B1=torch.tensor([0, n_tokens], dtype=torch.int32, device=self.device),
-        )
+        assert 0 < len(tokens) <= self.window_tokens
         token_T = torch.tensor(tokens, dtype=torch.int64).to(self.device)
-        # Blocks lie in order, so that a token's slot is its position.
-        step = StepInputs(token_T=token_T, position_T=position_T, slot_T=position_T, span=span)
-        return self._decoder.forward(step, self._kv)
+        return self._decoder.forward(StepInputs.of_window(token_T, self._block_1W), self._kv)
 
     @torch.inference_mode()
     def logits(self, hidden_SD: Tensor) -> Tensor:
