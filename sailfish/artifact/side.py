@@ -6,6 +6,8 @@ import logging
 import os
 import re
 import tempfile
+from collections.abc import Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 
 import msgspec
@@ -82,12 +84,15 @@ def write_overlay(artifact: Artifact, overlay: DeviceOverlay) -> Path:
     return path
 
 
-def append_evidence(artifact: Artifact, evidence: Evidence) -> None:
-    """Append one line; raises ArtifactError if it is about another engine or cannot be written."""
-    if evidence.manifest != artifact.digest:
-        raise ArtifactError(
-            f"the evidence is about engine {evidence.manifest[:12]}, not {artifact.digest[:12]}"
-        )
+def append_evidence(artifact: Artifact, kind: str, values: Mapping[str, float | str], *, device: str) -> None:
+    """Append a line of what was measured just now; raises ArtifactError if it cannot be written."""
+    evidence = Evidence(
+        manifest=artifact.digest,
+        kind=kind,
+        at=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        device=device,
+        values=dict(values),
+    )
     path = artifact.directory / EVIDENCE_FILE
     line = msgspec.json.encode(evidence, order="sorted") + b"\n"
     try:

@@ -6,14 +6,13 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TextIO
 
 import numpy as np
 
 from sailfish.artifact.reader import Artifact
-from sailfish.artifact.side import Evidence, append_evidence
+from sailfish.artifact.side import append_evidence
 from sailfish.artifact.start import Start
 from sailfish.base.config import EngineConfig
 from sailfish.base.errors import ConfigError
@@ -206,16 +205,7 @@ def _remember(
     found = dict(values)
     for name, interval in figures.items():
         found |= {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}
-    append_evidence(
-        engine,
-        Evidence(
-            manifest=engine.digest,
-            kind=kind,
-            at=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-            device=engine.manifest.target,
-            values=found,
-        ),
-    )
+    append_evidence(engine, kind, found, device=engine.manifest.target)
 
 
 def _write_rows(rows: TextIO, tasks: TaskSet, scores: TaskScores) -> None:

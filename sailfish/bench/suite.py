@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import datetime
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from sailfish.artifact.reader import Artifact
-from sailfish.artifact.side import Evidence, append_evidence, read_overlay
+from sailfish.artifact.side import append_evidence, read_overlay
 from sailfish.artifact.start import software
 from sailfish.base.config import EngineConfig
 from sailfish.bench import engine as steady
@@ -152,11 +151,5 @@ async def _measured(engine: AsyncEngine, wanted: Wanted) -> AsyncIterator[Figure
 def keep_as_evidence(engine_dir: Path, rows: Sequence[Result]) -> None:
     """Append the rows to the engine's own evidence; raises ArtifactError where it cannot be written."""
     artifact = Artifact.open(engine_dir)
-    evidence = Evidence(
-        manifest=artifact.digest,
-        kind="speed and memory",
-        at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        device=rows[0].device,
-        values={f"{row.row} [{row.unit}]": row.value for row in rows},
-    )
-    append_evidence(artifact, evidence)
+    values = {f"{row.row} [{row.unit}]": row.value for row in rows}
+    append_evidence(artifact, "speed and memory", values, device=rows[0].device)

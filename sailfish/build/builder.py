@@ -7,7 +7,6 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import msgspec
 
 from sailfish.artifact.manifest import FileEntry, Manifest, Piece, TensorEntry, WeightFile
 from sailfish.artifact.reader import Artifact, file_digest, header_digest, is_engine
-from sailfish.artifact.side import WEIGHT_ERROR, Evidence, append_evidence
+from sailfish.artifact.side import WEIGHT_ERROR, append_evidence
 from sailfish.artifact.writer import ALIGN_BYTES, EngineWriter
 from sailfish.base.config import EngineConfig
 from sailfish.base.errors import CheckpointError
@@ -215,16 +214,7 @@ def _shifted(tensor: TensorEntry, n_files: int) -> TensorEntry:
 
 def _remember(artifact: Artifact, done: Done) -> None:
     """Store how far the quantised weights are from the checkpoint's."""
-    append_evidence(
-        artifact,
-        Evidence(
-            manifest=artifact.digest,
-            kind=WEIGHT_ERROR,
-            at=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-            device=done.device,
-            values=dict(done.error),
-        ),
-    )
+    append_evidence(artifact, WEIGHT_ERROR, done.error, device=done.device)
 
 
 def _copied(

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from plan_models import PLAN
 
 from sailfish.artifact import Artifact, manifest
 from sailfish.artifact.manifest import MANIFEST_FILE, Manifest, digest, encode
-from sailfish.artifact.side import Evidence, append_evidence, read_evidence, read_overlay, write_overlay
+from sailfish.artifact.side import append_evidence, read_evidence, read_overlay, write_overlay
 from sailfish.artifact.writer import EngineWriter
 from sailfish.base.errors import ArtifactError, BuildError
 from sailfish.kernels.contract import Choice
@@ -416,19 +417,15 @@ def test_an_overlay_is_read_back_for_its_own_engine_only(engine: Path, tmp_path:
 
 def test_evidence_grows_line_by_line_and_names_its_engine(engine: Path) -> None:
     artifact = Artifact.open(engine)
-    first = Evidence(
-        manifest=artifact.digest,
-        kind="perplexity",
-        at="2026-11-20T00:00:00Z",
-        device="cpu",
-        values={"ppl": 39.3},
-    )
-    second = msgspec.structs.replace(first, kind="speed", values={"tokens_per_s": 12.0, "prompt": "books"})
-    append_evidence(artifact, first)
-    append_evidence(artifact, second)
-    assert read_evidence(artifact) == [first, second]
-    with pytest.raises(ArtifactError, match="is about engine 000000000000"):
-        append_evidence(artifact, msgspec.structs.replace(first, manifest="0" * 64))
+    begin = datetime.now(UTC).replace(microsecond=0)
+    append_evidence(artifact, "perplexity", {"ppl": 39.3}, device="cpu")
+    append_evidence(artifact, "speed", {"tokens_per_s": 12.0, "prompt": "books"}, device="sm_90")
+    first, second = read_evidence(artifact)
+    assert (first.kind, first.device, first.values) == ("perplexity", "cpu", {"ppl": 39.3})
+    assert second.values == {"tokens_per_s": 12.0, "prompt": "books"}
+    assert first.manifest == second.manifest == artifact.digest
+    assert begin <= datetime.fromisoformat(first.at) <= datetime.fromisoformat(second.at)
+    assert read_evidence(Artifact(engine, artifact.manifest, "0" * 64)) == []
     with (engine / "evidence.jsonl").open("a") as stream:
         stream.write("{}\n")
     with pytest.raises(ArtifactError, match="line 3 is damaged"):
