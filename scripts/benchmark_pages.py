@@ -13,15 +13,18 @@ from pathlib import Path
 
 from claims import CLAIMS
 from plots import Bars, Lines, bars, lines
+from quality_table import section
 
 from sailfish.bench import peers
 from sailfish.bench.budget import BATCHES, CASES, Rates, budget
 from sailfish.bench.kernels.attention import DECODES, PREFILLS
 from sailfish.bench.kernels.linear import LAYERS, ROWS
+from sailfish.bench.quality import Table
 from sailfish.bench.results import Result, latest, prune
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+QUALITY = ROOT / "benchmarks" / "quality" / "cases.json"
 PAGE = ROOT / "docs" / "benchmarks.md"
 BUDGET_PAGE = ROOT / "docs" / "performance.md"
 IMAGES = ROOT / "docs" / "img"
@@ -44,6 +47,7 @@ def main() -> None:
     of_gpu = {name: row for name, row in rows.items() if row.device == GPU or row.suite == "server"}
     IMAGES.mkdir(exist_ok=True)
     sections = [*_engines(of_gpu), *_steps(of_gpu), *_claims(of_gpu), *_kernels(of_gpu), *_streams(rows)]
+    sections += section(rows, Table.read(QUALITY))
     PAGE.write_text("\n".join([*_head(of_gpu), *_verdicts(of_gpu), *sections]) + "\n", encoding="utf-8")
     measured = {name: row.value for name, row in of_gpu.items()}
     text = BUDGET_PAGE.read_text(encoding="utf-8")
