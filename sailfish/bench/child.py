@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import IO
 
 from sailfish.base.errors import EngineError
-from sailfish.engine import wire
 from sailfish.engine.api import EngineInfo
 from sailfish.engine.endpoint import Endpoint
+from sailfish.engine.launch import wait_or_kill
 from sailfish.engine.loop import EngineLoop, Runner
 from sailfish.engine.scheduler import Scheduler
 
-_NO_CLIENT = -1
 _STOP_S = 20.0
 
 
@@ -55,11 +54,7 @@ def child(module: str, *flags: str) -> Iterator[Child]:
     finally:
         process.send_signal(signal.SIGTERM)
         process.stdin.close()
-        try:
-            process.wait(_STOP_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        wait_or_kill(process, _STOP_S)
         process.stdout.close()
 
 
@@ -68,14 +63,11 @@ def serve(socket: Path, info: EngineInfo, scheduler: Scheduler, runner: Runner, 
     endpoint = Endpoint(socket, info)
     loop = EngineLoop(scheduler, runner, endpoint.send, lag, lambda: 0)
 
-    def drain(*_: object) -> None:
-        loop.inbox.put((_NO_CLIENT, wire.Drain(0.0)))
-
     def end_with_parent() -> None:
         os.read(sys.stdin.fileno(), 1)
-        drain()
+        loop.ask_to_end(0.0)
 
-    signal.signal(signal.SIGTERM, drain)
+    signal.signal(signal.SIGTERM, lambda *_: loop.ask_to_end(0.0))
     threading.Thread(target=end_with_parent, daemon=True).start()
     endpoint.start(loop)
     sys.stdout.buffer.write(b"READY\n")

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 
 from sailfish.base.errors import EngineError
+from sailfish.engine.launch import wait_or_kill
 from sailfish.serve.server import READY
 
 _STOP_S = 30.0
@@ -52,11 +53,7 @@ class ServerProcess:
         """Ask the server to drain and end; return its exit status. Idempotent."""
         if self.exit_code is None:
             self._process.send_signal(signal.SIGTERM)
-            try:
-                self.exit_code = self._process.wait(_STOP_S)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self.exit_code = self._process.wait()
+            self.exit_code = wait_or_kill(self._process, _STOP_S)
             if self._process.stdout is not None:
                 self._process.stdout.close()
             self._log.close()

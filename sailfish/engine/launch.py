@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -133,11 +134,7 @@ class EngineProcess:
             assert process.stdin is not None
             with contextlib.suppress(OSError):
                 process.stdin.close()
-            try:
-                process.wait(_STOP_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            wait_or_kill(process, _STOP_S)
         if self._watcher is not None:
             self._watcher.join()
         self._close_pipes()
@@ -207,3 +204,12 @@ class EngineProcess:
                 if pipe is not None:
                     with contextlib.suppress(OSError):
                         pipe.close()
+
+
+def wait_or_kill(process: subprocess.Popen[Any], within_s: float) -> int:
+    """Return a process's exit status once it ends, by itself or, when the time is over, killed."""
+    try:
+        return process.wait(within_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait()

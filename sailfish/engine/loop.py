@@ -23,6 +23,7 @@ from sailfish.engine.step import StepPlan, StepResult
 
 log = logging.getLogger(__name__)
 
+_NO_CLIENT = -1
 _IDLE_WAIT_S = 0.5
 """How long an idle loop waits for a message; a message wakes it at once."""
 _MAX_FAILED_STEPS = 8
@@ -93,6 +94,10 @@ class EngineLoop:
     def is_draining(self) -> bool:
         """Whether new requests are refused because the engine is about to stop."""
         return self._drain_until_s is not None
+
+    def ask_to_end(self, within_s: float) -> None:
+        """Have the loop drain as a client can, from any thread and from a signal's handler."""
+        self.inbox.put((_NO_CLIENT, wire.Drain(within_s)))
 
     def run(self) -> None:
         """Serve until a drain has ended; raises EngineError when the device fails step after step."""

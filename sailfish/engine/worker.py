@@ -21,7 +21,6 @@ from sailfish.base import trace
 from sailfish.base.config import EngineConfig
 from sailfish.base.errors import SailfishError
 from sailfish.base.sources import environment
-from sailfish.engine import wire
 from sailfish.engine.api import EngineInfo
 from sailfish.engine.boot import Booted, boot
 from sailfish.engine.endpoint import Endpoint
@@ -34,7 +33,6 @@ from sailfish.plan.formats import words
 
 log = logging.getLogger("sailfish.engine.worker")
 
-_NO_CLIENT = -1
 _EXIT_GRACE_S = 5.0
 _BORN_S = time.monotonic()
 
@@ -75,11 +73,7 @@ def _serve(booted: Booted, args: argparse.Namespace, serving: list[EngineLoop]) 
     started_s = time.monotonic() - _BORN_S
     endpoint = Endpoint(args.socket, info_of(booted, args.name, started_s))
     loop = EngineLoop(scheduler, booted.runner, endpoint.send, plan.lag, _reserved_bytes(plan.device))
-
-    def drain(*_: object) -> None:
-        loop.inbox.put((_NO_CLIENT, wire.Drain(args.drain_s)))
-
-    signal.signal(signal.SIGTERM, drain)
+    signal.signal(signal.SIGTERM, lambda *_: loop.ask_to_end(args.drain_s))
     serving.append(loop)
     endpoint.start(loop)
     _say(Ready(started_s))
@@ -100,7 +94,7 @@ def _end_with_parent(serving: list[EngineLoop], socket_path: Path) -> None:
         socket_path.unlink(missing_ok=True)
         socket_path.parent.rmdir()
     for loop in serving:
-        loop.inbox.put((_NO_CLIENT, wire.Drain(0.0)))
+        loop.ask_to_end(0.0)
         time.sleep(_EXIT_GRACE_S)
     os._exit(1)  # it still loads, or is stuck in a step; nobody is left to wait for it
 
