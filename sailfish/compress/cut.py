@@ -14,7 +14,7 @@ from sailfish.compress.recipe import Cut
 
 _HEADS_DIVIDE_WIDTH = ("llama", "gemma2", "gemma3_text")
 """transformers refuses a config of theirs whose hidden_size is no multiple of the number of heads."""
-_CHANNELS = 128
+_CHANNELS = 64
 """What is left of an MLP is a multiple of this, or of as much of it as the parent's width is."""
 
 

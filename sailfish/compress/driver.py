@@ -336,7 +336,7 @@ def _sized(facts: LinearFacts, n_bytes: int, tensors: dict[str, Tensor]) -> Line
     if (facts.n_out, facts.n_in) != weight.shape:
         how = "cut" if how == "kept" else f"cut, {how}"
     return msgspec.structs.replace(
-        facts, how=how, n_bytes=n_bytes, dense_bytes=weight.numel() * weight.element_size()
+        facts, how=how, n_bytes=n_bytes, dense_bytes=facts.n_out * facts.n_in * weight.element_size()
     )
 
 

@@ -35,7 +35,7 @@ class LinearFacts(msgspec.Struct, frozen=True, kw_only=True):
     n_bytes: int = 0
     """As it is stored, scales and zero points included."""
     dense_bytes: int = 0
-    """Of the parent's weight."""
+    """As the parent stores weights, of as many."""
 
 
 class Removed(msgspec.Struct, frozen=True, kw_only=True):

@@ -192,6 +192,7 @@ def test_what_a_cut_leaves_has_the_dtype_of_the_parent(
     report = make(asked(source, cutting(Cut(heads=0.5, width=0.25)), text), tmp_path / "out", silent)
     assert {tensor.dtype for tensor in Checkpoint.open(tmp_path / "out").tensors.values()} == {"BF16"}
     assert report.linear_bits == 16
+    assert all(facts.n_bytes == facts.dense_bytes for facts in report.linears)
     assert report.bytes_after < 0.8 * report.bytes_before
     truth = perplexity(load_truth(tmp_path / "out"), text)
     assert report.quality.perplexity.value == pytest.approx(truth, rel=2e-4)
