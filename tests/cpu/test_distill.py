@@ -335,7 +335,7 @@ def test_two_processes_learn_what_one_does(teacher: Path, tmp_path: Path) -> Non
     command = f"-m torch.distributed.run --nproc-per-node 2 -m sailfish.cli.main distill -t {teacher}"
     command += f" -s {student} -o {tmp_path / 'both'} --data {text} --steps {SCHEDULE.steps} --batch 2"
     command += f" --length {LENGTH} --lr {SCHEDULE.lr} --eval-windows {N_HELD} --device cpu --json"
-    done = subprocess.run([sys.executable, *command.split()], check=True, capture_output=True, timeout=300)
+    done = subprocess.run([sys.executable, *command.split()], check=True, capture_output=True, timeout=600)
     both = msgspec.json.decode((tmp_path / "both" / "distillation.json").read_bytes(), type=Report)
     assert both.n_processes == 2
     assert msgspec.json.decode(done.stdout, type=Report) == both  # which one process prints
