@@ -9,17 +9,13 @@ from pathlib import Path
 import msgspec
 
 from sailfish.base.errors import ConfigError, SailfishError
-from sailfish.compress.block import Device
+from sailfish.compress.device import find_device
 from sailfish.compress.driver import Tell
 from sailfish.compress.make import Request, make, within
 from sailfish.compress.page import page
 from sailfish.compress.parent import ParentStates
 from sailfish.compress.recipe import Recipe
 from sailfish.compress.report import PAGE_FILE, Report
-from sailfish.hardware.probe import probe
-from sailfish.plan.types import Dtype
-
-_DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16")
 
 
 def make_all(
@@ -47,13 +43,7 @@ def make_all(
     calibration. With a mean of `budget_bits` a weight or a `max_kl` each matrix gets the bits that it needs.
     Raises as `make` does.
     """
-    hardware = probe(device, environ=environ)
-    usual: Dtype = "float32" if hardware.device == "cpu" else "bfloat16"
-    if dtype is not None and dtype not in _DTYPES:
-        raise ConfigError(
-            f"dtype {dtype!r} is not supported", hint=f"use {' or '.join(_DTYPES)}", param="dtype"
-        )
-    on = Device(target=hardware.target, dtype=dtype if dtype is not None else usual)
+    on, hardware = find_device(device, dtype, environ)
     if len({msgspec.structs.replace(recipe.calibration, **changes).tokens for recipe in recipes}) > 1:
         raise ConfigError(
             "the recipes are measured over windows of different lengths, which do not compare",
