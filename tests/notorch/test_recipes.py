@@ -13,7 +13,16 @@ from sailfish.base.errors import ConfigError
 from sailfish.cli.main import application
 from sailfish.compress import recipe as recipes
 from sailfish.compress.page import page
-from sailfish.compress.report import Estimate, Fallback, LinearFacts, Quality, Report, from_json, to_json
+from sailfish.compress.report import (
+    Estimate,
+    Fallback,
+    LinearFacts,
+    Quality,
+    Removed,
+    Report,
+    from_json,
+    to_json,
+)
 
 BEGIN = "name: mine\nabout: a test\nlayout: pack-quantized\n"
 
@@ -161,6 +170,8 @@ def report(name: str, **changes: Any) -> Report:
             for layer in range(2)
             for part in ("up_proj", "down_proj")
         ],
+        "removed": [Removed(where="a <layer>", what="2 of 8 kv heads", influence=0.5, repaired=0.25)],
+        "block_influence": [0.3, 0.1],
         "speeds": [],
         "warnings": ["mind <this>"],
         "fallbacks": [Fallback(what="damping", where="a linear", why="it was singular")],
@@ -200,8 +211,15 @@ def test_the_page_is_whole_needs_nothing_else_and_says_what_fell_short(names: li
     found.feed(page([report(name) for name in names]))
     assert not found.open
     assert not found.fetched
-    for said in (*names, "a <b> & c", "mind <this>", "it was singular", "model.layers.1.mlp.up_proj"):
-        assert said in found.text
+    for said in (
+        *names,
+        "a <b> & c",
+        "mind <this>",
+        "it was singular",
+        "model.layers.1.mlp.up_proj",
+        "a <layer>",
+    ):
+        assert words in found.text
 
 
 def test_a_report_survives_its_file() -> None:
