@@ -25,6 +25,7 @@ from sailfish.bench.results import Result, latest, prune
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 QUALITY = ROOT / "benchmarks" / "quality" / "cases.json"
+CPU_RESULTS = RESULTS / "cpu.jsonl"
 PAGE = ROOT / "docs" / "benchmarks.md"
 BUDGET_PAGE = ROOT / "docs" / "performance.md"
 IMAGES = ROOT / "docs" / "img"
@@ -47,6 +48,8 @@ def main() -> None:
     of_gpu = {name: row for name, row in rows.items() if row.device == GPU or row.suite == "server"}
     IMAGES.mkdir(exist_ok=True)
     sections = [*_engines(of_gpu), *_steps(of_gpu), *_claims(of_gpu), *_kernels(of_gpu), *_streams(rows)]
+    if CPU_RESULTS.exists():
+        sections += _cpu(latest(CPU_RESULTS))
     sections += section(rows, Table.read(QUALITY))
     PAGE.write_text("\n".join([*_head(of_gpu), *_verdicts(of_gpu), *sections]) + "\n", encoding="utf-8")
     measured = {name: row.value for name, row in of_gpu.items()}
@@ -286,6 +289,52 @@ def _linear_picture(rows: dict[str, Result]) -> list[str]:
 def _streams(rows: dict[str, Result]) -> list[str]:
     picked = [row for row in rows.values() if row.suite == "server"]
     return ["# Streams over HTTP", "", *_table(picked), ""] if picked else []
+
+
+# The CPU.
+
+
+def _cpu(rows: Sequence[Result]) -> list[str]:
+    """Return what each machine's CPU reached, beside llama.cpp on the same cores in turns."""
+    found = []
+    for device in dict.fromkeys(row.device for row in rows):
+        of_device = {row.row: row for row in rows if row.device == device}
+        ours = [row for row in of_device.values() if row.implementation]
+        gives = ", ".join(f"{name} {value:g}" for name, value in ours[0].calibration.items())
+        found += [
+            f"## {device}",
+            "",
+            f"`{ours[0].command}`, {ours[0].date}, commit {ours[0].commit}; when it began: {gives}.",
+            "",
+            "| row | ours | spread | best other | ratio, turn by turn | target | |",
+            "|---|---|---|---|---|---|---|",
+            *(_cpu_line(row, of_device.get(f"{row.row}, over {row.peer}")) for row in ours),
+            "",
+        ]
+    return [
+        "# On the CPU",
+        "",
+        "`make bench-cpu-peers`: llama.cpp, built here with all that this CPU has, and our engine measured "
+        "in turns on the same cores with weights of the same shape. Ours goes through scheduler, sampling and "
+        "detokenisation, llama-bench does not; over HTTP both answer the same client.",
+        "",
+        *found,
+    ]
+
+
+def _cpu_line(row: Result, ratio: Result | None) -> str:
+    cells = [
+        row.row,
+        f"{_number(row.value)} {row.unit}",
+        _number(row.spread, digits=2),
+        "" if row.peer is None else f"{row.peer}: {_number(row.peer_value or 0.0)}",
+        "" if ratio is None else f"{ratio.value:.2f} x",
+        "",
+        "",
+    ]
+    if ratio is not None and ratio.target is not None:
+        cells[-2:] = f"{ratio.target:g} x", "met" if ratio.value >= ratio.target else "missed"
+    return f"| {' | '.join(cells)} |"
 
 
 # Tables.
