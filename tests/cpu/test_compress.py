@@ -31,6 +31,7 @@ from sailfish.compress import speed
 from sailfish.compress.block import Device, read_tensor
 from sailfish.compress.gptq import Hessian, quantise_gptq
 from sailfish.compress.make import Costly, Request, make
+from sailfish.compress.page import side_by_side
 from sailfish.compress.recipe import Bound, Calibration, Recipe, Static
 from sailfish.compress.report import PAGE_FILE, REPORT_FILE, from_json
 from sailfish.compress.speed import RESTORED, speeds
@@ -410,7 +411,11 @@ def test_the_command_compresses_by_several_recipes_and_shows_them_side_by_side(
     for said in ("parent", "mine", "w8a16", "no kernel here", "wrote "):
         assert said in found.output
     assert sorted(path.name for path in out.iterdir()) == [PAGE_FILE, "mine", "w8a16"]
-    assert from_json((out / "mine" / REPORT_FILE).read_bytes()).calibration_windows == 6
+    reports = [from_json((out / name / REPORT_FILE).read_bytes()) for name in ("mine", "w8a16")]
+    assert reports[0].calibration_windows == 6
+    on_page = (out / PAGE_FILE).read_text(encoding="utf-8")
+    for row in side_by_side(reports)[1]:
+        assert all(cell in found.output and f">{cell}<" in on_page for cell in row[:-1])
     (tmp_path / "other.yaml").write_text(
         (tmp_path / "mine.yaml").read_text().replace("name: mine", "name: other").replace(": 48", ": 24")
     )
