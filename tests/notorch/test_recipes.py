@@ -211,14 +211,8 @@ def test_the_page_is_whole_needs_nothing_else_and_says_what_fell_short(names: li
     found.feed(page([report(name) for name in names]))
     assert not found.open
     assert not found.fetched
-    for said in (
-        *names,
-        "a <b> & c",
-        "mind <this>",
-        "it was singular",
-        "model.layers.1.mlp.up_proj",
-        "a <layer>",
-    ):
+    said = "a <b> & c", "mind <this>", "it was singular", "model.layers.1.mlp.up_proj", "a <layer>"
+    for words in (*names, *said):
         assert words in found.text
 
 
