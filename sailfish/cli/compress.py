@@ -10,7 +10,7 @@ import typer
 from sailfish.base.errors import ConfigError
 from sailfish.base.sources import environment
 from sailfish.cli import opening, tables
-from sailfish.cli.options import AsJson, Download, Offline
+from sailfish.cli.options import AsJson, Download, Offline, WorkDevice
 
 if TYPE_CHECKING:
     from sailfish.compress.report import Report
@@ -80,10 +80,6 @@ _MaxKl = Annotated[
         "--max-kl", min=0.0, metavar="NATS", help="Spend as few bits as keep this divergence; refuse more."
     ),
 ]
-_Device = Annotated[
-    str | None,
-    typer.Option("--device", metavar="cpu|cuda", help="Where it is done. Default: cuda when there is a GPU."),
-]
 _Dtype = Annotated[
     str | None,
     typer.Option(
@@ -108,7 +104,7 @@ def compress(
     must_pay: _MustPay = False,
     budget: _Budget = None,
     max_kl: _MaxKl = None,
-    device: _Device = None,
+    device: WorkDevice = None,
     dtype: _Dtype = None,
     as_json: AsJson = False,
     offline: Offline = False,

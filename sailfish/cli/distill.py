@@ -15,7 +15,7 @@ from sailfish.base.sources import environment
 from sailfish.base.units import format_duration
 from sailfish.build.cache import find_or_build
 from sailfish.cli import opening, tables
-from sailfish.cli.options import AsJson, Download, Offline
+from sailfish.cli.options import AsJson, Download, Offline, WorkDevice
 from sailfish.engine.api import SamplingParams
 from sailfish.engine.sync import Engine
 
@@ -104,10 +104,6 @@ _SaveEvery = Annotated[
     typer.Option("--save-every", min=1, metavar="STEPS", help="Keep the state in DIR.state so often."),
 ]
 _Resume = Annotated[bool, typer.Option("--resume", help="Go on from DIR.state, as if it had never stopped.")]
-_Device = Annotated[
-    str | None,
-    typer.Option("--device", metavar="cpu|cuda", help="Where it is done. Default: cuda when there is a GPU."),
-]
 _Dtype = Annotated[
     str | None,
     typer.Option(
@@ -137,7 +133,7 @@ def distill(
     seed: _Seed = 0,
     save_every: _SaveEvery = 200,
     resume: _Resume = False,
-    device: _Device = None,
+    device: WorkDevice = None,
     dtype: _Dtype = None,
     as_json: AsJson = False,
     offline: Offline = False,

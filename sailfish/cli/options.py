@@ -23,6 +23,10 @@ Target = Annotated[str | None, typer.Option("--target", metavar="NAME", help=_TA
 Offline = Annotated[bool, typer.Option("--offline", help="Never download.")]
 Download = Annotated[bool, typer.Option("--download", help=_DOWNLOAD_HELP)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+WorkDevice = Annotated[
+    str | None,
+    typer.Option("--device", metavar="cpu|cuda", help="Where it is done. Default: cuda when there is a GPU."),
+]
 _ORIGINS = """A setting without its flag is taken from SAILFISH_* (SAILFISH_CONTEXT_TOKENS for --ctx), then
 from --config, and is else chosen for model and device: `sailfish explain MODEL` shows each one and why."""
 
