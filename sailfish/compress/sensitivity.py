@@ -169,6 +169,12 @@ def mixed(recipe: Recipe, chosen: Sequence[Cost]) -> Recipe:
             hint="leave its overrides or the budget out",
             param="budget",
         )
+    if recipe.cut is not None:
+        raise ConfigError(
+            f"{recipe.name} cuts parts of the model, and a budget is one of the whole",
+            hint="cut first by a recipe of its own, then compress what is left",
+            param="budget",
+        )
     overrides = [
         Override(
             match=module,
