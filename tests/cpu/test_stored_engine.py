@@ -12,6 +12,7 @@ import pytest
 import torch
 from paged import PagedDriver, load_engine_weights
 from rounded import restored
+from safetensors.torch import load_file, save_file
 from stored_twins import FP8, FP8_STATIC, INT8, INT8_STATIC, Schemes, store_twin, stored_numbers, stored_truth
 from torch import Tensor
 from twins import make_twin
@@ -21,10 +22,12 @@ from sailfish.artifact.side import read_evidence
 from sailfish.base.config import EngineConfig
 from sailfish.base.errors import CheckpointError, ConfigError, PlanError, UnsupportedModelError
 from sailfish.build.builder import build_engine
+from sailfish.checkpoint.formats.explain import format_warnings
 from sailfish.checkpoint.formats.kept import row_order
 from sailfish.checkpoint.formats.scheme import LinearScheme
 from sailfish.checkpoint.hf_config import load_model_config
-from sailfish.checkpoint.names import linear_modules
+from sailfish.checkpoint.names import check_tensors, linear_modules
+from sailfish.checkpoint.safetensors_reader import Checkpoint
 from sailfish.models.layers.linear import LinearWeight, OrderedInt4
 from sailfish.plan.formats import engine_specs
 from sailfish.plan.ops import gathered_bytes
@@ -212,6 +215,33 @@ def test_a_product_whose_linears_scale_their_inputs_apart_is_restored(home: Path
         f"layers.{i}.{part}.weight" for i in range(n_layers) for part in ("o", "down")
     }
     assert "several static scales of their inputs" in config.stored.restored
+
+
+def test_scales_of_a_kv_cache_beside_dense_weights_are_read_past_with_a_warning(
+    home: Path, tmp_path: Path
+) -> None:
+    source = make_twin("llama", home / "twins")
+    tensors = {f"model.layers.{i}.self_attn.{x}_scale": torch.tensor([0.03]) for i in range(3) for x in "kv"}
+    for file in source.glob("*.safetensors"):
+        tensors |= load_file(file)
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "tokenizer.json").symlink_to(source / "tokenizer.json")
+    values = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    cache = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False}
+    values["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "config_groups": {},
+        "kv_cache_scheme": cache,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(values), encoding="utf-8")
+    config, checkpoint = load_model_config(tmp_path), Checkpoint.open(tmp_path)
+    check_tensors(config, checkpoint)
+    assert config.stored is not None and config.stored.format == "plain" and config.stored.restored is None
+    assert "--kv-dtype makes a cache with its own" in "; ".join(format_warnings(checkpoint, config.stored))
+    engine = build_engine(tmp_path, tmp_path / "engine", config=FLOAT32, target="cpu", bundle=True)
+    dense = engine_of(source, home)
+    found, expected = load_engine_weights(engine), load_engine_weights(dense)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_a_step_has_room_for_inputs_that_are_gathered(home: Path) -> None:

@@ -37,8 +37,9 @@ def read_compressed_config(keys: Keys) -> QuantConfig:
                 f"{keys.where}: {key} is {shown(dict(other.values))}; only weights without it are read",
                 param="quantization_config",
             )
-    groups = keys.object_or("config_groups")
-    if groups is None or not groups.values:
+    cache = keys.object_or("kv_cache_scheme")
+    groups = keys.object_or("config_groups") or Keys({}, keys.where)
+    if not groups.values and cache is None:
         raise CheckpointError(f"{keys.where} lacks config_groups", param="quantization_config")
     rules = []
     for name in groups.values:
@@ -51,7 +52,6 @@ def read_compressed_config(keys: Keys) -> QuantConfig:
         if group is None:
             raise CheckpointError(f"{groups.where}: {shown(name)} is empty", param="quantization_config")
         rules.append(_rule(group, group.text_or("format", keys.text_or("format", "pack-quantized"))))
-    cache = keys.object_or("kv_cache_scheme")
     return QuantConfig(
         method="compressed-tensors",
         rules=tuple(rules),

@@ -168,6 +168,8 @@ def _kept_of(
 
 
 def _words(config: QuantConfig, schemes: list[LinearScheme]) -> str:
+    if not schemes and config.kv_cache is not None:
+        return f"{config.method}, dense weights, scales of an 8-bit KV cache"
     if not schemes:
         raise UnsupportedModelError(
             "quantization_config is there, but no linear is quantised",
