@@ -28,6 +28,7 @@ from sailfish.compress.cut import config_values, n_layers_left, narrowed
 from sailfish.compress.make import Costly, make
 from sailfish.compress.recipe import Bound, Calibration, Cut, Override, Recipe
 from sailfish.compress.report import PAGE_FILE
+from sailfish.compress.sensitivity import mixed
 from sailfish.compress.structured import group_energy, leave
 from sailfish.quality.model import WindowModel
 
@@ -207,6 +208,8 @@ def test_what_a_cut_leaves_is_rounded_in_the_same_pass(
         cut=Cut(layers=0.3, heads=0.5, width=0.25),
         overrides=[Override(match="model.layers.2.mlp.down_proj", round=None)],
     )
+    with pytest.raises(ConfigError, match="cuts parts of the model, and a budget is one of the whole"):
+        mixed(msgspec.structs.replace(recipe, overrides=[]), [])
     report = make(asked(source, recipe, text), tmp_path / "out", silent)
     layers = {removed.where for removed in report.removed if removed.what == "layer"}
     assert layers <= {"model.layers.0", "model.layers.1"} and len(layers) == 1
