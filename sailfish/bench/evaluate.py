@@ -123,7 +123,7 @@ def measure_text(
     if parent is None:
         return {"perplexity": score(model, text.windows, told).perplexity()}
     found = compare(model, parent.open(text.window_tokens), text.windows, told).summary()
-    names = ("perplexity", "parent_perplexity", "increase", "kl", "kl_p99", "kl_p999", "top1")
+    names = ("perplexity", "parent_perplexity", "increase", "kl", "kl_p99", "kl_p999", "top1", "acceptance")
     return {name: getattr(found, name) for name in names}
 
 

@@ -61,6 +61,7 @@ def test_an_engine_and_a_server_score_rows_as_lm_eval_does(tmp_path: Path) -> No
     check(tmp_path, local)
     figures = local["text"]["figures"]
     assert figures["kl"]["value"] == 0 and figures["top1"]["value"] == 1, "it is its own parent"
+    assert figures["acceptance"]["value"] == pytest.approx(1, abs=1e-6)
     with ServerProcess(tmp_path / "b.engine", *ROOMY) as server:
         ran = typed("eval", "b.engine", *text, *flags, *common, "--url", server.url, cwd=tmp_path)
         assert ran.returncode == 0, ran.stderr
