@@ -315,8 +315,8 @@ def _cpu(rows: Sequence[Result]) -> list[str]:
         "# On the CPU",
         "",
         "`make bench-cpu-peers`: llama.cpp, built here with all that this CPU has, and our engine measured "
-        "in turns on the same cores with weights of the same shape. Ours goes through scheduler, sampling and "
-        "detokenisation, llama-bench does not; over HTTP both answer the same client.",
+        "in turns on the same cores with weights of the same shape. Ours goes through scheduler, sampling "
+        "and detokenisation, llama-bench does not; over HTTP both answer the same client.",
         "",
         *found,
     ]

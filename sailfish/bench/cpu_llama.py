@@ -16,6 +16,7 @@ from pathlib import Path
 from sailfish.base.errors import ConfigError, EngineError
 from sailfish.bench.engine import Case
 from sailfish.bench.streams import Server
+from sailfish.engine.launch import wait_or_kill
 
 _READY_S, _POLL_S, _STOP_S = 120.0, 0.1, 20.0
 _CONTEXT_TOKENS = 1024
@@ -67,11 +68,7 @@ class LlamaCpp:
                 yield Server(url=url)
             finally:
                 process.terminate()
-                try:
-                    process.wait(_STOP_S)
-                except subprocess.TimeoutExpired:
-                    process.kill()
-                    process.wait()
+                wait_or_kill(process, _STOP_S)
 
     def _wait(self, process: subprocess.Popen[bytes], url: str) -> None:
         """Return when the server's model is loaded; raises EngineError where it never is."""
