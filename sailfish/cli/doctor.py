@@ -9,6 +9,7 @@ from sailfish.build.cache import cache_root
 from sailfish.cli import tables
 from sailfish.cli.options import AsJson
 from sailfish.hardware import doctor as checks
+from sailfish.kernels.cpu import library
 
 
 def doctor(
@@ -17,9 +18,9 @@ def doctor(
     ),
     as_json: AsJson = False,
 ) -> None:
-    """Check CPU, torch, CUDA, Triton, memory, port and caches; the exit status is 1 when a check fails."""
+    """Check CPU, kernels, torch, CUDA, Triton, memory, port and caches; exit status 1 when a check fails."""
     environ = environment()
-    found = checks.diagnose(environ, cache_dir=cache_root(environ), port=port)
+    found = [*checks.diagnose(environ, cache_dir=cache_root(environ), port=port), library.check()]
     if as_json:
         tables.show_json(checks.as_data(found))
     else:

@@ -148,7 +148,7 @@ def linear_w4a8(x_TI: Tensor, weight: Int4Weight, bias_O: Tensor | None = None) 
     """
     n_in = weight.n_in
     run = min(weight.group, ROUNDED)
-    x_TGI = F.pad(x_TI.float(), (0, -n_in % run)).unflatten(-1, (-1, run))
+    x_TGI = F.pad(x_TI.float(), (0, -n_in % run)).view(len(x_TI), -(-n_in // run), run)
     scale_TG = x_TGI.abs().amax(-1, keepdim=True) / 127
     scale_TG = torch.where(scale_TG == 0, 1, scale_TG)
     rounded_TI = (x_TGI / scale_TG).round().mul(scale_TG).flatten(1)[:, :n_in]

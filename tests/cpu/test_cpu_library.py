@@ -98,6 +98,14 @@ def test_without_a_compiler_the_reason_is_in_words(monkeypatch: pytest.MonkeyPat
         compiler.compile_to(tmp_path / "out.so", (), [])
 
 
+def test_the_doctor_names_the_level_or_the_way_to_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = library.check()
+    assert (found.verdict, found.fix) == ("ok", "") and library.levels()[0] in found.value
+    monkeypatch.setattr(library, "unavailable", lambda: "no C++ compiler is installed")
+    found = library.check()
+    assert found.verdict == "warn" and "no C++ compiler" in found.value and "install g++" in found.fix
+
+
 def test_a_source_that_does_not_compile_is_an_error_with_the_log(tmp_path: Path) -> None:
     source = tmp_path / "wrong.cpp"
     source.write_text("int wrong = undefined_name;")

@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 
 from sailfish.base.errors import EngineError
+from sailfish.hardware.doctor import Check
 from sailfish.hardware.probe import cpu_cores, probe_cpu
 from sailfish.kernels.cpu import compiler
 
@@ -41,6 +42,18 @@ def unavailable() -> str | None:
     if reason := compiler.missing():
         return reason
     return None if levels() else "this CPU lacks AVX2, FMA or F16C"
+
+
+def check() -> Check:
+    """Return the doctor's word on the library. Compiles nothing."""
+    reason = unavailable()
+    if reason is None:
+        value = f"{levels()[0]}, {usable_threads()} threads, by {compiler.find_compiler()} at first use"
+        return Check(name="cpu kernels", verdict="ok", value=value)
+    fix = (
+        "install g++ or clang++ on an x86-64 machine with AVX2; without, the CPU runs torch's slower products"
+    )
+    return Check(name="cpu kernels", verdict="warn", value=reason, fix=fix)
 
 
 @cache

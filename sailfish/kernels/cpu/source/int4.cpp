@@ -22,8 +22,6 @@ constexpr int kRows = kVectors * kLanes;
 constexpr int kLineVectors = kStrip / kLanes;  // vectors of a line
 // Sums in registers are kVectors times as many; AVX-512 has 32 registers, AVX2 has 16.
 constexpr int kTokens = kLanes == 16 ? 12 : 4;
-// How far ahead weights are asked for: the hardware's own prefetch ends with each page.
-constexpr int64_t kAheadBytes = 2048;
 constexpr int64_t kChunkBytes = 1 << 15;  // of weights that a thread claims at once, at least
 
 struct Weight {
@@ -104,9 +102,7 @@ void multiply(const Weight& weight, int64_t row, const Tokens& tokens, float* y)
         for (int64_t line = start / kLineInputs; line < end / kLineInputs; ++line, words += 8 * N) {
             Ints codes[kVectors], w[kVectors];
             SF_UNROLL for (int v = 0; v < kVectors; ++v) {
-                const uint8_t* p = rows[v] + line * kLine;
-                if (v % kLineVectors == 0) _mm_prefetch(reinterpret_cast<const char*>(p + kAheadBytes), _MM_HINT_T0);
-                codes[v] = load_i(p);
+                codes[v] = load_i(rows[v] + line * kLine);
                 w[v] = bit_and(codes[v], low);
             }
             SF_UNROLL for (int t = 0; t < N; ++t) {
