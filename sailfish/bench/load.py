@@ -9,7 +9,7 @@ import urllib.parse
 
 import msgspec
 
-_EVENT = b"data: "
+_EVENT, _END = b"data: ", b"\r\n0\r\n\r\n"
 _USAGE = b'"completion_tokens":'
 _READ_BYTES = 1 << 16
 _PROMPT_TOKENS = 32
@@ -69,7 +69,7 @@ class _Stream:
                         self.first_s = now_s - sent_s
                     self.n_events += n_events
                     last_s = now_s
-                if seen.endswith(b"0\r\n\r\n"):
+                if seen.endswith(_END):
                     self._finish(seen)
                     return
                 tail = seen[-1024:]

@@ -28,6 +28,8 @@ from sailfish.cli.measured import Only, Repeats
 from sailfish.hardware.probe import probe_cpu
 
 _OUT = Path("benchmarks/results/cpu.jsonl")
+_QUIET = 0.5
+"""Running processes a core beyond which figures say more about them."""
 _MODEL_HELP = "A checkpoint, or a Hugging Face id org/name. Default: random weights of Llama-3.2-1B's shape."
 _PEERS_HELP = "Measure llama.cpp in turns with us: the folder that benchmarks/cpu_peers.py made."
 
@@ -56,10 +58,12 @@ def cpu(
         suite="cpu",
         device=f"{hardware.name}, {hardware.n_cores} cores",
         command=measured.command(),
-        calibration={**calibrate("cpu"), "load": cpu_facts.load()},
+        calibration={"load": cpu_facts.load(), **calibrate("cpu")},
     )
     gives = {name: f"{value:g}" for name, value in recorder.calibration.items()}
     tables.show("This CPU", ("fact", "value"), (cpu_facts.facts(hardware, environ) | gives).items())
+    if recorder.calibration["load"] > _QUIET * hardware.n_cores:
+        opening.say("this machine is busy: figures will be low, most of all those of threads that spin")
     shown = []
 
     def keep(column: str, kernels: str, turns: Turns) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from sailfish.base.config import EngineConfig
 from sailfish.base.errors import ConfigError, EngineError
-from sailfish.bench import cpu, cpu_facts, shapes
+from sailfish.bench import cpu, cpu_facts, load, shapes
 from sailfish.bench.cpu import Turns
 from sailfish.bench.cpu_gguf import gguf_name, write_gguf
 from sailfish.bench.cpu_llama import LlamaCpp
@@ -135,6 +135,28 @@ def test_a_figure_becomes_rows_of_ours_of_theirs_and_of_the_ratio_with_its_targe
     assert (ratio.row, ratio.value, ratio.unit, ratio.target) == (f"{ours.row}, over x", 2.5, "x", 1.8)
     [alone] = cpu.results(recorder, "m", "bfloat16", Turns(row="start", unit="s", ours=[1.0]), "")
     assert (alone.row, alone.peer) == ("m bfloat16: start", None)
+
+
+def test_a_head_that_ends_in_a_zero_is_not_the_end_of_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    events = b'data: {"text":"a"}', b'data: {"usage":{"completion_tokens":1}}', b"data: [DONE]"
+    body = b"".join(b"%x\r\n%s\r\n" % (len(event), event) for event in events)
+    parts = [b"HTTP/1.1 200 OK\r\nKeep-Alive: timeout=5, max=100\r\n\r\n", body, b"0\r\n\r\n", b""]
+
+    class _Connection:
+        async def read(self, n_bytes: int) -> bytes:
+            return parts.pop(0)
+
+        def write(self, data: bytes) -> None: ...
+
+        def close(self) -> None: ...
+
+    async def connected(*_: object, **__: object) -> tuple[_Connection, _Connection]:
+        return _Connection(), _Connection()
+
+    monkeypatch.setattr(asyncio, "open_connection", connected)
+    task = load.Task(url="http://h:1", model="m", streams=1, n_out=1, vocab_size=50, seed=0)
+    report = asyncio.run(load.load(task))
+    assert (report.failures, report.n_tokens, report.n_events) == ([], 1, 3)
 
 
 def _program(folder: Path, name: str, body: str) -> LlamaCpp:
