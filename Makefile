@@ -46,7 +46,7 @@ test-run: $(VENV)/.ready-test
 	@$(BIN)/python -m pytest -q -m "not gpu" -p no:cacheprovider tests --ignore=tests/cpu
 
 house notorch: $(VENV)/.ready-check
-	@$(BIN)/python -m pytest -q -p no:cacheprovider tests/$@
+	@$(BIN)/python -m pytest -q -m "not slow" -p no:cacheprovider tests/$@
 
 static: $(VENV)/.ready-check
 	@$(BIN)/ruff format --check --quiet .

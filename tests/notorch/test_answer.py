@@ -30,6 +30,7 @@ def run(token_ids: list[int], params: SamplingParams, cuts: list[int]) -> list[C
     return chunks
 
 
+@pytest.mark.slow
 @given(
     TEXTS.filter(bool), st.lists(st.integers(1, 60)), st.lists(TEXTS.filter(bool), max_size=3), st.booleans()
 )

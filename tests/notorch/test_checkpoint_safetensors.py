@@ -208,6 +208,7 @@ def damage(draw: st.DrawFn, data: bytes) -> bytes:
 WHOLE = safetensors_bytes(header_of(TENSORS))
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=damage(WHOLE))
 def test_a_damaged_file_opens_consistently_or_is_refused(tmp_path: Path, data: bytes) -> None:

@@ -113,10 +113,10 @@ def test_endless_garbage_costs_the_same_for_every_token(tokenizer: Tokenizer) ->
     """A bias towards one stray byte must not make the server decode ever longer tails."""
     stray = tokenizer.encode("ß")[-1]
     stream = tokenizer.stream()
-    start = time.perf_counter()
+    start = time.process_time()
     text = "".join([stream.push(stray) for _ in range(20_000)] + [stream.flush()])
     assert len(text) == 20_000 and set(text) == {"\ufffd"}
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
 
 
 def test_tokens_show_their_text_and_bytes() -> None:
@@ -187,22 +187,23 @@ def test_panics_are_refused_and_interrupts_pass(use: str, raised: BaseException)
 @pytest.mark.parametrize("unit", ["a", "ab1!", "日", "the quick brown fox ", "\x00", "<|im_end|>"])
 def test_fifty_megabytes_are_refused_without_being_encoded(unit: str) -> None:
     text = unit * (50_000_000 // len(unit.encode()))
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(ContextTooLong, match="cannot fit the context of 2048 tokens") as caught:
         BYTE_LEVEL.encode(text, max_tokens=2048)
     assert caught.value.param == "prompt" and caught.value.code == "context_length_exceeded"
-    assert time.perf_counter() - start < 3
+    assert time.process_time() - start < 3
 
 
 @pytest.mark.parametrize("unit", ["a", " ", "fox", "日本"])
 def test_a_long_text_without_spaces_stays_linear(unit: str) -> None:
     """400 kB that might just fit are encoded within seconds, not minutes."""
     text = unit * (400_000 // len(unit.encode()))
-    start = time.perf_counter()
+    start = time.process_time()
     assert len(BYTE_LEVEL.encode(text, max_tokens=400_000)) > 1000
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
 
 
+@pytest.mark.slow
 @settings(max_examples=10, deadline=None)
 @given(words=st.lists(st.sampled_from(["the ", "fox", "  ", "日本", "<|im_end|>"]), min_size=1, max_size=30))
 def test_a_text_that_fits_is_never_refused(words: list[str]) -> None:
@@ -223,12 +224,12 @@ def test_a_file_that_is_no_tokenizer_is_refused_in_one_line(tmp_path: Path, data
 def test_an_id_beyond_every_vocabulary_is_refused_at_once(tmp_path: Path, token_id: int) -> None:
     model = json.loads(byte_level_tokenizer().to_str())["model"]
     model["vocab"]["far"] = token_id
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(
         CheckpointError, match=rf"token 'far' has id {token_id} \(give it an id below 4194304"
     ):
         with_state(tmp_path, model=model)
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
     model["vocab"]["far"] = 2**22 - 1
     assert with_state(tmp_path, model=model).vocab_size == 2**22
 
@@ -241,6 +242,7 @@ def test_a_tokenizer_without_tokens_is_refused(tmp_path: Path) -> None:
 JUNK = st.sampled_from([None, 0, -1, 2**33, "", "x", [], {}, True, 1.5, ["x"], {"type": "BPE"}])
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_mangled_tokenizer_works_or_is_refused(tmp_path: Path, data: st.DataObject) -> None:

@@ -50,6 +50,7 @@ def test_loose_words_hold_no_code_across_two_of_them(bits: int) -> None:
     assert np.array_equal(unpack(words.view(np.int32), bits, 40, dense=False), codes)
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(
     scheme=schemes(LAYOUTS),
@@ -264,6 +265,7 @@ def test_tensors_that_do_not_fit_are_refused_in_one_line(
     assert "model.layers.0.mlp.up_proj" in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(
     scheme=schemes(LAYOUTS),

@@ -340,6 +340,7 @@ def planned(config: EngineConfig, model: object, hardware: HardwareProfile) -> P
         return None
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(CONFIGS, MODELS, HARDWARE)
 def test_a_plan_never_exceeds_its_budget_and_holds_one_full_context(
@@ -356,6 +357,7 @@ def test_a_plan_never_exceeds_its_budget_and_holds_one_full_context(
         assert plan.memory_bytes("kv_blocks") <= config.kv_bytes
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(CONFIGS, MODELS, HARDWARE)
 def test_every_suggestion_fits_when_it_is_applied(

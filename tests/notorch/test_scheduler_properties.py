@@ -56,6 +56,7 @@ def some_request(random: Random) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lag", [0, 1])
 @settings(max_examples=500, deadline=None)
 @given(random=st.randoms(use_true_random=True))
