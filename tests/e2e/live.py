@@ -17,17 +17,24 @@ import httpx
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
-WAIT_S = 60.0
+WAIT_S = 300.0
+"""How long anything may take on a slow and busy machine; only what fails takes so long."""
 SMALL = ("--ctx", "512", "--concurrency", "8", "--step-tokens", "64", "--kv-memory", "8MiB")
 """Flags of a server that is soon ready."""
 COMMAND = (sys.executable, "-m", "sailfish.cli.main")
 _pause = threading.Event()
 
 
-def typed(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """Run `sailfish WORDS...` in a folder and return what became of it."""
+def typed(*words: str, cwd: Path, given: str = "") -> subprocess.CompletedProcess[str]:
+    """Run `sailfish WORDS...` in a folder with a standard input, and return what became of it."""
     return subprocess.run(
-        [*COMMAND, *words], cwd=cwd, capture_output=True, text=True, check=False, timeout=2 * WAIT_S
+        [*COMMAND, *words],
+        cwd=cwd,
+        input=given,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=2 * WAIT_S,
     )
 
 

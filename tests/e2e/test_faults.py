@@ -61,7 +61,7 @@ def test_an_engine_killed_in_mid_stream_costs_its_requests_one_error_each(server
     refused = ask(server.url)
     assert (refused.status_code, refused.json()["error"]["code"]) == (503, "engine_unavailable")
     assert float(refused.headers["retry-after"]) >= 1
-    blind = httpx.get(f"{server.url}/metrics", timeout=1.0)
+    blind = httpx.get(f"{server.url}/metrics", timeout=4.0)
     assert blind.status_code == 503, "metrics do not wait for an engine that is gone"
     until(lambda: not ready_reason(server.url), "ready again by itself")
     assert engine_of(server.pid).pid != engine.pid
@@ -75,7 +75,7 @@ def test_a_stopped_engine_is_not_ready_and_goes_on_where_it_was(server: ServerPr
     try:
         reason = until(lambda: ready_reason(server.url), "not ready while the engine stands still")
         assert "heartbeat" in reason
-        assert httpx.get(f"{server.url}/livez").status_code == 200
+        assert httpx.get(f"{server.url}/livez", timeout=WAIT_S).status_code == 200
     finally:
         engine.resume()
     for stream in running:

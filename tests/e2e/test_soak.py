@@ -50,7 +50,7 @@ def request(kind: str, rng: random.Random) -> dict[str, Any]:
         case "overlong_answer":
             body |= {"max_tokens": CONTEXT_TOKENS, "n": 2}
         case "deadline":
-            body["deadline_s"] = 60.0
+            body["deadline_s"] = WAIT_S
         case "expires":
             body |= {"deadline_s": 0.05, "max_tokens": 900, "ignore_eos": True}
     return {"model": "books-4m"} | body

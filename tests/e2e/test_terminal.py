@@ -9,8 +9,10 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+import live
 import pytest
 
 from sailfish.bench.server import ServerProcess
@@ -25,19 +27,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture
 def typed(tmp_path: Path) -> Typed:
     """Run `sailfish WORDS...` in an empty folder and return what became of it."""
-
-    def run(*words: str, given: str = "") -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "sailfish.cli.main", *words],
-            cwd=tmp_path,
-            input=given,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=300,
-        )
-
-    return run
+    return partial(live.typed, cwd=tmp_path)
 
 
 def test_a_prompt_is_continued_alike_from_argument_file_and_standard_input(

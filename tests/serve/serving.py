@@ -15,7 +15,8 @@ from fake_engine import FakeEngine
 
 from sailfish.serve.server import ApiServer
 
-WAIT_S = 20.0
+WAIT_S = 120.0
+"""How long anything may take on a slow and busy machine; only what fails takes so long."""
 
 
 @dataclass
@@ -55,6 +56,16 @@ class Running:
         """Wait for an event of the server's loop."""
         future: Future[bool] = asyncio.run_coroutine_threadsafe(event.wait(), self.loop)  # type: ignore[arg-type]
         future.result(WAIT_S)
+
+    def wait_until_idle(self) -> None:
+        """Wait until the server has noticed that everybody is gone; raises TimeoutError."""
+
+        async def idle() -> None:
+            async with asyncio.timeout(WAIT_S):
+                while self.server.site.live:
+                    await asyncio.sleep(0)
+
+        asyncio.run_coroutine_threadsafe(idle(), self.loop).result()
 
     def is_fine(self) -> bool:
         """Tell whether an ordinary request is answered."""

@@ -189,6 +189,7 @@ def test_a_key_with_too_much_at_work_gets_429(start: Start) -> None:
         assert client.get("/v1/models", headers={"authorization": "Bearer bob-key-22"}).status_code == 200
         running.call(running.engine.go_on.set)
         assert first.recv(100).startswith(b"HTTP/1.1 200")
+        running.wait_until_idle()
         assert client.get("/v1/models", headers={"authorization": "Bearer alice-key-1"}).status_code == 200
 
 

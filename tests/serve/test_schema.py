@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 from fake_engine import FakeEngine, FakeTemplate
-from serving import Running
+from serving import WAIT_S, Running
 
 from sailfish.base.config import ServeConfig
 from sailfish.engine.api import MAX_STOP_CHARS, MAX_STOP_STRINGS
@@ -39,7 +39,7 @@ def test_schemathesis_finds_nothing_in_positive_and_negative_mode(
         env={"PATH": "", "SCHEMATHESIS_HOOKS": "schema_hooks", "PYTHONPATH": str(Path(__file__).parent)},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=10 * WAIT_S,
     )
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
     assert re.search(r"\d{3,} generated, \d+ passed", result.stdout), result.stdout[-2000:]
@@ -47,12 +47,12 @@ def test_schemathesis_finds_nothing_in_positive_and_negative_mode(
 
 def test_a_model_without_a_chat_template_does_not_offer_chat(start: Start) -> None:
     running = start(FakeEngine(template=None))
-    document = httpx.get(running.url + "/openapi.json").json()
+    document = httpx.get(running.url + "/openapi.json", timeout=WAIT_S).json()
     assert "/v1/completions" in document["paths"] and "/v1/chat/completions" not in document["paths"]
 
 
 def test_the_limits_are_part_of_the_description(start: Start) -> None:
-    document = httpx.get(start().url + "/openapi.json").json()
+    document = httpx.get(start().url + "/openapi.json", timeout=WAIT_S).json()
     limits = document["info"]["x-limits"]
     assert limits["body_bytes"] == 8 * 2**20
     assert (limits["stop_strings"], limits["stop_chars"]) == (MAX_STOP_STRINGS, MAX_STOP_CHARS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import httpx
+from serving import WAIT_S
 
 from sailfish.base.config import ServeConfig
 from sailfish.serve.server import bind
@@ -16,7 +17,7 @@ def test_it_is_alive_not_ready_and_asks_everybody_to_come_again() -> None:
         config = ServeConfig(port=0, api_keys="secret-key")
         with bind(config) as listener:
             url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-            async with httpx.AsyncClient(base_url=url) as client:
+            async with httpx.AsyncClient(base_url=url, timeout=WAIT_S) as client:
                 async with WaitingRoom(config, listener) as room:
                     assert (await client.get("/livez")).status_code == 200
                     room.tell("weights")
