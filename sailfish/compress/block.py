@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,7 +19,7 @@ from sailfish.kernels.reference.moe import route
 from sailfish.kernels.reference.quantised import quantise, quantise_static
 from sailfish.models.arena import arena_layout
 from sailfish.models.decoder import Decoder, KvCache, StepInputs
-from sailfish.models.load import DTYPES, assemble, load_weights
+from sailfish.models.load import ARENA_DTYPES, DTYPES, assemble, load_weights
 from sailfish.plan.formats import arena_tensors
 from sailfish.plan.ops import choose_all, op_cases
 from sailfish.plan.types import Dtype, WeightFormats
@@ -104,6 +104,14 @@ def read_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
     """Return a copy of one tensor of a dense checkpoint, on the host in its dtype."""
     ref = checkpoint.tensors[name]
     return torch.frombuffer(bytearray(checkpoint.bytes(name)), dtype=DTYPES[ref.dtype]).view(ref.shape)
+
+
+def embedded(config: ModelConfig, tokens: Sequence[int], table_VD: Tensor, on: Device) -> Tensor:
+    """Return tokens' embeddings on the device, rounded as the embedding op rounds them."""
+    dtype = ARENA_DTYPES[on.dtype]
+    rows_TD = table_VD[torch.tensor(tokens)].to(dtype)
+    scale = torch.tensor(config.embed_scale, dtype=dtype)
+    return (rows_TD * scale if config.embed_scale != 1 else rows_TD).to(on.torch)
 
 
 class Block:

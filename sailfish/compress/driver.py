@@ -28,7 +28,7 @@ from sailfish.checkpoint.hf_config import load_model_config
 from sailfish.checkpoint.model_config import ModelConfig
 from sailfish.checkpoint.names import check_tensors, tensor_specs
 from sailfish.checkpoint.safetensors_reader import Checkpoint
-from sailfish.compress.block import Block, Device, RoundedInputs, block_specs, read_tensor, sites
+from sailfish.compress.block import Block, Device, RoundedInputs, block_specs, embedded, read_tensor, sites
 from sailfish.compress.cut import n_layers_left, narrowed
 from sailfish.compress.inputs import Inputs
 from sailfish.compress.parent import ParentStates
@@ -44,7 +44,6 @@ from sailfish.hardware.memory import begin_cuda_peak, cuda_memory
 from sailfish.quality.evaluate import chunks_of, on_host
 from sailfish.quality.metrics import compare_tokens
 from sailfish.quality.scores import Comparison
-from sailfish.quality.windows import Window
 
 Tell = Callable[[str, int, int], None]
 """Told (what is done, blocks done, blocks in all)."""
@@ -141,8 +140,8 @@ class _Driver:
         self._head_VD = table_VD if head is None else read_tensor(checkpoint, head.sources[0])
         self._windows = texts.evaluation
         calibration = texts.calibration if recipe.is_calibrated else []
-        self._calibration = [self._embedded(window, table_VD) for window in calibration]
-        self._child = [self._embedded(window, table_VD) for window in texts.evaluation]
+        self._calibration = [embedded(config, window.tokens, table_VD, on) for window in calibration]
+        self._child = [embedded(config, window.tokens, table_VD, on) for window in texts.evaluation]
         self._parent = parent
         parent.begin(texts.evaluation, config.n_layers, self._child)
 
@@ -229,13 +228,6 @@ class _Driver:
         """Have a block with its parent's weights read the calibration windows, and gather its inputs."""
         for hidden_TD in self._calibration:
             block.run(hidden_TD, lambda name, x_TI: inputs[name].add(x_TI))
-
-    def _embedded(self, window: Window, table_VD: Tensor) -> Tensor:
-        """Return a window's embeddings on the device, rounded as the embedding op rounds them."""
-        dtype = torch.float32 if self._on.dtype == "float32" else torch.bfloat16
-        rows_TD = table_VD[torch.tensor(window.tokens)].to(dtype)
-        scale = torch.tensor(self._config.embed_scale, dtype=dtype)
-        return (rows_TD * scale if self._config.embed_scale != 1 else rows_TD).to(self._on.torch)
 
     def _block(
         self,

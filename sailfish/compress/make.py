@@ -36,7 +36,7 @@ from sailfish.compress.report import (
     to_json,
     total_us,
 )
-from sailfish.compress.sensitivity import CANDIDATES, N_WINDOWS, choose, measure, mixed
+from sailfish.compress.sensitivity import choose, measure, mixed
 from sailfish.compress.speed import speeds
 from sailfish.compress.texts import Texts, read_texts
 from sailfish.quality.intervals import Interval
@@ -100,11 +100,8 @@ def within(request: Request, budget_bits: float | None, max_kl: float | None, te
     """
     config = load_model_config(request.source)
     mixed(request.recipe, [])  # refuses before anything is read or measured
-    assert request.recipe.round is not None
-    symmetric = request.recipe.round.symmetric
-    candidates = [msgspec.structs.replace(rounding, symmetric=symmetric) for rounding in CANDIDATES]
-    windows = _texts(request, config).calibration[:N_WINDOWS]
-    costs = measure(request.source, windows, candidates, request.on, tell)
+    windows = _texts(request, config).calibration
+    costs = measure(request.source, request.recipe, windows, request.on, tell)
     chosen = choose(costs, budget_bits=budget_bits, max_kl=max_kl)
     recipe = mixed(request.recipe, chosen)
     if max_kl is not None:

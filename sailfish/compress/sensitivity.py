@@ -1,15 +1,17 @@
 """Measures what each matrix costs in each format, and gives bits where they buy the most.
 
-A matrix is rounded alone, all others being the parent's, and the divergence of the outputs is measured over
-some windows. Divergences of small errors add up nearly, so that a sum of them is what a choice will cost.
+A matrix is rounded alone by the recipe's own method, all others being the parent's, and the divergence of the
+outputs is measured over some windows that the method has not seen. Divergences of small errors add up nearly,
+so that a sum of them is what a choice will cost.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import torch
@@ -17,26 +19,26 @@ from torch import Tensor
 
 from sailfish.base.errors import ConfigError
 from sailfish.checkpoint.hf_config import load_model_config
-from sailfish.checkpoint.names import LAYER_WEIGHT, check_tensors, linear_modules, tensor_specs
+from sailfish.checkpoint.names import check_tensors, tensor_specs
 from sailfish.checkpoint.safetensors_reader import Checkpoint
-from sailfish.compress.block import Device, Memory, read_tensor
+from sailfish.compress.block import Block, Device, block_specs, embedded, read_tensor, sites
+from sailfish.compress.inputs import Inputs
 from sailfish.compress.recipe import Override, Recipe, Round, stored_bits
-from sailfish.compress.rtn import quantise_int, restore_int
-from sailfish.models.arena import arena_layout
-from sailfish.models.load import assemble, load_weights
-from sailfish.plan.formats import arena_tensors
-from sailfish.plan.types import WeightFormats
+from sailfish.compress.step import compress_block
 from sailfish.quality.metrics import compare_tokens
-from sailfish.quality.model import WindowModel
 from sailfish.quality.windows import Window
 
 N_WINDOWS = 4
 """Windows that are enough to tell matrices apart."""
-CANDIDATES = (
-    Round(to="int3"),
-    Round(to="int4"),
-    Round(to="int4", group=32),
-    Round(to="int8", group=None),
+Format = tuple[Literal["int3", "int4", "int8"], int | None]
+"""Numbers, and inputs that share a scale; None: all of a row."""
+FORMATS: tuple[Format, ...] = (
+    ("int3", 128),
+    ("int3", 32),
+    ("int4", 128),
+    ("int4", 64),
+    ("int4", 32),
+    ("int8", None),
 )
 """What a matrix may be rounded to, by bits."""
 
@@ -63,52 +65,26 @@ class Cost:
 
 def measure(
     source: Path,
+    recipe: Recipe,
     windows: Sequence[Window],
-    candidates: Sequence[Round],
     on: Device,
     tell: Callable[[str, int, int], None],
+    *,
+    formats: Sequence[Format] = FORMATS,
 ) -> list[Cost]:
     """Return the cost of each matrix of the blocks in each format; the whole model is in memory.
 
-    Experts are left out. Raises ConfigError for a model without other matrices.
+    The last windows are measured, the method learns from the others. Experts and what a recipe folds are
+    left out. Raises ConfigError for a model without other matrices.
     """
-    config, checkpoint = load_model_config(source), Checkpoint.open(source)
-    check_tensors(config, checkpoint)
-    arena = arena_tensors(config, WeightFormats())
-    _, n_bytes = arena_layout(arena, on.dtype)
-    room = torch.empty(n_bytes, dtype=torch.uint8, device=on.torch)
-    specs = tensor_specs(config)
-    pieces = {spec.name: [Memory(read_tensor(checkpoint, s)) for s in spec.sources] for spec in specs}
-    weights = assemble(config, WeightFormats(), load_weights(arena, pieces, room, on.dtype))
-    del pieces
-    window_tokens = max(len(window.tokens) for window in windows)
-    model = WindowModel.of_weights(
-        config, weights, target=on.target, dtype=on.dtype, window_tokens=window_tokens
-    )
-    parent = [model.hidden(window.tokens) for window in windows]
-    matrices = [spec for spec in specs if LAYER_WEIGHT.fullmatch(spec.name)]
-    if not matrices:
-        raise ConfigError("the model's blocks have no matrices but experts'", param="budget")
+    n_learned = max(1, len(windows) - N_WINDOWS)
+    trials = _Trials(source, recipe, windows[:n_learned], windows[n_learned:] or windows, on)
     costs = []
-    for done, spec in enumerate(matrices):
-        tell("measuring sensitivity", done, len(matrices))
-        weight_OI = weights[spec.name]
-        assert isinstance(weight_OI, Tensor), "all weights are plain"
-        original_OI = weight_OI.clone()
-        for rounding in candidates:
-            codes = quantise_int(original_OI, rounding.group, rounding.symmetric, bits=rounding.bits)
-            weight_OI.copy_(restore_int(*codes, rounding.group, bits=rounding.bits))
-            costs.append(
-                Cost(
-                    matrix=spec.name,
-                    modules=tuple(linear_modules(spec)),
-                    n_weights=original_OI.numel(),
-                    n_in=original_OI.shape[1],
-                    rounding=rounding,
-                    kl=_divergence(model, parent, windows),
-                )
-            )
-        weight_OI.copy_(original_OI)
+    for layer in range(trials.config.n_layers):
+        tell("measuring sensitivity", layer, trials.config.n_layers)
+        costs += trials.costs(layer, formats)
+    if not costs:
+        raise ConfigError("the model's blocks have no matrices but experts'", param="budget")
     return costs
 
 
@@ -175,15 +151,98 @@ def mixed(recipe: Recipe, chosen: Sequence[Cost]) -> Recipe:
             hint="cut first by a recipe of its own, then compress what is left",
             param="budget",
         )
-    overrides = [
-        Override(
-            match=module,
-            round=msgspec.structs.replace(recipe.round, to=cost.rounding.to, group=cost.rounding.group),
-        )
-        for cost in chosen
-        for module in cost.modules
-    ]
+    overrides = [Override(match=module, round=cost.rounding) for cost in chosen for module in cost.modules]
     return msgspec.structs.replace(recipe, overrides=overrides)
+
+
+class _Trials:
+    """The parent's blocks, each tried in other formats when the states of all windows have come to it."""
+
+    def __init__(
+        self,
+        source: Path,
+        recipe: Recipe,
+        learned: Sequence[Window],
+        measured: Sequence[Window],
+        on: Device,
+    ) -> None:
+        self.config = config = load_model_config(source)
+        self._checkpoint = checkpoint = Checkpoint.open(source)
+        check_tensors(config, checkpoint)
+        self._recipe = msgspec.structs.replace(recipe, fold=None)
+        self._on = on
+        self._window_tokens = max(len(window.tokens) for window in (*learned, *measured))
+        specs = {spec.name: spec for spec in tensor_specs(config)}
+        table_VD = read_tensor(checkpoint, specs["embed.weight"].sources[0])
+        norm_D = read_tensor(checkpoint, specs["final_norm.weight"].sources[0])
+        head = specs.get("head.weight")
+        self._head = norm_D, table_VD if head is None else read_tensor(checkpoint, head.sources[0])
+        learned = learned if self._recipe.needs_inputs else []
+        self._learned = [embedded(config, window.tokens, table_VD, on) for window in learned]
+        self._measured = [embedded(config, window.tokens, table_VD, on) for window in measured]
+        self._windows = measured
+        self._blocks = [self._block(layer, self._tensors(layer)) for layer in range(config.n_layers)]
+        self._parent = [self._logits(hidden_TD, 0) for hidden_TD in self._measured]
+
+    def costs(self, layer: int, formats: Sequence[Format]) -> list[Cost]:
+        """Return the costs of a block's matrices; to be called for one layer after the other."""
+        where = [site for site in sites(self.config, layer) if not site.name.startswith("experts.")]
+        inputs = {site.name: Inputs(site.n_in, self._on.torch) for site in where}
+
+        def see(name: str, x_TI: Tensor) -> None:
+            if name in inputs:
+                inputs[name].add(x_TI)
+
+        block, tensors = self._blocks[layer], self._tensors(layer)
+        self._learned = [block.run(hidden_TD, see) for hidden_TD in self._learned]
+        found = []
+        for to, group in formats:
+            assert self._recipe.round is not None
+            rounding = msgspec.structs.replace(self._recipe.round, to=to, group=group)
+            recipe = msgspec.structs.replace(self._recipe, round=rounding)
+            made = compress_block(self.config, where, tensors, {}, inputs, recipe, self._on.torch)
+            for site in where:
+                names = {f"{module}.weight" for module in site.modules}
+                trial = self._block(layer, tensors | {name: made.tensors[name] for name in names})
+                found.append(
+                    Cost(
+                        matrix=f"layers.{layer}.{site.name}.weight",
+                        modules=site.modules,
+                        n_weights=sum(tensors[name].numel() for name in names),
+                        n_in=site.n_in,
+                        rounding=rounding,
+                        kl=self._divergence(trial, layer),
+                    )
+                )
+        self._measured = [block.run(hidden_TD) for hidden_TD in self._measured]
+        return found
+
+    def _tensors(self, layer: int) -> dict[str, Tensor]:
+        names = [source for spec in block_specs(self.config, layer) for source in spec.sources]
+        return {name: read_tensor(self._checkpoint, name) for name in names}
+
+    def _block(self, layer: int, tensors: Mapping[str, Tensor]) -> Block:
+        head = self._head if layer == self.config.n_layers - 1 else None
+        return Block(self.config, layer, tensors, self._on, self._window_tokens, head=head)
+
+    def _logits(self, hidden_TD: Tensor, start: int, trial: Block | None = None) -> Tensor:
+        """Return what a window's states before block `start` become, that block being the trial if any."""
+        blocks = self._blocks[start:] if trial is None else [trial, *self._blocks[start + 1 :]]
+        for block in blocks:
+            hidden_TD = block.run(hidden_TD)
+        return blocks[-1].logits(hidden_TD[:-1])
+
+    def _divergence(self, trial: Block, layer: int) -> float:
+        """Return the mean divergence from the parent over all tokens that the measured windows score."""
+        total, n_tokens = 0.0, 0
+        for hidden_TD, parent_SV, window in zip(self._measured, self._parent, self._windows, strict=True):
+            logits_SV = self._logits(hidden_TD, layer, trial)
+            scored = slice(window.n_context - 1, None)
+            target_S = torch.tensor(window.tokens[window.n_context :]).to(logits_SV.device)
+            kl_S = compare_tokens(logits_SV[scored], parent_SV[scored], target_S).kl_S
+            total += float(kl_S.sum())
+            n_tokens += len(kl_S)
+        return total / n_tokens
 
 
 def _hull(costs: Sequence[Cost]) -> list[Cost]:
@@ -204,15 +263,3 @@ def _slope(less: Cost, more: Cost) -> float:
 
 def _worth(ladder: Sequence[Cost], place: int) -> float:
     return _slope(ladder[place], ladder[place + 1])
-
-
-def _divergence(model: WindowModel, parent: Sequence[Tensor], windows: Sequence[Window]) -> float:
-    total, n_tokens = 0.0, 0
-    for parent_TD, window in zip(parent, windows, strict=True):
-        ours_TD = model.hidden(window.tokens)
-        scored = slice(window.n_context - 1, -1)
-        target_S = torch.tensor(window.tokens[window.n_context :]).to(model.device)
-        kl_S = compare_tokens(model.logits(ours_TD[scored]), model.logits(parent_TD[scored]), target_S).kl_S
-        total += float(kl_S.sum())
-        n_tokens += len(kl_S)
-    return total / n_tokens
