@@ -59,8 +59,8 @@ class Inputs:
         self.largest_I = self.largest_I / scale_I
         self._sample = [x_TI / scale_I for x_TI in self._sample]
 
-    def keep(self, index_K: Tensor) -> None:
+    def keep(self, index_J: Tensor) -> None:
         """Become what would have been seen of some of the inputs, int64 on their device."""
-        self._changed_II = self.hessian_II[index_K][:, index_K]
-        self._sum_I, self.largest_I = self._sum_I[index_K], self.largest_I[index_K]
-        self._sample = [x_TI[:, index_K] for x_TI in self._sample]
+        self._changed_II = self.hessian_II[index_J][:, index_J]
+        self._sum_I, self.largest_I = self._sum_I[index_J], self.largest_I[index_J]
+        self._sample = [x_TI[:, index_J] for x_TI in self._sample]

@@ -28,11 +28,11 @@ from sailfish.compress.report import Fallback, Removed
 class Left:
     """What is left of a linear some of whose inputs are gone."""
 
-    group_K: Tensor
-    """int64 on the host, the groups that stay, ascending."""
-    index_I: Tensor
-    """int64, the inputs that stay, ascending."""
-    weight_OI: Tensor
+    group_U: Tensor
+    """int64 on the host, the U groups that stay, ascending."""
+    index_J: Tensor
+    """int64, the J inputs that stay, ascending."""
+    weight_OJ: Tensor
     """float32, of these inputs."""
     lost: float
     """||X (W - W')|| / ||X W|| where the others are not fitted again."""
@@ -72,29 +72,29 @@ def leave(
 ) -> Left:
     """Keep the groups of inputs of highest energy, and fit their weights to what the outputs were.
 
-    The fit minimises ||X W - X_K W_K'||^2 with damping of `damp_frac` times the Hessian's mean diagonal
-    times ||W_K' - W_K||^2 (the update of Hassibi & Stork 1993 for many weights at once); None: no fit.
+    The fit minimises ||X W - X_J W_J'||^2 with damping of `damp_frac` times the Hessian's mean diagonal
+    times ||W_J' - W_J||^2 (the update of Hassibi & Stork 1993 for many weights at once); None: no fit.
     Computed in the dtype of hessian_II, the mean of x x^T. BuildError if something is not finite.
     """
     energy_G = group_energy(weight_OI, hessian_II, n_groups)
     if not bool(energy_G.isfinite().all()):
         raise BuildError("some weights or activations to choose by are not finite")
-    group_K = energy_G.sort(stable=True, descending=True).indices[:n_left].sort().values
-    is_left_I = torch.zeros_like(energy_G, dtype=torch.bool).index_fill(0, group_K, True)
+    group_U = energy_G.sort(stable=True, descending=True).indices[:n_left].sort().values
+    is_left_I = torch.zeros_like(energy_G, dtype=torch.bool).index_fill(0, group_U, True)
     is_left_I = is_left_I.repeat_interleave(len(hessian_II) // n_groups)
-    index_I = is_left_I.nonzero()[:, 0]
+    index_J = is_left_I.nonzero()[:, 0]
     cut_OI = weight_OI * is_left_I
     lost = _error(weight_OI, cut_OI, hessian_II)
     repaired = None
     if damp_frac is not None:
-        u_II, damp_frac = inverse_factor(hessian_II[index_I][:, index_I], damp_frac)
+        u_JJ, damp_frac = inverse_factor(hessian_II[index_J][:, index_J], damp_frac)
         gone_OI = weight_OI - cut_OI
-        cut_OI[:, index_I] += gone_OI @ hessian_II[:, index_I] @ u_II.T @ u_II
+        cut_OI[:, index_J] += gone_OI @ hessian_II[:, index_J] @ u_JJ.T @ u_JJ
         repaired = _error(weight_OI, cut_OI, hessian_II)
     return Left(
-        group_K=group_K.cpu(),
-        index_I=index_I,
-        weight_OI=cut_OI[:, index_I],
+        group_U=group_U.cpu(),
+        index_J=index_J,
+        weight_OJ=cut_OI[:, index_J],
         lost=lost,
         repaired=repaired,
         damp_frac=damp_frac or 0.0,
@@ -124,7 +124,7 @@ def cut_block(
         for name in producers:
             rows = tensors[name]
             groups = rows.view(config.n_kv_heads, -1, *rows.shape[1:])
-            made.tensors[name] = groups[left.group_K].flatten(0, 1)
+            made.tensors[name] = groups[left.group_U].flatten(0, 1)
         made.changed.update(producers)
     if narrow.d_mlp < config.d_mlp:
         producers = (*specs["gate_up.weight"], *specs.get("gate_up.bias", ()))
@@ -133,7 +133,7 @@ def cut_block(
         for name in producers:  # where gate and up are one tensor, up follows gate
             rows = tensors[name]
             halves = rows.view(-1, config.d_mlp, *rows.shape[1:])
-            made.tensors[name] = halves[:, left.group_K].flatten(0, 1)
+            made.tensors[name] = halves[:, left.group_U].flatten(0, 1)
         made.changed.update(producers)
     return made
 
@@ -168,8 +168,8 @@ def _cut_site(
     if left.damp_frac > cut.damp:
         why = f"the Hessian was singular: {left.damp_frac:g} of damping"
         made.fallbacks.append(Fallback(what="damping", where=module, why=why))
-    seen.keep(left.index_I)
-    made.tensors[name] = left.weight_OI.to("cpu", weight.dtype)
+    seen.keep(left.index_J)
+    made.tensors[name] = left.weight_OJ.to("cpu", weight.dtype)
     made.changed.add(name)
     what = f"{n_groups - n_left} of {n_groups} {'channels' if n_groups == weight.shape[1] else 'kv heads'}"
     made.removed.append(Removed(where=module, what=what, influence=left.lost, repaired=left.repaired))

@@ -142,9 +142,9 @@ def test_the_groups_that_stay_are_those_whose_outputs_are_largest(n_groups: int)
     hessian_II = x_TI.T @ x_TI / len(x_TI)
     torch.testing.assert_close(group_energy(weight_OI, hessian_II, n_groups), energy_G)
     left = leave(weight_OI, hessian_II, n_groups, 2, damp_frac=None)
-    assert sorted(energy_G.topk(2).indices.tolist()) == left.group_K.tolist()
-    assert torch.equal(left.weight_OI, weight_OI[:, left.index_I])
-    lost = (x_TI @ weight_OI.T - x_TI[:, left.index_I] @ left.weight_OI.T).norm() / (
+    assert sorted(energy_G.topk(2).indices.tolist()) == left.group_U.tolist()
+    assert torch.equal(left.weight_OJ, weight_OI[:, left.index_J])
+    lost = (x_TI @ weight_OI.T - x_TI[:, left.index_J] @ left.weight_OJ.T).norm() / (
         x_TI @ weight_OI.T
     ).norm()
     assert left.lost == pytest.approx(float(lost), rel=1e-5)
@@ -156,12 +156,12 @@ def test_the_repair_is_the_damped_least_squares_fit() -> None:
     weight_OI = torch.randn(7, 24, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     hessian_II = x_TI.T @ x_TI / len(x_TI)
     left = leave(weight_OI, hessian_II, 24, 18, damp_frac=damp_frac)
-    kept_TK, plain_OK = x_TI[:, left.index_I], weight_OI[:, left.index_I]
-    damp = damp_frac * float(kept_TK.square().mean())
-    rows = torch.cat([kept_TK, (damp * len(x_TI)) ** 0.5 * torch.eye(18, dtype=torch.float64)])
-    aims = torch.cat([x_TI @ weight_OI.T, (damp * len(x_TI)) ** 0.5 * plain_OK.T])
-    torch.testing.assert_close(left.weight_OI, torch.linalg.lstsq(rows, aims).solution.T)
-    wrong = x_TI @ weight_OI.T - kept_TK @ left.weight_OI.T
+    kept_TJ, plain_OJ = x_TI[:, left.index_J], weight_OI[:, left.index_J]
+    damp = damp_frac * float(kept_TJ.square().mean())
+    rows = torch.cat([kept_TJ, (damp * len(x_TI)) ** 0.5 * torch.eye(18, dtype=torch.float64)])
+    aims = torch.cat([x_TI @ weight_OI.T, (damp * len(x_TI)) ** 0.5 * plain_OJ.T])
+    torch.testing.assert_close(left.weight_OJ, torch.linalg.lstsq(rows, aims).solution.T)
+    wrong = x_TI @ weight_OI.T - kept_TJ @ left.weight_OJ.T
     assert left.repaired == pytest.approx(float(wrong.norm() / (x_TI @ weight_OI.T).norm()), rel=1e-5)
     assert left.repaired is not None and left.repaired < 0.7 * left.lost
     hessian_II[0, 0] = float("nan")
