@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sailfish.base.errors import BuildError
+from sailfish.kernels.reference.quantised import EIGHT_BITS
 
 Format8 = Literal["int8", "fp8"]
 
 LARGEST_8: dict[Format8, float] = {"int8": 127.0, "fp8": 448.0}
 """What the largest absolute value of a row is stored as."""
-_DTYPE_8 = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 _CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 """Ranges tried for a group, as shares of its largest absolute value. Weights are near normal: of 128 of them
 the extremes are so rare that finer steps gain more than cutting them loses."""
@@ -87,7 +87,7 @@ def quantise_8(
     A row's largest absolute value becomes 127 (int8) or 448 (fp8); a row of zeros has scale 1.
     BuildError if a weight is not finite.
     """
-    values_OI = torch.empty_like(weight_OI, dtype=_DTYPE_8[to])
+    values_OI = torch.empty_like(weight_OI, dtype=EIGHT_BITS[to])
     scale_O = weight_OI.new_empty(len(weight_OI), dtype=dtype)
     for rows in _chunks(weight_OI):
         w_OI = weight_OI[rows].float()
@@ -95,7 +95,7 @@ def quantise_8(
         # By a tensor: by a number, CUDA multiplies with the reciprocal, which rounds otherwise than the CPU.
         scale = _rounded(largest_O / torch.full_like(largest_O, LARGEST_8[to]), dtype)
         scaled = (w_OI / scale[:, None]).clamp_(-LARGEST_8[to], LARGEST_8[to])
-        values_OI[rows] = (scaled.round() if to == "int8" else scaled).to(_DTYPE_8[to])
+        values_OI[rows] = (scaled.round() if to == "int8" else scaled).to(EIGHT_BITS[to])
         scale_O[rows] = scale
     _refuse_infinite(scale_O)
     return values_OI, scale_O

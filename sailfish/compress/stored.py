@@ -10,10 +10,9 @@ from torch import Tensor
 from sailfish.checkpoint.formats.kept import StoredLinears
 from sailfish.checkpoint.names import TensorSpec
 from sailfish.kernels import int4
+from sailfish.kernels.reference.quantised import EIGHT_BITS
 from sailfish.models.load import ARENA_DTYPES
 from sailfish.plan.types import Dtype, WeightFormat, WeightFormats
-
-_DTYPE_8 = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 
 def stored_tensors(
@@ -42,7 +41,7 @@ def stored_tensors(
         tensors += [] if packed.zero is None else [packed.zero.bfloat16()]
         return tensors if rows.order_I is None else [*tensors, torch.from_numpy(rows.order_I)]
     rows_8 = linears.rows_8(spec)
-    tensors = [_tensor(rows_8.bits_OI).view(_DTYPE_8[to]), _tensor(rows_8.scale_O)]
+    tensors = [_tensor(rows_8.bits_OI).view(EIGHT_BITS[to]), _tensor(rows_8.scale_O)]
     return tensors if rows_8.input_scale is None else [*tensors, _tensor(rows_8.input_scale)]
 
 

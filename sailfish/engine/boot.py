@@ -26,18 +26,12 @@ from sailfish.hardware.probe import probe
 from sailfish.kernels.choose import bind
 from sailfish.models.arena import arena_layout
 from sailfish.models.decoder import Decoder, KvCache
-from sailfish.models.load import assemble, load_weights
+from sailfish.models.load import CACHE_DTYPES, assemble, load_weights
 from sailfish.plan.formats import arena_tensors
 from sailfish.plan.memory import SCALE_BYTES
 from sailfish.plan.overlay import DeviceOverlay
-from sailfish.plan.types import CacheDtype, Plan
+from sailfish.plan.types import Plan
 
-CACHE_DTYPES: dict[CacheDtype, torch.dtype] = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "int8": torch.int8,
-    "fp8": torch.float8_e4m3fn,
-}
 log = logging.getLogger(__name__)
 
 

@@ -15,6 +15,7 @@ from sailfish.base.errors import ArtifactError
 from sailfish.checkpoint.model_config import ModelConfig
 from sailfish.kernels.contract import Weight8
 from sailfish.kernels.int4 import Int4Weight
+from sailfish.kernels.reference.quantised import EIGHT_BITS
 from sailfish.models.arena import arena_layout
 from sailfish.models.layers.linear import LinearWeight, OrderedInt4
 from sailfish.plan.formats import ArenaTensor, engine_specs, int4_sizes
@@ -30,6 +31,8 @@ DTYPES = {
 }
 """What a piece may hold, as safetensors spells it."""
 ARENA_DTYPES: dict[Dtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+CACHE_DTYPES = ARENA_DTYPES | EIGHT_BITS
+"""What keys and values may be cached in, by the plan's names."""
 _STAGING_BYTES = 8 << 20
 _N_LANES = 8
 """Threads that read for a GPU. One copies about 6 GB/s out of the page cache, PCIe takes 50 GB/s."""

@@ -20,18 +20,12 @@ from sailfish.kernels.contract import Choice
 from sailfish.models.arena import arena_layout
 from sailfish.models.decoder import Decoder, KvCache, StepInputs
 from sailfish.models.layers.linear import LinearWeight
-from sailfish.models.load import Piece, assemble, load_weights
+from sailfish.models.load import CACHE_DTYPES, Piece, assemble, load_weights
 from sailfish.plan.formats import arena_tensors
 from sailfish.plan.ops import choose_all, op_cases
 from sailfish.plan.types import CacheDtype, Dtype, WeightFormats
 from sailfish.quality.windows import WINDOW_TOKENS
 
-_CACHE_DTYPES: dict[CacheDtype, torch.dtype] = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "int8": torch.int8,
-    "fp8": torch.float8_e4m3fn,
-}
 _PAGE_TOKENS = 64
 
 
@@ -67,7 +61,7 @@ class WindowModel:
         self.device = norm.device
         n_blocks = -(-window_tokens // page_tokens)
         shape = (config.n_layers, 2, n_blocks, page_tokens, config.n_kv_heads, config.head_dim)
-        cache = torch.zeros(shape, dtype=_CACHE_DTYPES[kv_dtype], device=self.device)
+        cache = torch.zeros(shape, dtype=CACHE_DTYPES[kv_dtype], device=self.device)
         scales = torch.ones(shape[:-1], device=self.device) if kv_dtype in ("int8", "fp8") else None
         self._kv = KvCache.of(cache, scales)
         self._block_1W = torch.arange(n_blocks, dtype=torch.int32, device=self.device).unsqueeze(0)

@@ -12,10 +12,10 @@ from sailfish.kernels.contract import ActivationFormat, KvLayer, Quantised
 from sailfish.kernels.cuda import program
 from sailfish.kernels.cuda.elementwise_limits import BLOCK_THREADS, RAGGED_PARTS, most_parts
 from sailfish.kernels.cuda.program import Defines, Variant
+from sailfish.kernels.reference.quantised import EIGHT_BITS
 
 TYPES = {torch.bfloat16: "bf16", torch.float32: "float"}
 FORMATS: dict[ActivationFormat, int] = {"plain": 0, "int8": 1, "fp8": 2}
-EIGHT_BITS: dict[ActivationFormat, torch.dtype] = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 _CACHES = {torch.bfloat16: 0, torch.float32: 0, torch.int8: 1, torch.float8_e4m3fn: 2}
 _ACTIVATIONS = {"silu": 1, "gelu_tanh": 2}
 _FLAT_THREADS = 256

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from sailfish.kernels.contract import ActivationFormat, Quantised, Weight8
 
+EIGHT_BITS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+"""The dtype of each format of 8 bits."""
 LARGEST = {"int8": 127.0, "fp8": 448.0}
 """What the largest absolute value of a token is stored as."""
 
