@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from paged import PagedDriver
-from stored_twins import FP8, INT8, store_twin, stored_truth
+from stored_twins import FP8, FP8_STATIC, INT8, INT8_STATIC, store_twin, stored_truth
 
 from sailfish.build.builder import build_engine
 from sailfish.checkpoint.formats.scheme import LinearScheme
@@ -29,7 +29,9 @@ MOST = {"int4": 0.02, "plain": 0.02, "int8": 0.05, "fp8": 0.1}
         (replace(G128, layout="gptq", act_order=True), "int4"),
         (replace(G128, bits=8), "plain"),
         (INT8, "int8"),
+        (INT8_STATIC, "int8"),
         (FP8, "fp8"),
+        (FP8_STATIC, "fp8"),
     ],
     ids=lambda value: value if isinstance(value, str) else f"{value.layout} {value.group} {value.symmetric}",
 )
