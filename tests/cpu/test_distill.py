@@ -16,11 +16,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from twins import VOCAB_SIZE, load_truth, make_twin
+from typer.testing import CliRunner
 
 from sailfish.base.errors import BuildError, ConfigError
 from sailfish.checkpoint.hf_config import load_model_config
 from sailfish.checkpoint.names import tensor_specs
 from sailfish.checkpoint.safetensors_reader import Checkpoint
+from sailfish.cli.main import application
 from sailfish.compress.block import Device, read_tensor
 from sailfish.compress.distill import loss
 from sailfish.compress.distill.loss import Aim, Divergence, Teacher, losses
@@ -291,6 +293,22 @@ def test_text_that_the_teacher_writes_is_learned_from_and_kept_for_a_resumed_run
     assert (report.n_sampled, report.n_windows) == (70, 82)
 
 
+def test_the_command_has_the_teacher_write_through_the_engine(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then trains, and says what it gained."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    out = tmp_path / "out"
+    words = f"distill -t {teacher} -s {teacher} -o {out} --data {tokens(tmp_path)} --device cpu --steps 1"
+    words += f" --batch 1 --length {LENGTH} --eval-windows 2 --sampled-from-teacher {LENGTH + 1}"
+    found = CliRunner().invoke(application(words.split()), words.split(), catch_exceptions=False)
+    assert found.exit_code == 0, found.output
+    assert "expected acceptance" in found.output and f"wrote {out}" in found.output
+    report = msgspec.json.decode((out / "distillation.json").read_bytes(), type=Report)
+    assert (report.n_sampled, report.n_windows) == (2, 3)
+    assert "expected acceptance" in (out / "distillation.html").read_text(encoding="utf-8")
+
+
 def test_every_window_is_read_once_before_one_is_read_again() -> None:
     """In another order the next time, and in the same one for a seed."""
     schedule = msgspec.structs.replace(SCHEDULE, batch=3)
@@ -316,6 +334,9 @@ def test_what_cannot_be_distilled_is_refused_in_words(teacher: Path, tmp_path: P
     with pytest.raises(ConfigError, match="longer than a context of 512"):
         long = msgspec.structs.replace(SCHEDULE, length=513)
         distill(asked(teacher, teacher, text, long), tmp_path / "out", silent)
+    with pytest.raises(ConfigError, match="writes nothing on windows of 16"):
+        short = msgspec.structs.replace(SCHEDULE, length=16)
+        distill(replace(asked(teacher, teacher, text, short), n_sampled=1), tmp_path / "out", silent)
     with pytest.raises(ConfigError, match="lr of 0 is not above 0"):
         msgspec.structs.replace(SCHEDULE, lr=0.0)
     with pytest.raises(ConfigError, match="exists already"):

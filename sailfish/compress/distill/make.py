@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import random
 import shutil
 import time
 from array import array
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -28,8 +27,9 @@ from sailfish.checkpoint.names import check_tensors, tensor_specs
 from sailfish.checkpoint.safetensors_reader import Checkpoint
 from sailfish.compress.block import Device, read_tensor
 from sailfish.compress.distill.page import page
-from sailfish.compress.distill.ranks import Ranks, joined, wait_for_all, whole
+from sailfish.compress.distill.ranks import Ranks, joined, whole
 from sailfish.compress.distill.report import PAGE_FILE, REPORT_FILE, Beside, Gain, Report
+from sailfish.compress.distill.sampled import Tell, Write, sample
 from sailfish.compress.distill.stack import engine_weights
 from sailfish.compress.distill.state import Progress, load, save
 from sailfish.compress.distill.train import Point, Schedule, Trainer
@@ -46,16 +46,6 @@ from sailfish.version import __version__
 _CONFIG, _TOKENIZER = "config.json", "tokenizer.json"
 _CURVE_POINTS = 250
 _MANY_EPOCHS = 4
-
-_SAMPLED = "sampled.json"
-_PROMPT_TOKENS = 16
-"""Of the text that each window begins with which the teacher writes."""
-_SAMPLED_AT_ONCE = 64
-
-Tell = Callable[[str, int, int], None]
-"""Told (what is done, steps done, steps in all)."""
-Write = Callable[[Sequence[Sequence[int]], int, int], list[list[int]]]
-"""Takes prompts, tokens to write on each and a seed; returns what the teacher wrote."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,12 +91,6 @@ def distill(request: Request, out: Path, tell: Tell) -> Report | None:
     _check_pair(request, teacher, student)
     writer = CheckpointWriter(out)
     state = out.with_name(f"{out.name}.state")
-    if request.n_sampled and request.schedule.length <= _PROMPT_TOKENS:
-        raise ConfigError(
-            f"a teacher writes nothing on windows of {request.schedule.length} tokens",
-            hint=f"use a --length of more than {_PROMPT_TOKENS}",
-            param="length",
-        )
     if state.exists() and not request.resume:
         raise ConfigError(
             f"{state} is of a run that was stopped", hint="go on with --resume, or remove it", param="resume"
@@ -201,7 +185,8 @@ def _train(
             param="batch",
         )
     windows = [list(window.tokens) for window in texts.calibration]
-    windows += _sampled(request, windows, state, ranks, tell)
+    if request.n_sampled:
+        windows += sample(request.write, windows, request.n_sampled, state, ranks, tell, seed=schedule.seed)
     inputs = _digest((teacher, student), windows)
     begun_s = time.perf_counter()
     trainer = Trainer(
@@ -225,38 +210,6 @@ def _train(
         n_windows=len(windows),
         seconds=time.perf_counter() - begun_s,
     )
-
-
-def _sampled(
-    request: Request, windows: Sequence[Sequence[int]], state: Path, ranks: Ranks, tell: Tell
-) -> list[list[int]]:
-    """Return windows that the teacher writes on beginnings of others; once written they are kept."""
-    file, wanted = state / _SAMPLED, request.n_sampled
-    if ranks.rank == 0 and wanted and not file.exists():
-        starts = [window[:_PROMPT_TOKENS] for window in windows]
-        random.Random(request.schedule.seed).shuffle(starts)
-        found: list[list[int]] = []
-        while len(found) < wanted:
-            first, last = len(found), min(len(found) + _SAMPLED_AT_ONCE, wanted)
-            prompts = [starts[n % len(starts)] for n in range(first, last)]
-            written = request.write(
-                prompts, request.schedule.length - len(prompts[0]), request.schedule.seed + first
-            )
-            found += [[*prompt, *tokens] for prompt, tokens in zip(prompts, written, strict=True)]
-            tell("sampling from the teacher", len(found), wanted)
-        state.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(".partial")
-        partial.write_bytes(msgspec.json.encode(found))
-        partial.rename(file)
-    wait_for_all(ranks)
-    if not wanted:
-        return []
-    kept = msgspec.json.decode(read_bytes(file, MAX_SMALL_BYTES), type=list[list[int]])
-    if len(kept) != wanted:
-        raise ConfigError(
-            f"{file} holds {len(kept)} windows, {wanted} are asked for", hint="give what that run was given"
-        )
-    return kept
 
 
 def _digest(models: Iterable[_Model], windows: Iterable[Sequence[int]]) -> str:

@@ -1,4 +1,4 @@
-"""Draws a distillation's report as one HTML page. No torch."""
+"""Draws a distillation's report as one HTML page."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a distillation did and what it gained: the report that every student carries. No torch."""
+"""What a distillation did and what it gained: the report that every student carries."""
 
 from __future__ import annotations
 
