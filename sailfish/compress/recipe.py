@@ -60,6 +60,8 @@ class Prune(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     zeros: float | None = None
     damp: float = 0.01
     block: int = 128
+    refit: bool = False
+    """Fit the weights that stay to the outputs once it is known which these are."""
 
 
 class Round(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -348,6 +350,11 @@ def _check_prune(prune: Prune, rounds: list[Round], refuse: Any) -> None:
         raise refuse(f"{prune.keep} of {prune.of} weights cannot be kept", "write keep: 2 and of: 4")
     if prune.block < 1 or not _is_number(prune.damp):
         raise refuse(f"steps of {prune.block} columns with damp {prune.damp:g}", "use 128 and 0.01")
+    if prune.refit and (prune.method == "magnitude" or (prune.method == "sparsegpt" and rounds)):
+        raise refuse(
+            f"{prune.method} has no weights to refit: they are rounded, or no input is known",
+            "leave refit out, or prune by sparsegpt or wanda and do not round",
+        )
     if any(found.method == "gptq" for found in rounds):
         raise refuse("GPTQ would fill the zeros that pruning leaves", "write method: rtn for round")
 

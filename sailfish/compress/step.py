@@ -19,7 +19,16 @@ from sailfish.compress.folding import clip_block, fold_block
 from sailfish.compress.gptq import quantise_gptq
 from sailfish.compress.inputs import Inputs
 from sailfish.compress.joint import Int4Groups, Int8Rows
-from sailfish.compress.prune import Blocks, Share, Sparsity, magnitude_mask, sparsegpt, wanda_mask
+from sailfish.compress.prune import (
+    Blocks,
+    Pruned,
+    Share,
+    Sparsity,
+    magnitude_mask,
+    refit,
+    sparsegpt,
+    wanda_mask,
+)
 from sailfish.compress.recipe import Prune, Recipe, Round
 from sailfish.compress.report import Fallback, LinearFacts
 from sailfish.compress.rtn import quantise_8, quantise_int, restore_8, restore_int
@@ -179,7 +188,9 @@ class _Site:
             return weight_OI * magnitude_mask(weight_OI, sparsity), None
         hessian_II = self._seen.hessian_II
         if prune.method == "wanda":
-            return weight_OI * wanda_mask(weight_OI, hessian_II.diagonal(), sparsity), None
+            keep_OI = wanda_mask(weight_OI, hessian_II.diagonal(), sparsity)
+            pruned = Pruned(weight_OI=weight_OI * keep_OI, keep_OI=keep_OI, damp_frac=prune.damp)
+            return refit(weight_OI, pruned, hessian_II) if prune.refit else pruned.weight_OI, None
         joint = _joint(rounding, self._dtype)
         pruned = sparsegpt(
             weight_OI, hessian_II, sparsity, damp_frac=prune.damp, block=prune.block, rounding=joint
@@ -193,7 +204,7 @@ class _Site:
             values_OI, scale_O = joint.codes(pruned.weight_OI)
             code_OI = values_OI.view(torch.uint8) ^ 128
             return pruned.weight_OI.float(), _quantised(code_OI, scale_O[:, None], None, None, 8)
-        return pruned.weight_OI, None
+        return refit(weight_OI, pruned, hessian_II) if prune.refit else pruned.weight_OI, None
 
     def _rounded(self, weight_OI: Tensor, rounding: Round) -> tuple[Tensor, QuantisedLinear]:
         if rounding.to == "fp8":
@@ -275,7 +286,7 @@ def _joint(rounding: Round | None, dtype: torch.dtype) -> Int4Groups | Int8Rows 
 def _prune_words(prune: Prune, method: str) -> str:
     what = f"{prune.keep}:{prune.of}" if prune.zeros is None else f"{prune.zeros:.0%} zeros"
     names = {"magnitude": "magnitude", "wanda": "Wanda", "sparsegpt": "SparseGPT"}
-    return f"{what} {names[method]}"
+    return f"{what} {names[method]}{', refitted' if prune.refit and method != 'magnitude' else ''}"
 
 
 def _quantised(

@@ -10,7 +10,17 @@ from torch import Tensor
 
 from sailfish.base.errors import BuildError, ConfigError
 from sailfish.compress.joint import Int4Groups, Int8Rows
-from sailfish.compress.prune import Blocks, Share, Sparsity, keep_mask, magnitude_mask, sparsegpt, wanda_mask
+from sailfish.compress.prune import (
+    Blocks,
+    Pruned,
+    Share,
+    Sparsity,
+    keep_mask,
+    magnitude_mask,
+    refit,
+    sparsegpt,
+    wanda_mask,
+)
 from sailfish.compress.rtn import restore_8, restore_int4
 
 TWO_OF_FOUR = Blocks(2, 4)
@@ -136,6 +146,37 @@ def test_kept_weights_behind_pruned_ones_are_those_of_least_squares() -> None:
     assert bool((pruned.weight_OI[:, :2] == 0).all())
     fitted_IO = torch.linalg.lstsq(x_TI[:, 2:], x_TI @ w_OI.T).solution
     torch.testing.assert_close(pruned.weight_OI[:, 2:], fitted_IO.T, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("sparsity", [TWO_OF_FOUR, Share(0.5)])
+def test_refitted_weights_are_those_of_least_squares_and_zeros_stay(sparsity: Sparsity) -> None:
+    """With a step for each kept weight conjugate gradients are there, but for what rounding takes."""
+    x_TI, w_OI = _inputs(16), _weight(6, 16)
+    keep_OI = wanda_mask(w_OI, _hessian(x_TI).diagonal(), sparsity)
+    pruned = Pruned(weight_OI=w_OI * keep_OI, keep_OI=keep_OI, damp_frac=0.0)
+    found_OI = refit(w_OI, pruned, _hessian(x_TI), n_steps=12)
+    for w_I, keep_I, found_I in zip(w_OI, keep_OI, found_OI, strict=True):
+        fitted = torch.linalg.lstsq(x_TI[:, keep_I], x_TI @ w_I).solution
+        torch.testing.assert_close(found_I[keep_I], fitted, rtol=1e-6, atol=1e-6)
+        assert bool((found_I[~keep_I] == 0).all())
+
+
+@pytest.mark.parametrize("n_steps", [1, 3, 10])
+def test_refitting_lowers_the_error_of_every_row_on_inputs_that_were_not_seen_too(n_steps: int) -> None:
+    x_TI, w_OI = _inputs(64, n_tokens=4096), _weight(32, 64)
+    seen, unseen = x_TI[:2048], x_TI[2048:]
+    pruned = sparsegpt(w_OI, _hessian(seen), TWO_OF_FOUR)
+    found_OI = refit(w_OI, pruned, _hessian(seen), n_steps)
+    rows = zip(w_OI[:, None], pruned.weight_OI[:, None], found_OI[:, None], strict=True)
+    assert all(_error(w, after, seen) <= 1.001 * _error(w, before, seen) for w, before, after in rows)
+    assert _error(w_OI, found_OI, unseen) < 0.95 * _error(w_OI, pruned.weight_OI, unseen)
+
+
+def test_inputs_that_were_never_seen_leave_refitted_weights_finite() -> None:
+    w_OI, h_II = _weight(4, 8).float(), torch.zeros(8, 8)
+    keep_OI = wanda_mask(w_OI, h_II.diagonal(), TWO_OF_FOUR)
+    pruned = Pruned(weight_OI=w_OI * keep_OI, keep_OI=keep_OI, damp_frac=0.01)
+    assert torch.equal(refit(w_OI, pruned, h_II), pruned.weight_OI)
 
 
 def test_sparsegpt_comes_close_to_the_best_of_all_masks() -> None:

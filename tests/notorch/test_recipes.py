@@ -64,6 +64,14 @@ def test_the_difference_of_two_recipes_is_told_by_its_values() -> None:
         (BEGIN + "cut: {repair: false}\nround: {}", "no share of layers, heads or width is cut"),
         (BEGIN + "cut: {heads: 0.5, damp: 0}\nround: {}", "a repair with damp 0"),
         (BEGIN + "prune: {method: wanda, keep: 5, of: 4}\nround: {}", "5 of 4 weights cannot be kept"),
+        (
+            BEGIN + "prune: {method: magnitude, zeros: 0.5, refit: true}\nround: {}",
+            "magnitude has no weights to refit",
+        ),
+        (
+            BEGIN + "prune: {method: sparsegpt, zeros: 0.5, refit: true}\nround: {}",
+            "sparsegpt has no weights to refit",
+        ),
         (BEGIN + "prune: {method: sparsegpt, zeros: 0.5, damp: .nan}\nround: {}", "with damp nan"),
         (BEGIN + "round: {method: gptq, damp: .nan}", "0 sweeps with damp nan"),
         (BEGIN + "round: {}\nbound: {max_kl: .nan}", "the bound is not a number"),
