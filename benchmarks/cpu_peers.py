@@ -66,6 +66,7 @@ def _source(folder: Path) -> Path:
             file.extractall(folder / "unpacked", filter="data")
         [tree] = (folder / "unpacked").iterdir()
         tree.rename(folder / "source")
+        (folder / "unpacked").rmdir()
     return folder / "source" / "vendor" / "llama.cpp"
 
 
