@@ -214,6 +214,7 @@ class _Driver:
         found, states = [], self._calibration
         for layer in range(self._config.n_layers):
             tell("measuring influence", layer, self._config.n_layers)
+            block = None  # gives its memory back before the next one takes its own
             block = self._block(self._config, layer, self._tensors(layer), False, {})
             after = [block.run(hidden_TD) for hidden_TD in states]
             found.append(block_influence(states, after))
