@@ -60,7 +60,7 @@ class CompressedBlock:
         for module in self.linears.keys() & set(site.modules):
             self.linears[module] = replace(self.linears[module], input_scale=scale_1.numpy())
         if not is_seen:
-            why = "nothing but zeros reached it: the static scale of its inputs is 1"
+            why = "nothing, or zeros alone, reached it: the static scale of its inputs is 1"
             self.fallbacks.append(Fallback(what="calibration", where=", ".join(site.modules), why=why))
 
 

@@ -442,6 +442,11 @@ def test_experts_that_no_token_reached_are_said_to_be_rounded_as_they_were(
     how = {(facts.output_error is None, facts.how) for facts in report.linears}
     assert how == {(True, "int4 RTN"), (False, "int4 GPTQ")}
     assert {fallback.what for fallback in report.fallbacks} >= {"calibration"}
+    static = msgspec.structs.replace(small("fp8-static"), calibration=recipe.calibration)
+    report = make(asked(source, static, text), tmp_path / "static", silent)
+    whys = {fallback.where: fallback.why for fallback in report.fallbacks}
+    assert 0 < len(whys) < len(report.linears)
+    assert all("the static scale of its inputs is 1" in why for why in whys.values())
 
 
 def test_the_packaged_text_is_enough_for_the_packaged_recipes() -> None:
