@@ -17,6 +17,7 @@ from quality_table import section
 
 from sailfish.bench import peers
 from sailfish.bench.budget import BATCHES, CASES, Rates, budget
+from sailfish.bench.cpu import is_met
 from sailfish.bench.kernels.attention import DECODES, PREFILLS
 from sailfish.bench.kernels.linear import LAYERS, ROWS
 from sailfish.bench.quality import Table
@@ -323,17 +324,16 @@ def _cpu(rows: Sequence[Result]) -> list[str]:
 
 
 def _cpu_line(row: Result, ratio: Result | None) -> str:
+    judged = ratio or row
     cells = [
         row.row,
         f"{_number(row.value)} {row.unit}",
         _number(row.spread, digits=2),
         "" if row.peer is None else f"{row.peer}: {_number(row.peer_value or 0.0)}",
         "" if ratio is None else f"{ratio.value:.2f} x",
-        "",
-        "",
+        "" if judged.target is None else f"{judged.target:g} {judged.unit}",
+        {None: "", True: "met", False: "missed"}[is_met(judged)],
     ]
-    if ratio is not None and ratio.target is not None:
-        cells[-2:] = f"{ratio.target:g} x", "met" if ratio.value >= ratio.target else "missed"
     return f"| {' | '.join(cells)} |"
 
 

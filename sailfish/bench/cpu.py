@@ -34,6 +34,8 @@ CASES = (ONE, MANY, PREFILL)
 HTTP, THREADS, START, IMPORTS = f"http x {CLIENTS}", f"{CLIENTS} threads over 1", "start", "start: imports"
 ROWS = (*(case.name for case in CASES), THREADS, START, HTTP)
 """What is measured, or the beginning of its rows' names."""
+_TARGETS: Mapping[str, float] = {THREADS: 3.0, START: 2.0}
+"""Of figures that have no other engine beside them."""
 _HTTP_TOKENS, _THREAD_IN, _THREAD_OUT = 64, 32, 32
 _IMPORTED = ("sailfish.bench.first_token", "sailfish.engine.worker")
 """By the process that asks and by the engine's, one after the other."""
@@ -154,7 +156,8 @@ def results(recorder: Recorder, model: str, column: str, turns: Turns, kernels: 
     """
     name, best = f"{model} {column}: {turns.row}", turns.best()
     if best is None:
-        return [recorder.result(name, turns.ours, turns.unit, implementation=kernels)]
+        target = _TARGETS.get(turns.row)
+        return [recorder.result(name, turns.ours, turns.unit, target=target, implementation=kernels)]
     middle = statistics.median(turns.theirs[best])
     ours = recorder.result(name, turns.ours, turns.unit, peer=best, peer_value=middle, implementation=kernels)
     rows = [ours]
@@ -163,6 +166,13 @@ def results(recorder: Recorder, model: str, column: str, turns: Turns, kernels: 
     target = COLUMNS[column].targets.get(turns.row)
     ratio = recorder.result(f"{name}, over {best}", turns.ratios(best), "x", target=target)
     return [*rows, ratio]
+
+
+def is_met(row: Result) -> bool | None:
+    """Say whether one of these rows meets its target; None without one."""
+    if row.target is None:
+        return None
+    return row.value <= row.target if row.unit in _LOWER else row.value >= row.target
 
 
 async def _case(engine: AsyncEngine, case: Case, rivals: Sequence[Rival], repeats: int) -> Turns:

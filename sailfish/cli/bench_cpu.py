@@ -19,7 +19,7 @@ from sailfish.bench import cpu_facts
 from sailfish.bench.calibrate import calibrate
 from sailfish.bench.cpu import Turns
 from sailfish.bench.cpu_llama import LlamaCpp
-from sailfish.bench.results import Recorder, store
+from sailfish.bench.results import Recorder, Result, store
 from sailfish.bench.select import is_wanted
 from sailfish.bench.shapes import random_checkpoint
 from sailfish.build.cache import locate_engine
@@ -71,7 +71,7 @@ def cpu(
         store(results, out)
         for result in results:
             measured.say(result)
-        shown.append(_cells(column, turns))
+        shown.append(_cells(column, turns, results[-1]))
 
     for column, rows in picked.items():
         if rows:
@@ -107,13 +107,12 @@ async def _measure(
         keep(kernels, turns)
 
 
-def _cells(column: str, turns: Turns) -> tuple[str, ...]:
-    """Return a figure as a row of the last table."""
+def _cells(column: str, turns: Turns, judged: Result) -> tuple[str, ...]:
+    """Return a figure as a row of the last table; `judged` has its target: the ratio, or ours alone."""
     ours = f"{median(turns.ours):.4g} {turns.unit}"
-    best = turns.best()
-    if best is None:
-        return turns.row, column, ours, "", "", ""
     others = ", ".join(f"{name} {median(runs):.4g}" for name, runs in turns.theirs.items())
-    ratio, target = median(turns.ratios(best)), bench.COLUMNS[column].targets.get(turns.row)
-    verdict = "" if target is None else f"{target:g} {'met' if ratio >= target else 'missed'}"
-    return turns.row, column, ours, others, f"{ratio:.2f} x", verdict
+    ratio = f"{judged.value:.2f} x" if turns.theirs else ""
+    target = (
+        "" if judged.target is None else f"{judged.target:g} {'met' if bench.is_met(judged) else 'missed'}"
+    )
+    return turns.row, column, ours, others, ratio, target

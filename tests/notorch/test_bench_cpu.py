@@ -133,8 +133,9 @@ def test_a_figure_becomes_rows_of_ours_of_theirs_and_of_the_ratio_with_its_targe
     assert ours.implementation == "linear by k"
     assert (theirs.row, theirs.value) == ("m x: prefill 1 x 512", 20)
     assert (ratio.row, ratio.value, ratio.unit, ratio.target) == (f"{ours.row}, over x", 2.5, "x", 1.8)
-    [alone] = cpu.results(recorder, "m", "bfloat16", Turns(row="start", unit="s", ours=[1.0]), "")
-    assert (alone.row, alone.peer) == ("m bfloat16: start", None)
+    assert [cpu.is_met(row) for row in (ours, theirs, ratio)] == [None, None, True]
+    [alone] = cpu.results(recorder, "m", "bfloat16", Turns(row="start", unit="s", ours=[2.5]), "")
+    assert (alone.row, alone.peer, cpu.is_met(alone)) == ("m bfloat16: start", None, False)
 
 
 def test_a_head_that_ends_in_a_zero_is_not_the_end_of_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
