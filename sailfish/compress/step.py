@@ -31,7 +31,7 @@ from sailfish.compress.prune import (
 )
 from sailfish.compress.recipe import Prune, Recipe, Round
 from sailfish.compress.report import Fallback, LinearFacts
-from sailfish.compress.rtn import quantise_8, quantise_int, restore_8, restore_int
+from sailfish.compress.rtn import OCTAVE, quantise_8, quantise_int, restore_8, restore_int
 
 _SCALES: dict[torch.dtype, FloatType] = {
     torch.bfloat16: "BF16",
@@ -208,7 +208,8 @@ class _Site:
 
     def _rounded(self, weight_OI: Tensor, rounding: Round) -> tuple[Tensor, QuantisedLinear]:
         if rounding.to == "fp8":
-            values_OI, scale_O = quantise_8(weight_OI, "fp8", dtype=self._dtype)
+            multiples = OCTAVE if rounding.search else (1.0,)
+            values_OI, scale_O = quantise_8(weight_OI, "fp8", multiples=multiples, dtype=self._dtype)
             linear = _quantised(values_OI.view(torch.uint8), scale_O[:, None], None, None, 8, is_float=True)
             return restore_8(values_OI, scale_O), linear
         group, bits = rounding.group, rounding.bits

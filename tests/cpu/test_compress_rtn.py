@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sailfish.base.errors import BuildError
 from sailfish.compress import rtn
-from sailfish.compress.rtn import Format8, quantise_8, quantise_int4, restore_8, restore_int4
+from sailfish.compress.rtn import OCTAVE, Format8, quantise_8, quantise_int4, restore_8, restore_int4
 from sailfish.kernels import int4
 
 E4M3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
@@ -116,6 +116,23 @@ def test_every_8_bit_value_is_the_nearest_to_its_weight(to: Format8, dtype: torc
     nearest = (scaled[..., None] - levels).abs().amin(2)
     assert torch.allclose((values.double() - scaled).abs(), nearest, rtol=0, atol=1e-4)
     assert torch.equal(restore_8(values, scale), values.float() * scale[:, None])
+
+
+@pytest.mark.parametrize("to", ["int8", "fp8"])
+def test_each_row_takes_the_multiple_of_its_scale_that_errs_least(to: Format8) -> None:
+    w = _weights(17, 64)
+    errors = []
+    for multiple in OCTAVE:
+        scale = (w.abs().amax(1) / (448 if to == "fp8" else 127) * multiple).double()
+        levels = E4M3 if to == "fp8" else torch.arange(-127, 128).double()
+        scaled = w.double() / scale[:, None].where(scale[:, None] > 0, torch.tensor(1.0))
+        errors.append(((scaled[..., None] - levels).abs().amin(2) * scale[:, None]).square().sum(1))
+    best = torch.stack(errors).amin(0)
+    values, scale = quantise_8(w, to, multiples=OCTAVE)
+    error = (restore_8(values, scale) - w).double().square().sum(1)
+    torch.testing.assert_close(error, best, rtol=1e-3, atol=1e-12)
+    plain = (restore_8(*quantise_8(w, to)) - w).double().square().sum()
+    assert error.sum() < (0.95 if to == "fp8" else 1.0) * plain + 1e-12
 
 
 @pytest.mark.parametrize("chunk", [1, 300, 1 << 20])
