@@ -39,7 +39,6 @@ from sailfish.compress.report import (
 from sailfish.compress.sensitivity import choose, measure, mixed
 from sailfish.compress.speed import speeds
 from sailfish.compress.texts import Texts, read_texts
-from sailfish.quality.intervals import Interval
 from sailfish.version import __version__
 
 
@@ -242,13 +241,13 @@ def _report(request: Request, texts: Texts, run: Run, timed: list[LinearSpeed]) 
             window_tokens=len(texts.evaluation[0].tokens),
             n_tokens=summary.n_tokens,
             dtype=request.on.dtype,
-            perplexity=_estimate(summary.perplexity),
-            parent_perplexity=_estimate(summary.parent_perplexity),
-            increase=_estimate(summary.increase),
-            kl=_estimate(summary.kl),
-            kl_p99=_estimate(summary.kl_p99),
-            kl_p999=_estimate(summary.kl_p999),
-            top1=_estimate(summary.top1),
+            perplexity=Estimate.of(summary.perplexity),
+            parent_perplexity=Estimate.of(summary.parent_perplexity),
+            increase=Estimate.of(summary.increase),
+            kl=Estimate.of(summary.kl),
+            kl_p99=Estimate.of(summary.kl_p99),
+            kl_p999=Estimate.of(summary.kl_p999),
+            top1=Estimate.of(summary.top1),
             windows=[WindowFigures(*means) for means in run.comparison.window_means()],
         ),
         block_drift=run.drift,
@@ -276,10 +275,6 @@ def _warnings(request: Request, texts: Texts, run: Run, timed: Sequence[LinearSp
     if run.bytes_after >= run.bytes_before:
         found.append("the result is no smaller than its parent: zeros are stored like other weights")
     return found
-
-
-def _estimate(interval: Interval) -> Estimate:
-    return Estimate(value=interval.value, low=interval.low, high=interval.high)
 
 
 def _digest(source: Path) -> str:

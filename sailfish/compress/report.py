@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import msgspec
 
+from sailfish.quality.intervals import Interval
+
 REPORT_FILE = "compression.json"
 PAGE_FILE = "compression.html"
 
@@ -56,6 +58,11 @@ class Estimate(msgspec.Struct, frozen=True, kw_only=True):
     value: float
     low: float
     high: float
+
+    @classmethod
+    def of(cls, interval: Interval) -> Estimate:
+        """Take a measured interval."""
+        return cls(value=interval.value, low=interval.low, high=interval.high)
 
 
 class WindowFigures(msgspec.Struct, frozen=True, array_like=True):

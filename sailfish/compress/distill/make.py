@@ -38,7 +38,6 @@ from sailfish.compress.report import Estimate
 from sailfish.compress.texts import Texts, read_texts
 from sailfish.models.load import ARENA_DTYPES
 from sailfish.quality.evaluate import compare_all
-from sailfish.quality.intervals import Interval
 from sailfish.quality.model import WindowModel
 from sailfish.quality.scores import Comparison, Summary, difference
 from sailfish.version import __version__
@@ -283,14 +282,14 @@ def _report(
         n_sampled=request.n_sampled,
         held_out=texts.evaluation_words,
         n_held_windows=summary.n_windows,
-        teacher_perplexity=_estimate(summary.parent_perplexity),
+        teacher_perplexity=Estimate.of(summary.parent_perplexity),
         before=_beside(summary),
         after=_beside(after.summary()),
         gain=Gain(
-            perplexity=_estimate(apart.perplexity),
-            kl=_estimate(apart.kl),
-            top1=_estimate(apart.top1),
-            acceptance=_estimate(apart.acceptance),
+            perplexity=Estimate.of(apart.perplexity),
+            kl=Estimate.of(apart.kl),
+            top1=Estimate.of(apart.top1),
+            acceptance=Estimate.of(apart.acceptance),
         ),
         n_held_zeros=trained.n_held_zeros,
         curve=_thinned(trained.curve),
@@ -301,15 +300,11 @@ def _report(
 
 def _beside(summary: Summary) -> Beside:
     return Beside(
-        perplexity=_estimate(summary.perplexity),
-        kl=_estimate(summary.kl),
-        top1=_estimate(summary.top1),
-        acceptance=_estimate(summary.acceptance),
+        perplexity=Estimate.of(summary.perplexity),
+        kl=Estimate.of(summary.kl),
+        top1=Estimate.of(summary.top1),
+        acceptance=Estimate.of(summary.acceptance),
     )
-
-
-def _estimate(interval: Interval) -> Estimate:
-    return Estimate(value=interval.value, low=interval.low, high=interval.high)
 
 
 def _thinned(curve: Sequence[Point]) -> list[Point]:

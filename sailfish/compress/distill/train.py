@@ -123,7 +123,7 @@ class Trainer:
             {"params": [p for p in self.weights.values() if p.ndim > 1], "weight_decay": _WEIGHT_DECAY},
             {"params": [p for p in self.weights.values() if p.ndim == 1], "weight_decay": 0.0},
         ]
-        self.optimiser = torch.optim.AdamW([g for g in groups if g["params"]], betas=_BETAS)
+        self.optimiser = torch.optim.AdamW(groups, betas=_BETAS)
         self._kept: list[tuple[nn.Parameter, Tensor]] = []
         if schedule.keep_zeros:
             self._kept = [(p, p.detach() != 0) for n, p in self.weights.items() if _is_pruned(tensors[n])]
