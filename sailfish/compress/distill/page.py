@@ -26,7 +26,7 @@ def page(report: Report) -> str:
     body = (
         f"<h1>{escape(report.student)}, taught by {escape(report.teacher)}</h1>"
         f'<p class="lead">Sailfish {escape(report.sailfish)}, torch {escape(report.torch)}, on '
-        f"{escape(report.device)}, {report.n_processes} at a time. Measured over {report.n_held_windows} "
+        f"{escape(report.device)}, processes: {report.n_processes}. Measured over {report.n_held_windows} "
         f"windows of {report.schedule.length} tokens of {escape(report.held_out)}, activations in "
         f"{report.dtype}. Intervals are 95% over windows, those of changes paired.</p>"
         + cards(_figures(report))

@@ -87,7 +87,7 @@ class Stack(nn.Module):
 
 
 def engine_weights(config: ModelConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the engine's tensors made of the checkpoint's; gradients flow back."""
+    """Return the engine's tensors made of the checkpoint's."""
     return {
         spec.name: _joined(spec, [tensors[source] for source in spec.sources])
         for spec in tensor_specs(config)
