@@ -8,6 +8,7 @@ from the PATH, or installed into DIR.
 
 from __future__ import annotations
 
+import argparse
 import shutil
 import subprocess
 import sys
@@ -38,7 +39,10 @@ OPTIONS = {
 
 def main() -> None:
     """Make what is not there yet."""
-    folder = Path(sys.argv[1]).resolve()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("folder", type=Path, metavar="DIR")
+    given = parser.parse_args().folder
+    folder = given.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     n_cores = probe_cpu().n_cores
     if not all((folder / "bin" / program).exists() for program in PROGRAMS):
@@ -53,13 +57,13 @@ def main() -> None:
             partial = path.with_suffix(".partial")
             _run(folder / "bin" / "llama-quantize", plain, partial, name, n_cores)
             partial.rename(path)
-    _say(f"ready: sailfish bench cpu --peers {sys.argv[1]}")
+    _say(f"ready: sailfish bench cpu --peers {given}")
 
 
 def _source(folder: Path) -> Path:
     """Fetch the pinned source distribution and return the folder of llama.cpp in it."""
     if not (folder / "source").exists():
-        flags = ("--no-deps", "--no-binary", ":all:", "--dest", folder)
+        flags = ("--no-deps", "--no-binary", "llama-cpp-python", "--dest", folder)
         _run(sys.executable, "-m", "pip", "download", *flags, "-r", PINNED)
         [archive] = folder.glob("llama_cpp_python-*.tar.gz")
         with tarfile.open(archive) as file:
