@@ -6,6 +6,7 @@ from collections.abc import Callable
 from types import MappingProxyType
 
 from sailfish.kernels.contract import Case, Choice, Impl
+from sailfish.kernels.cpu.limits import int4_bytes, rejects_gated_int4
 from sailfish.kernels.cuda.linear8_limits import rejects_wide, rejects_wide_bf16
 from sailfish.kernels.cuda.linear_limits import (
     rejects_stream_bf16,
@@ -163,6 +164,15 @@ FUSED: MappingProxyType[str, tuple[Impl, ...]] = MappingProxyType(
                 "sailfish.kernels.cuda.wide:linear_int4",
                 rejects_wide_int4,
                 wide_int4_bytes,
+            ),
+            Impl(
+                op="norm_linear_int4",
+                name="cpu_int4_gated",
+                entry="sailfish.kernels.cpu.int4:linear_int4",
+                adapter=_COMPOSED + "gated",
+                why="activates what it multiplied while it is in the caches",
+                rejects=rejects_gated_int4,
+                workspace_bytes=int4_bytes,
             ),
             _one_by_one("norm_linear_int4"),
         ),

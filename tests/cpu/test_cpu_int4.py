@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from kernel_suite import DTYPES, SCENARIOS, draw
 from local_engine import LocalEngine
 from paged import PagedDriver
+from torch import Tensor
 
 from sailfish.base.config import EngineConfig
 from sailfish.build.builder import build_engine
@@ -23,6 +24,7 @@ from sailfish.kernels.cpu import compiler, library
 from sailfish.kernels.cpu.int4 import linear_int4
 from sailfish.kernels.cpu.limits import int4_bytes
 from sailfish.kernels.int4 import Int4Weight, dequantise, linear_w4a8, pack, unpack
+from sailfish.kernels.reference.elementwise import act_mul
 
 ABSENT = library.unavailable()
 pytestmark = pytest.mark.skipif(ABSENT is not None, reason=str(ABSENT))
@@ -79,6 +81,21 @@ def test_any_shape_meets_the_law(
     torch.testing.assert_close(found, expected, atol=2e-5 * n_in, rtol=2e-5)
 
 
+@pytest.mark.parametrize("level", library.levels())
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("n_out", [16, 48, 160])
+def test_the_product_may_end_with_the_activation(activation: str, n_out: int, dtype: str, level: str) -> None:
+    source = draw(dtype, "cpu")
+    weight = pack(
+        source.integers(16, n_out, 96).byte(), source.normal(n_out, 3), None, torch.bfloat16, "lanes"
+    )
+    x_TI, bias_O = source.normal(30, 96), source.normal(n_out, scale=3)
+    found = linear_int4(x_TI, weight, bias_O, activation=activation, level=level)
+    expected = act_mul(linear_int4(x_TI, weight, bias_O, level=level), activation)
+    torch.testing.assert_close(found, expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
 def test_rounding_activations_costs_what_the_table_says() -> None:
     x_TI, weight, _ = SCENARIOS["linear_int4"]["many tokens"](draw("float32", "cpu"))
     exact = x_TI.double() @ dequantise(weight).double().T
@@ -119,6 +136,15 @@ def test_the_choice_declines_in_words_what_the_kernel_cannot_read(monkeypatch: p
     ):
         [choice] = choose_by_rows(other)
         assert reason in dict(choice.declined)["cpu_int4"]
+    fused = replace(case, op="norm_linear_int4")
+    for activation, n_out, implementation in (
+        ("silu", 64, "cpu_int4_gated"),
+        ("", 64, "one_by_one"),
+        ("silu", 72, "one_by_one"),
+    ):
+        [choice] = choose_by_rows(replace(fused, activation=activation, n_out=n_out))
+        assert choice.implementation == implementation
+    assert "turns of 8 in 72" in dict(choice.declined)["cpu_int4_gated"]
     monkeypatch.setattr(library, "unavailable", lambda: "no C++ compiler is installed")
     [choice] = choose_by_rows(replace(case, n_out=80))
     assert choice.is_fallback
@@ -153,7 +179,12 @@ def test_an_engine_of_the_cpu_computes_the_law_from_end_to_end(
     prompt = torch.randint(0, 1000, (70,), generator=torch.Generator().manual_seed(3)).tolist()
     LocalEngine(engine.directory, EngineConfig(strict=True))  # no downgrade
     found = PagedDriver(demo_model(), seed=1, engine=engine).prefill({0: prompt}, largest_chunk=40)[0]
-    monkeypatch.setattr("sailfish.kernels.cpu.int4.linear_int4", linear_w4a8)
+
+    def law(x_TI: Tensor, weight: Int4Weight, bias_O: Tensor | None, activation: str | None = None) -> Tensor:
+        y_TO = linear_w4a8(x_TI, weight, bias_O)
+        return y_TO if activation is None else act_mul(y_TO, activation)
+
+    monkeypatch.setattr("sailfish.kernels.cpu.int4.linear_int4", law)
     expected = PagedDriver(demo_model(), seed=1, engine=engine).prefill({0: prompt}, largest_chunk=40)[0]
     wrong_Q = (found - expected).norm(dim=1) / expected.norm(dim=1)
     assert 0 < wrong_Q.median() < 2e-3  # an activation next to a tie may round the other way

@@ -143,7 +143,8 @@ def test_on_a_cpu_norm_linear_and_activation_run_one_by_one(op: str) -> None:
     for activation in ("", "silu"):
         [choice] = choose_by_rows(_fused(op, "cpu", 28672, activation))
         assert choice.implementation == "one_by_one" and choice.activation == activation
-        assert all("made for CUDA" in reason for _, reason in choice.declined)
+        cuda = [reason for name, reason in choice.declined if name.startswith("cuda")]
+        assert all("made for CUDA" in reason for reason in cuda)
 
 
 def _named(op: str, activation: str, n_out: int = 28672) -> list[tuple[str, int | None]]:
@@ -171,7 +172,7 @@ def test_on_hopper_products_are_fused_by_rows() -> None:
 def test_outputs_that_do_not_take_turns_of_eight_are_activated_apart() -> None:
     [choice] = choose_by_rows(_fused("norm_linear_int4", "sm_90", 28664, "silu"))
     assert choice.implementation == "one_by_one"
-    assert {reason for _, reason in choice.declined} == {
+    assert {reason for name, reason in choice.declined if name.startswith("cuda")} == {
         "gate and up do not take turns of 8 in 28664 outputs"
     }
 

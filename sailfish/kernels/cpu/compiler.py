@@ -29,7 +29,7 @@ LEVELS: MappingProxyType[str, tuple[str, ...]] = MappingProxyType(
     }
 )
 """The compiler's flags for each level of instructions, the best first."""
-_FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-ffp-contract=off", "-Wall", "-Wextra", "-pthread")
+_FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-ffp-contract=off", "-pthread")
 _SHARED = ("-fPIC", "-shared", "-fvisibility=hidden")
 _TIMEOUT_S = 300.0
 

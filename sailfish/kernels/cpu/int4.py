@@ -8,15 +8,25 @@ from torch import Tensor
 from sailfish.kernels.cpu import library
 from sailfish.kernels.int4 import UNIT, Int4Weight
 
+_ACTIVATIONS = {None: 0, "silu": 1, "gelu_tanh": 2}
+
 
 def linear_int4(
-    x_TI: Tensor, weight: Int4Weight, bias_O: Tensor | None = None, *, level: str | None = None
+    x_TI: Tensor,
+    weight: Int4Weight,
+    bias_O: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    level: str | None = None,
 ) -> Tensor:
-    """Meet `contract.LinearInt4` as `int4.linear_w4a8` says, with a level of instructions or the best."""
+    """Meet `contract.LinearInt4` as `int4.linear_w4a8` says, with a level of instructions or the best.
+
+    With an activation, return what `contract.ActMul` makes of the product.
+    """
     assert weight.layout == "lanes", "a build for the CPU packs weights so"
     x_TI = x_TI.contiguous()
-    y_TO = x_TI.new_empty(len(x_TI), weight.n_out)
-    library.function("sf_linear_int4", "piiipppiiiipp", level)(
+    y_TO = x_TI.new_empty(len(x_TI), weight.n_out // (1 if activation is None else 2))
+    library.function("sf_linear_int4", "piiipppiiiipip", level)(
         x_TI.data_ptr(),
         len(x_TI),
         weight.n_in,
@@ -29,6 +39,7 @@ def linear_int4(
         weight.packed.shape[1] * UNIT,
         weight.group,
         None if bias_O is None else bias_O.data_ptr(),
+        _ACTIVATIONS[activation],
         y_TO.data_ptr(),
     )
     return y_TO

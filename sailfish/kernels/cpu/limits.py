@@ -24,6 +24,15 @@ def rejects_int4(case: Case) -> str | None:
     return None if case.layout == "lanes" else "the weight lies as a GPU's tensor cores read it"
 
 
+def rejects_gated_int4(case: Case) -> str | None:
+    """Return why a 4-bit product cannot end with the activation, or None."""
+    if reason := rejects_int4(case):
+        return reason
+    if not case.activation:
+        return "there is no activation behind this product"
+    return f"gate and up do not take turns of 8 in {case.n_out} outputs" if case.n_out % 16 else None
+
+
 def int4_bytes(case: Case, bounds: StepBounds) -> int:
     """Return the workspace of a 4-bit product: activations in 8 bits, with a scale and a sum of each run."""
     rows = min(bounds.step_tokens, case.max_rows or bounds.step_tokens)

@@ -149,6 +149,25 @@ void put_rows(const float* y, const T* bias, T* out, int64_t n) {
     for (; i < n; ++i) put(out + i, bias ? y[i] + to_float(bias[i]) : y[i]);
 }
 
+enum Activation : int64_t { kNone, kSilu, kGeluTanh };
+constexpr int kTurn = kStrip / 2;  // gates that follow each other before as many ups do
+
+// Writes activation(gate) * up of n rows, in turns of 8, to out[n / 2], rounding where the op's contract does.
+template <class T>
+void put_gated(const float* y, const T* bias, Activation activation, T* out, int64_t n) {
+    T rows[kRows], gates[kLanes], ups[kLanes];
+    for (T& row : rows) row = T(0);
+    put_rows(y, bias, rows, n);
+    for (int strip = 0; strip < kRows / kStrip; ++strip) {
+        std::memcpy(gates + kTurn * strip, rows + kStrip * strip, kTurn * sizeof(T));
+        std::memcpy(ups + kTurn * strip, rows + kStrip * strip + kTurn, kTurn * sizeof(T));
+    }
+    const Floats gate = load(gates);
+    store(gates, activation == kSilu ? silu(gate) : gelu_tanh(gate));
+    store(gates, mul(load(gates), load(ups)));
+    std::memcpy(out, gates, n / 2 * sizeof(T));
+}
+
 // Memory that a calling thread keeps for the activations of its next product.
 uint8_t* scratch(int64_t n_bytes) {
     struct Free {
@@ -165,7 +184,8 @@ uint8_t* scratch(int64_t n_bytes) {
 }
 
 template <class T>
-void linear_int4(const T* x, int64_t n_tokens, int64_t n_in, const Weight& weight, const T* bias, T* out) {
+void linear_int4(const T* x, int64_t n_tokens, int64_t n_in, const Weight& weight, const T* bias,
+                 Activation activation, T* out) {
     if (n_tokens == 0) return;
     const int64_t n_tiles = (n_tokens + kTokens - 1) / kTokens, n_blocks = weight.n_blocks();
     const int64_t token_bytes = weight.width + 8 * n_blocks;
@@ -194,8 +214,13 @@ void linear_int4(const T* x, int64_t n_tokens, int64_t n_in, const Weight& weigh
                 float y[kTokens * kRows];
                 multiply_of(int(tokens.n), std::make_integer_sequence<int, kTokens>())(weight, row, tokens, y);
                 for (int64_t t = 0; t < tokens.n; ++t) {
-                    T* to = out + (tokens.first + t) * weight.n_out + row;
-                    put_rows(y + t * kRows, bias ? bias + row : nullptr, to, n_rows);
+                    T* to = out + ((tokens.first + t) * weight.n_out + row) / (activation ? 2 : 1);
+                    const T* added = bias ? bias + row : nullptr;
+                    if (activation) {
+                        put_gated(y + t * kRows, added, activation, to, n_rows);
+                    } else {
+                        put_rows(y + t * kRows, added, to, n_rows);
+                    }
                 }
             }
         }
@@ -206,18 +231,20 @@ void linear_int4(const T* x, int64_t n_tokens, int64_t n_in, const Weight& weigh
 }  // namespace sailfish
 
 // x [tokens, inputs], bias [outputs] or null and out [tokens, outputs] are bfloat16 or float32; scales and
-// zeros (or null) are bfloat16 or float32, [strips, groups, 16]; packed has `width` inputs a row.
+// zeros (or null) are bfloat16 or float32, [strips, groups, 16]; packed has `width` inputs a row. With an
+// activation, 1 silu or 2 gelu_tanh, outputs are gates and ups in turns of 8, and out is [tokens, outputs / 2].
 SF_EXPORT void sf_linear_int4(const void* x, int64_t n_tokens, int64_t n_in, int64_t is_bf16,
                               const uint8_t* packed, const void* scale, const void* zero,
                               int64_t has_bf16_scales, int64_t n_out, int64_t width, int64_t group,
-                              const void* bias, void* out) {
+                              const void* bias, int64_t activation, void* out) {
     using namespace sailfish;
     const Weight weight{packed, scale, zero, has_bf16_scales != 0, n_out, width, group};
+    const auto then = Activation(activation);
     if (is_bf16) {
         linear_int4(static_cast<const uint16_t*>(x), n_tokens, n_in, weight, static_cast<const uint16_t*>(bias),
-                    static_cast<uint16_t*>(out));
+                    then, static_cast<uint16_t*>(out));
     } else {
-        linear_int4(static_cast<const float*>(x), n_tokens, n_in, weight, static_cast<const float*>(bias),
+        linear_int4(static_cast<const float*>(x), n_tokens, n_in, weight, static_cast<const float*>(bias), then,
                     static_cast<float*>(out));
     }
 }

@@ -44,6 +44,8 @@ inline Ints to_ints(Floats a) { return _mm512_cvtps_epi32(a); }  // to nearest, 
 inline Ints add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
 inline Ints bit_and(Ints a, Ints b) { return _mm512_and_si512(a, b); }
 inline Ints shift_right_4(Ints a) { return _mm512_srli_epi32(a, 4); }
+inline Ints shift_left_23(Ints a) { return _mm512_slli_epi32(a, 23); }
+inline Floats as_floats(Ints a) { return _mm512_castsi512_ps(a); }
 inline Ints xor_of(Ints a, Ints b) { return _mm512_xor_si512(a, b); }
 // Stores the low byte of every lane.
 inline void store_bytes(int8_t* p, Ints a) {
@@ -63,6 +65,9 @@ inline void store_bf16(uint16_t* p, Floats x) {
 }
 // Adds to every 32-bit lane the sum of its four products, unsigned bytes times signed ones.
 inline Ints dot(Ints sum, Ints u8, Ints s8) { return _mm512_dpbusd_epi32(sum, u8, s8); }
+inline __m256i halves_of(Ints a) {
+    return _mm256_add_epi32(_mm512_castsi512_si256(a), _mm512_extracti64x4_epi64(a, 1));
+}
 
 #else
 
@@ -104,6 +109,8 @@ inline Ints to_ints(Floats a) { return _mm256_cvtps_epi32(a); }
 inline Ints add(Ints a, Ints b) { return _mm256_add_epi32(a, b); }
 inline Ints bit_and(Ints a, Ints b) { return _mm256_and_si256(a, b); }
 inline Ints shift_right_4(Ints a) { return _mm256_srli_epi32(a, 4); }
+inline Ints shift_left_23(Ints a) { return _mm256_slli_epi32(a, 23); }
+inline Floats as_floats(Ints a) { return _mm256_castsi256_ps(a); }
 inline Ints xor_of(Ints a, Ints b) { return _mm256_xor_si256(a, b); }
 inline void store_bytes(int8_t* p, Ints a) {
     const __m256i pairs = _mm256_packs_epi32(a, a);
@@ -135,11 +142,59 @@ inline Ints dot(Ints sum, Ints u8, Ints s8) {
     return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 #endif
 }
+inline __m256i halves_of(Ints a) { return a; }
 
+#endif
+
+// Writes the sums over lanes of each of four.
+inline void store_sums(int32_t* p, Ints a, Ints b, Ints c, Ints d) {
+    const __m256i ab = _mm256_hadd_epi32(halves_of(a), halves_of(b));
+    const __m256i sums = _mm256_hadd_epi32(ab, _mm256_hadd_epi32(halves_of(c), halves_of(d)));
+    const __m128i low = _mm256_castsi256_si128(sums), high = _mm256_extracti128_si256(sums, 1);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_add_epi32(low, high));
+}
+
+// Signed bytes times signed ones, exactly: dot_signed adds to every lane its products of kDotInputs weights, as
+// load_weights gives them, with activations from x on, and kLift times the activations.
+#if defined(__AVX512F__) || defined(__AVXVNNI__)
+using Activation8 = int8_t;
+constexpr int kDotInputs = 4 * kLanes;
+constexpr int kLift = 128;  // which makes weights unsigned
+inline Ints load_weights(const int8_t* p) { return xor_of(load_i(p), splat_i(int32_t(0x80808080))); }
+inline Ints dot_signed(Ints sum, Ints weights, const Activation8* x) { return dot(sum, weights, load_i(x)); }
+#else
+using Activation8 = int16_t;
+constexpr int kDotInputs = 2 * kLanes;
+constexpr int kLift = 0;
+inline Ints load_weights(const int8_t* p) {
+    return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline Ints dot_signed(Ints sum, Ints weights, const Activation8* x) {
+    return add(sum, _mm256_madd_epi16(weights, load_i(x)));
+}
 #endif
 
 // Holds x in a register here: GCC otherwise keeps copies of many sums in memory.
 inline void keep(Ints& x) { asm("" : "+v"(x)); }
+// e to the x, within 2 units in the last place from -87 to 88 and cut off there: 2^n times a Taylor polynomial
+// of what is left, at most ln(2) / 2. NaN stays NaN.
+inline Floats exp(Floats x) {
+    x = min(splat(88.0f), max(splat(-87.0f), x));
+    const Ints n = to_ints(mul(x, splat(1.44269504f)));
+    const Floats whole = to_floats(n);
+    const Floats r = fnma(whole, splat(-2.12194440e-4f), fnma(whole, splat(0.693359375f), x));
+    constexpr float kTerms[] = {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
+    Floats p = splat(1.0f / 5040);
+    for (const float term : kTerms) p = fma(p, r, splat(term));
+    return mul(p, as_floats(shift_left_23(add(n, splat_i(127)))));
+}
+inline Floats sigmoid(Floats x) { return div(splat(1), add(splat(1), exp(sub(splat(0), x)))); }
+inline Floats silu(Floats x) { return mul(x, sigmoid(x)); }
+// With the tanh approximation: (1 + tanh(u)) / 2 is the sigmoid of 2u.
+inline Floats gelu_tanh(Floats x) {
+    const Floats cubic = fma(mul(mul(x, x), x), splat(0.044715f), x);
+    return mul(x, sigmoid(mul(cubic, splat(1.59576912f))));
+}
 // Four bytes at p in every lane.
 inline Ints splat_bytes(const int8_t* p) {
     int32_t word;
