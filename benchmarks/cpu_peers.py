@@ -77,9 +77,9 @@ def _source(folder: Path) -> Path:
 def _build(source: Path, folder: Path, n_jobs: int) -> None:
     tools = {name: shutil.which(name) for name in ("cmake", "ninja")}
     if not all(tools.values()):
-        venv.create(folder / "tools", with_pip=True)
-        _run(folder / "tools" / "bin" / "python", "-m", "pip", "install", *tools)
-        tools = {name: str(folder / "tools" / "bin" / name) for name in tools}
+        venv.create(folder / "python", with_pip=True)
+        _run(folder / "python" / "bin" / "python", "-m", "pip", "install", *tools)
+        tools = {name: str(folder / "python" / "bin" / name) for name in tools}
     options = [f"-D{name}={value}" for name, value in OPTIONS.items()]
     _run(
         tools["cmake"],
