@@ -114,6 +114,20 @@ def embedded(config: ModelConfig, tokens: Sequence[int], table_VD: Tensor, on: D
     return (rows_TD * scale if config.embed_scale != 1 else rows_TD).to(on.torch)
 
 
+def block_tensors(checkpoint: Checkpoint, config: ModelConfig, layer: int) -> dict[str, Tensor]:
+    """Return a block's tensors by the checkpoint's names, on the host."""
+    names = [source for spec in block_specs(config, layer) for source in spec.sources]
+    return {name: read_tensor(checkpoint, name) for name in names}
+
+
+def outer_tensors(checkpoint: Checkpoint, config: ModelConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (table_VD, norm_D, head_VD) of a model, on the host; a tied head is the table."""
+    sources = {spec.name: spec.sources[0] for spec in tensor_specs(config)}
+    table_VD = read_tensor(checkpoint, sources[_EMBED])
+    head_VD = read_tensor(checkpoint, sources["head.weight"]) if "head.weight" in sources else table_VD
+    return table_VD, read_tensor(checkpoint, sources[_NORM]), head_VD
+
+
 class Block:
     """One block with its weights on the device; nothing of it outlives it."""
 

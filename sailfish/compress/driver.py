@@ -26,9 +26,18 @@ from sailfish.checkpoint.formats.tensors import StoredTensor
 from sailfish.checkpoint.formats.writer import CheckpointWriter
 from sailfish.checkpoint.hf_config import load_model_config
 from sailfish.checkpoint.model_config import ModelConfig
-from sailfish.checkpoint.names import check_tensors, tensor_specs
+from sailfish.checkpoint.names import check_tensors
 from sailfish.checkpoint.safetensors_reader import Checkpoint
-from sailfish.compress.block import Block, Device, RoundedInputs, block_specs, embedded, read_tensor, sites
+from sailfish.compress.block import (
+    Block,
+    Device,
+    RoundedInputs,
+    block_specs,
+    block_tensors,
+    embedded,
+    outer_tensors,
+    sites,
+)
 from sailfish.compress.cut import n_layers_left, narrowed
 from sailfish.compress.inputs import Inputs
 from sailfish.compress.parent import ParentStates
@@ -133,11 +142,7 @@ class _Driver:
         self._on = on
         self._store = store
         self._window_tokens = max(len(window.tokens) for window in (*texts.evaluation, *texts.calibration))
-        specs = {spec.name: spec for spec in tensor_specs(config)}
-        table_VD = read_tensor(checkpoint, specs["embed.weight"].sources[0])
-        self._norm_D = read_tensor(checkpoint, specs["final_norm.weight"].sources[0])
-        head = specs.get("head.weight")
-        self._head_VD = table_VD if head is None else read_tensor(checkpoint, head.sources[0])
+        table_VD, self._norm_D, self._head_VD = outer_tensors(checkpoint, config)
         self._windows = texts.evaluation
         calibration = texts.calibration if recipe.is_calibrated else []
         self._calibration = [embedded(config, window.tokens, table_VD, on) for window in calibration]
@@ -155,7 +160,7 @@ class _Driver:
             parent = child = None  # gives their memory back before the next ones take theirs
             is_last = layer == n_layers - 1
             tell("compressing", layer, n_layers)
-            tensors = self._tensors(layer)
+            tensors = block_tensors(self._checkpoint, self._config, layer)
             parent = self._block(self._config, layer, tensors, is_last, {})
             inputs = {s.name: Inputs(s.n_in, self._on.torch) for s in sites(self._config, layer)}
             if layer not in gone and self._recipe.needs_inputs:
@@ -215,15 +220,12 @@ class _Driver:
         for layer in range(self._config.n_layers):
             tell("measuring influence", layer, self._config.n_layers)
             block = None  # gives its memory back before the next one takes its own
-            block = self._block(self._config, layer, self._tensors(layer), False, {})
+            tensors = block_tensors(self._checkpoint, self._config, layer)
+            block = self._block(self._config, layer, tensors, False, {})
             after = [block.run(hidden_TD) for hidden_TD in states]
             found.append(block_influence(states, after))
             states = after
         return found
-
-    def _tensors(self, layer: int) -> dict[str, Tensor]:
-        specs = block_specs(self._config, layer)
-        return {source: read_tensor(self._checkpoint, source) for s in specs for source in s.sources}
 
     def _see(self, block: Block, inputs: dict[str, Inputs]) -> None:
         """Have a block with its parent's weights read the calibration windows, and gather its inputs."""

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from sailfish.base.errors import ConfigError
 from sailfish.checkpoint.hf_config import load_model_config
-from sailfish.checkpoint.names import check_tensors, tensor_specs
+from sailfish.checkpoint.names import check_tensors
 from sailfish.checkpoint.safetensors_reader import Checkpoint
-from sailfish.compress.block import Block, Device, block_specs, embedded, read_tensor, sites
+from sailfish.compress.block import Block, Device, block_tensors, embedded, outer_tensors, sites
 from sailfish.compress.inputs import Inputs
 from sailfish.compress.recipe import Override, Recipe, Round, stored_bits
 from sailfish.compress.step import compress_block
@@ -172,16 +172,15 @@ class _Trials:
         self._recipe = msgspec.structs.replace(recipe, fold=None)
         self._on = on
         self._window_tokens = max(len(window.tokens) for window in (*learned, *measured))
-        specs = {spec.name: spec for spec in tensor_specs(config)}
-        table_VD = read_tensor(checkpoint, specs["embed.weight"].sources[0])
-        norm_D = read_tensor(checkpoint, specs["final_norm.weight"].sources[0])
-        head = specs.get("head.weight")
-        self._head = norm_D, table_VD if head is None else read_tensor(checkpoint, head.sources[0])
+        table_VD, norm_D, head_VD = outer_tensors(checkpoint, config)
+        self._head = norm_D, head_VD
         learned = learned if self._recipe.needs_inputs else []
         self._learned = [embedded(config, window.tokens, table_VD, on) for window in learned]
         self._measured = [embedded(config, window.tokens, table_VD, on) for window in measured]
         self._windows = measured
-        self._blocks = [self._block(layer, self._tensors(layer)) for layer in range(config.n_layers)]
+        self._blocks = [
+            self._block(layer, block_tensors(checkpoint, config, layer)) for layer in range(config.n_layers)
+        ]
         self._parent = [self._logits(hidden_TD, 0) for hidden_TD in self._measured]
 
     def costs(self, layer: int, formats: Sequence[Format]) -> list[Cost]:
@@ -193,7 +192,7 @@ class _Trials:
             if name in inputs:
                 inputs[name].add(x_TI)
 
-        block, tensors = self._blocks[layer], self._tensors(layer)
+        block, tensors = self._blocks[layer], block_tensors(self._checkpoint, self.config, layer)
         self._learned = [block.run(hidden_TD, see) for hidden_TD in self._learned]
         found = []
         for to, group in formats:
@@ -216,10 +215,6 @@ class _Trials:
                 )
         self._measured = [block.run(hidden_TD) for hidden_TD in self._measured]
         return found
-
-    def _tensors(self, layer: int) -> dict[str, Tensor]:
-        names = [source for spec in block_specs(self.config, layer) for source in spec.sources]
-        return {name: read_tensor(self._checkpoint, name) for name in names}
 
     def _block(self, layer: int, tensors: Mapping[str, Tensor]) -> Block:
         head = self._head if layer == self.config.n_layers - 1 else None
