@@ -22,6 +22,7 @@ from sailfish.engine.meter import Meter
 from sailfish.engine.runner import Runner
 from sailfish.engine.table import DeviceTable
 from sailfish.engine.warm import warm_up
+from sailfish.hardware.memory import prefer_large_pages
 from sailfish.hardware.probe import probe
 from sailfish.kernels.choose import bind
 from sailfish.models.arena import arena_layout
@@ -76,7 +77,10 @@ def boot(
     meter = Meter(device, idle_free_bytes=hardware.free_bytes)
     tensors = arena_tensors(manifest.model, plan.formats)
     _, arena_bytes = arena_layout(tensors, plan.dtype)
-    arena = torch.zeros(arena_bytes, dtype=torch.uint8, device=device)
+    arena = torch.empty(arena_bytes, dtype=torch.uint8, device=device)
+    if plan.device == "cpu":
+        prefer_large_pages(arena.data_ptr(), arena_bytes)
+    arena.zero_()
     pieces = {tensor.name: tensor.pieces for tensor in artifact.tensors()}
     weights = assemble(manifest.model, plan.formats, load_weights(tensors, pieces, arena, plan.dtype))
     meter.mark("weights")

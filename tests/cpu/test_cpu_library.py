@@ -81,13 +81,18 @@ def test_a_forked_process_has_threads_of_its_own() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_threads_are_as_many_as_physical_cores(tmp_path: Path) -> None:
+def test_threads_are_as_many_as_physical_cores_or_as_asked(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     for cpu in range(1024):
         path = tmp_path / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"
         path.parent.mkdir(parents=True)
         path.write_text("0-1023\n")
     assert library.usable_threads(tmp_path) == 1, "all are threads of one core"
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert library.usable_threads(tmp_path / "nowhere") >= 1
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert library.usable_threads(tmp_path / "anywhere") == 1
 
 
 def test_without_a_compiler_the_reason_is_in_words(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

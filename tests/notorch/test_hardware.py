@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
 import stat
+import sys
 from pathlib import Path
 
 import pytest
 
 from sailfish.base.errors import ConfigError
-from sailfish.hardware.memory import anonymous_bytes, resident_bytes, trim_heap
+from sailfish.hardware.memory import anonymous_bytes, prefer_large_pages, resident_bytes, trim_heap
 from sailfish.hardware.probe import (
     cgroup_memory,
     cpu_cores,
@@ -201,3 +204,27 @@ def test_a_timer_measures_from_its_start() -> None:
     timer.start()
     first = timer.stop()
     assert 0 <= first <= timer.stop()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux is asked for large pages")
+def test_large_pages_are_asked_for_whole_pages_inside_of_the_range() -> None:
+    with mmap.mmap(-1, 16 << 20) as memory:
+        view = (ctypes.c_char * len(memory)).from_buffer(memory)
+        address = ctypes.addressof(view)
+        prefer_large_pages(address + 1, len(memory) - 2)
+        flags = _flags_at(address + (8 << 20))
+        del view
+    assert flags is None or "hg" in flags.split()
+
+
+def _flags_at(address: int) -> str | None:
+    """Return what the kernel says of the mapping of an address; None: it says nothing."""
+    is_inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first = line.split()[0]
+        if "-" in first and not first.endswith(":"):
+            start, end = (int(part, 16) for part in first.split("-"))
+            is_inside = start <= address < end
+        elif is_inside and first == "VmFlags:":
+            return line
+    return None

@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 
 from sailfish.base.errors import EngineError
+from sailfish.base.sources import environment
 from sailfish.hardware.doctor import Check
 from sailfish.hardware.probe import cpu_cores, probe_cpu
 from sailfish.kernels.cpu import compiler
@@ -90,10 +91,15 @@ def set_threads(n_threads: int) -> None:
 
 @cache
 def usable_threads(root: Path = Path("/")) -> int:
-    """Return the physical cores this process may use: a second thread of a core only takes its caches."""
+    """Return the physical cores this process may use: a second thread of a core only takes its caches.
+
+    No more than OMP_NUM_THREADS, where that is set: torch's threads obey it, so do these.
+    """
+    asked = environment().get("OMP_NUM_THREADS", "")
+    most = int(asked) if asked.isdigit() and int(asked) > 0 else cpu_cores(root)
     affinity = getattr(os, "sched_getaffinity", None)
     if affinity is None:
-        return cpu_cores(root)
+        return most
     cores = set()
     for cpu in affinity(0):
         path = root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"
@@ -101,4 +107,4 @@ def usable_threads(root: Path = Path("/")) -> int:
             cores.add(path.read_text().strip())
         except OSError:
             cores.add(str(cpu))
-    return min(len(cores), cpu_cores(root))
+    return min(len(cores), cpu_cores(root), most)
