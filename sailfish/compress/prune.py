@@ -113,16 +113,18 @@ def sparsegpt(
     """Prune column after column, each error made good by the columns behind it (Frantar & Alistarh 2023).
 
     hessian_II is the mean of x x^T over the calibration tokens, times anything; all is computed in its
-    dtype. Inputs that are always 0 lose their weights. A share of zeros is taken from each `block` columns
-    of all rows together, blocks are chosen when the walk reaches them. ConfigError if `block` does not fit
-    the sparsity's blocks or the rounding's groups, BuildError if something is not finite.
+    dtype. Inputs that are always 0 lose their weights. Of a share of zeros each `block` columns of all rows
+    together take as many as Wanda's scores put there: the paper gives each the same, though some inputs,
+    those of an attention head, say, weigh less than others. Blocks are chosen when the walk reaches them.
+    ConfigError if `block` does not fit the sparsity's blocks or the rounding's groups, BuildError if
+    something is not finite.
     """
     n_in = weight_OI.shape[1]
     _refuse_misfits(n_in, block, sparsity, rounding)
     if not bool(weight_OI.isfinite().all()):
         raise BuildError("some weights to prune are not finite")
     u_II, damp_frac = inverse_factor(hessian_II, damp_frac)
-    walk = _Walk(weight_OI, u_II, sparsity, rounding)
+    walk = _Walk(weight_OI, hessian_II.diagonal(), u_II, sparsity, rounding)
     walk.w_IO[hessian_II.diagonal() == 0] = 0
     for start in range(0, n_in, block):
         end = min(start + block, n_in)
@@ -190,12 +192,22 @@ class _Walk:
     """Weights that are changed in place; a column of the layer is a row here, to lie in one piece."""
 
     def __init__(
-        self, weight_OI: Tensor, u_II: Tensor, sparsity: Sparsity, rounding: Rounding | None
+        self,
+        weight_OI: Tensor,
+        mean_square_I: Tensor,
+        u_II: Tensor,
+        sparsity: Sparsity,
+        rounding: Rounding | None,
     ) -> None:
         self.w_IO = weight_OI.to(u_II.dtype).T.clone(memory_format=torch.contiguous_format)
         self.keep_IO = torch.ones_like(self.w_IO, dtype=torch.bool)
         self._u_II = u_II
         self._sparsity = sparsity
+        self._n_zeros = [0]
+        """Of the columns before each, where zeros are a share."""
+        if isinstance(sparsity, Share):
+            kept_IO = _mask(self.w_IO.square() * mean_square_I[:, None], sparsity, "matrix")
+            self._n_zeros += (~kept_IO).sum(1).cumsum(0).tolist()
         self._rounding = rounding
         self._group = len(u_II) if rounding is None or rounding.group is None else rounding.group
         self._rounded: Callable[[Tensor], Tensor] = lambda w_O: w_O.to(weight_OI.dtype).to(u_II.dtype)
@@ -226,12 +238,10 @@ class _Walk:
         return _mask(self._score(start, end).T, self._sparsity, "matrix").T
 
     def _share(self, start: int, end: int) -> Tensor:
-        """Keep so many that all columns up to `end` together have their exact share of zeros."""
-        assert isinstance(self._sparsity, Share)
-        each = self._sparsity.zeros_frac * self.w_IO.shape[1]
+        """Keep the weights of highest score, all but as many as are to become zero here."""
         score_JO = self._score(start, end)
-        n_zeros = round(each * end) - round(each * start)
-        return _highest(score_JO.reshape(1, -1), score_JO.numel() - n_zeros).view_as(score_JO)
+        n_kept = score_JO.numel() - (self._n_zeros[end] - self._n_zeros[start])
+        return _highest(score_JO.reshape(1, -1), n_kept).view_as(score_JO)
 
 
 def _mask(score_OI: Tensor, sparsity: Sparsity, within: Literal["row", "matrix"]) -> Tensor:

@@ -54,6 +54,8 @@ def _masks(n: int, n_keep: int) -> Tensor:
 
 def _textbook(w_OI: Tensor, h_II: Tensor, sparsity: Sparsity, block: int, damp_frac: float) -> Tensor:
     """SparseGPT as its section 3 derives it: the inverse of what is left of H is taken for each column."""
+    salience_OI = w_OI**2 * h_II.diagonal()
+    n_zeros_I = (salience_OI <= salience_OI.median()).sum(0)  # of half the weights, as ours takes it
     w_OI, n_in = w_OI.clone(), len(h_II)
     h_II = h_II + damp_frac * h_II.diagonal().mean() * torch.eye(n_in, dtype=h_II.dtype)
     left = [torch.linalg.inv(h_II[i:, i:]) for i in range(n_in)]
@@ -69,7 +71,7 @@ def _textbook(w_OI: Tensor, h_II: Tensor, sparsity: Sparsity, block: int, damp_f
                         keep_OI[row, i + dropped] = False
             else:
                 ranked = score.flatten().sort().values
-                keep_OI[:, i : i + width] = score > ranked[int(sparsity.zeros_frac * len(ranked)) - 1]
+                keep_OI[:, i : i + width] = score > ranked[int(n_zeros_I[i : i + width].sum()) - 1]
         error_O = torch.where(keep_OI[:, i], 0.0, w_OI[:, i]) / left[i][0, 0]
         w_OI[:, i:] -= torch.outer(error_O, left[i][0])
     return torch.where(keep_OI, w_OI, 0.0)
@@ -129,6 +131,15 @@ def test_sparsegpt_is_the_textbooks(sparsity: Sparsity) -> None:
     textbook_OI = _textbook(w_OI, h_II, sparsity, 16, 0.01)
     assert torch.equal(pruned.keep_OI, textbook_OI != 0)
     torch.testing.assert_close(pruned.weight_OI, textbook_OI, rtol=1e-9, atol=1e-12)
+
+
+def test_zeros_are_taken_from_the_columns_that_weigh_little() -> None:
+    """As many as are asked for, of inputs half of which are ten times as large; fewer are lost so."""
+    x_TI = _inputs(64) * torch.tensor([1.0] * 32 + [10.0] * 32, dtype=torch.float64)
+    w_OI = _weight(32, 64)
+    keep_OI = sparsegpt(w_OI, _hessian(x_TI), Share(0.5), block=16).keep_OI
+    assert int(keep_OI.sum()) == keep_OI.numel() // 2
+    assert int(keep_OI[:, 32:].sum()) > 2 * int(keep_OI[:, :32].sum())
 
 
 def test_blocks_do_not_depend_on_the_steps_of_the_walk() -> None:
