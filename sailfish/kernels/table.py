@@ -6,7 +6,7 @@ from collections.abc import Callable
 from types import MappingProxyType
 
 from sailfish.kernels.contract import Case, Impl, Op
-from sailfish.kernels.cpu.limits import int4_bytes, rejects_int4
+from sailfish.kernels.cpu_table import CPU
 from sailfish.kernels.cuda.attention_limits import paged_bytes, rejects_paged
 from sailfish.kernels.cuda.elementwise_limits import (
     rejects_act_mul,
@@ -255,15 +255,7 @@ PREFERRED: MappingProxyType[str, tuple[Impl, ...]] = MappingProxyType(
                 workspace_bytes=wide_int4_bytes,
                 can_capture=True,
             ),
-            Impl(
-                op="linear_int4",
-                name="cpu_int4",
-                entry="sailfish.kernels.cpu.int4:linear_int4",
-                why="reads 4 bits at the memory's rate and multiplies integers: activations are rounded to 8 "
-                "bits, each group of inputs by itself, which moves products by about 0.6%",
-                rejects=rejects_int4,
-                workspace_bytes=int4_bytes,
-            ),
+            *CPU["linear_int4"],
             _widening("linear_int4", "linear_int4"),
         ),
         "linear_int8": (
@@ -286,6 +278,7 @@ PREFERRED: MappingProxyType[str, tuple[Impl, ...]] = MappingProxyType(
                 workspace_bytes=int_mm_bytes,
                 can_capture=True,
             ),
+            *CPU["linear_int8"],
             _widening("linear_int8", "linear_8"),
         ),
         "linear_fp8": (

@@ -9,6 +9,8 @@ void sf_set_threads(int64_t);
 void sf_read_memory(const uint8_t*, int64_t, int32_t*);
 void sf_linear_int4(const void*, int64_t, int64_t, int64_t, const uint8_t*, const void*, const void*, int64_t,
                     int64_t, int64_t, int64_t, const void*, int64_t, void*);
+void sf_linear_int8(const int8_t*, const float*, int64_t, int64_t, const int8_t*, const float*, int64_t,
+                    const void*, int64_t, void*);
 }
 
 static int64_t up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
@@ -44,13 +46,33 @@ static int products() {
     return n;
 }
 
+static int products_8() {
+    int n = 0;
+    for (const int64_t n_tokens : {1, 7, 13}) {
+        for (const int64_t n_in : {1, 64, 129}) {
+            for (const int64_t n_out : {1, 16, 35}) {
+                for (const bool is_bf16 : {false, true}) {
+                    const std::vector<int8_t> x(n_tokens * n_in, -128), weight(n_out * n_in, 127);
+                    const std::vector<float> token_scale(n_tokens, 1), scale(n_out, 1);
+                    const auto bias = ones(n_out, is_bf16);
+                    auto out = ones(n_tokens * n_out, is_bf16);
+                    sf_linear_int8(x.data(), token_scale.data(), n_tokens, n_in, weight.data(), scale.data(),
+                                   n_out, n % 3 ? bias.data() : nullptr, is_bf16, out.data());
+                    ++n;
+                }
+            }
+        }
+    }
+    return n;
+}
+
 int main() {
     sf_set_threads(4);
     const std::vector<uint8_t> bytes(64 * 5000, 1);
     int32_t word = 0;
     sf_read_memory(bytes.data(), int64_t(bytes.size()), &word);
     std::thread other([] { products(); });
-    const int n = products();
+    const int n = products() + products_8();
     other.join();
     std::printf("%d products\n", n);
     return word != 0;

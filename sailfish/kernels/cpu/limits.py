@@ -6,6 +6,8 @@ from sailfish.kernels.contract import Case, StepBounds
 from sailfish.kernels.cpu import library
 
 _DTYPES = ("float32", "bfloat16")
+_INT8_INPUTS = (1 << 17) - 1
+"""Whose products of 8 bits always sum up within 32."""
 
 
 def rejects_library(case: Case) -> str | None:
@@ -38,3 +40,16 @@ def int4_bytes(case: Case, bounds: StepBounds) -> int:
     rows = min(bounds.step_tokens, case.max_rows or bounds.step_tokens)
     width = -(-case.n_in // case.group) * case.group
     return rows * (width + 8 * -(-width // min(case.group, 128)))
+
+
+def rejects_int8(case: Case) -> str | None:
+    """Return why an 8-bit weight cannot be multiplied, or None."""
+    if reason := rejects_library(case):
+        return reason
+    return None if case.n_in <= _INT8_INPUTS else f"{case.n_in} products may not sum up within 32 bits"
+
+
+def int8_bytes(case: Case, bounds: StepBounds) -> int:
+    """Return the workspace of an 8-bit product: activations as some CPUs need them, in 16 bits, and sums."""
+    rows = min(bounds.step_tokens, case.max_rows or bounds.step_tokens)
+    return rows * (2 * -(-case.n_in // 64) * 64 + 4) + 64
