@@ -125,7 +125,7 @@ def distill(
     steps: _Steps = 1000,
     batch: _Batch = 8,
     length: _Length = 512,
-    lr: _Lr = 5e-4,
+    lr: _Lr = 2e-4,
     divergence: _Divergence = Divergence.kl,
     alpha: _Alpha = 0.9,
     temperature: _Temperature = 1.0,

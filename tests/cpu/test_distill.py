@@ -124,7 +124,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_twin("llama_tied", tmp_path_factory.getbasetemp())
 
 
-@pytest.mark.parametrize("family", ["llama_tied", "gemma2", "glm4", "mistral"])
+@pytest.mark.parametrize("family", ["llama_tied", "gemma2", "glm4"])
 def test_logits_and_gradients_are_those_of_transformers(
     family: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
