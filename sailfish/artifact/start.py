@@ -48,7 +48,9 @@ def plan_start(artifact: Artifact, asked: EngineConfig, hardware: HardwareProfil
             hint="leave the formats of weights out, or build the engine again with them",
             param="weights",
         )
-    ops = manifest.ops if _ask(plan) == _ask(manifest.plan) else choose_ops(manifest.model, plan)
+    # What a CPU runs depends on this machine too: on its instructions, and on a compiler being there.
+    is_as_built = plan.target != "cpu" and _ask(plan) == _ask(manifest.plan)
+    ops = manifest.ops if is_as_built else choose_ops(manifest.model, plan)
     return Start(plan=plan, ops=ops, overlay=overlay, downgrades=refuse_downgrades(config, plan, ops))
 
 

@@ -15,9 +15,11 @@ from local_engine import LocalEngine
 from paged import PagedDriver
 from torch import Tensor
 
+from sailfish.artifact.start import plan_start
 from sailfish.base.config import EngineConfig
 from sailfish.build.builder import build_engine
 from sailfish.data import demo_model
+from sailfish.hardware.probe import probe_cpu
 from sailfish.kernels.choose import choose_by_rows
 from sailfish.kernels.contract import Case, StepBounds
 from sailfish.kernels.cpu import compiler, library
@@ -170,7 +172,7 @@ def test_no_byte_outside_of_the_tensors_is_touched(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("quantises_in_this_process")
-def test_an_engine_of_the_cpu_computes_the_law_from_end_to_end(
+def test_an_engine_of_the_cpu_computes_the_law_and_starts_without_the_library_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = build_engine(
@@ -188,3 +190,8 @@ def test_an_engine_of_the_cpu_computes_the_law_from_end_to_end(
     expected = PagedDriver(demo_model(), seed=1, engine=engine).prefill({0: prompt}, largest_chunk=40)[0]
     wrong_Q = (found - expected).norm(dim=1) / expected.norm(dim=1)
     assert 0 < wrong_Q.median() < 2e-3  # an activation next to a tie may round the other way
+    monkeypatch.setattr(library, "unavailable", lambda: "no C++ compiler is installed")
+    choose_by_rows.cache_clear()
+    start = plan_start(engine, EngineConfig(), probe_cpu())
+    choose_by_rows.cache_clear()
+    assert any(words.startswith("linear_int4 is widened_rows") for words in start.downgrades)
