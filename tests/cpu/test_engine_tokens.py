@@ -49,14 +49,6 @@ def are_greedy(truth: Any, prompt: list[int], answer: list[int]) -> bool:
     return likeliest == answer
 
 
-def true_tokens(truth: Any, prompt: list[int], n: int) -> list[int]:
-    ids = torch.tensor([prompt])
-    with torch.inference_mode():
-        out = truth.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=n)
-    tokens: list[int] = out[0, len(prompt) :].tolist()
-    return tokens
-
-
 def family_prompts(seed: int) -> list[list[int]]:
     """Prompts of many lengths; half of them share a beginning."""
     draw = random.Random(seed)
@@ -114,7 +106,8 @@ def test_books_4m_continues_as_in_transformers(books_engine: Path) -> None:
     heard = engine.run()
     truth = load_truth(demo_model())
     for key, prompt in enumerate(prompts):
-        assert heard[key].token_ids == true_tokens(truth, prompt, 200)
+        assert len(heard[key].token_ids) == 200
+        assert are_greedy(truth, prompt, heard[key].token_ids)
 
 
 SAMPLED = [
@@ -175,11 +168,13 @@ def cut_prompts() -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def bfloat16_alone(books_engine: Path) -> list[list[Heard]]:
-    """Return what is heard of each prompt that is alone, twice."""
+    """Return what is heard of each prompt that is alone, and of the first three once more."""
     prompts = cut_prompts()
     sampling = [greedy(8192, logprobs=2)] * len(prompts)
     config = EngineConfig(max_sequences=1, prefix_cache=False, **BFLOAT16)
-    return [one_by_one(LocalEngine(books_engine, config), prompts, sampling, 100) for _ in range(2)]
+    return [
+        one_by_one(LocalEngine(books_engine, config), some, sampling, 100) for some in (prompts, prompts[:3])
+    ]
 
 
 @pytest.mark.parametrize("lag", [0, 1])
@@ -191,9 +186,10 @@ def test_in_bfloat16_a_batch_changes_tokens_only_where_logits_tie(
         together.submit(key, prompt, greedy(8192, logprobs=2), 100)
     together.run()
     ties = []
-    for key, (one, again) in enumerate(zip(*bfloat16_alone, strict=True)):
+    alone, again = bfloat16_alone
+    assert [heard.token_ids for heard in again] == [heard.token_ids for heard in alone[:3]], "equal shapes"
+    for key, one in enumerate(alone):
         other = together.heard[key]
-        assert one.token_ids == again.token_ids  # equal shapes: equal tokens
         at = next((i for i in range(100) if one.token_ids[i] != other.token_ids[i]), None)
         if at is not None:
             best, second = one.logprobs[at].top
@@ -261,8 +257,8 @@ def test_a_step_that_raises_ends_its_own_sequences_and_the_next_request_is_fine(
     assert {heard[key].finishes[0].reason for key in (0, 1)} == {"error"}
     engine.submit(2, prompts[0], greedy(8192), 40)
     engine.run()
-    truth = load_truth(demo_model())
-    assert engine.heard[2].token_ids == true_tokens(truth, prompts[0], 40)
+    assert len(engine.heard[2].token_ids) == 40
+    assert are_greedy(load_truth(demo_model()), prompts[0], engine.heard[2].token_ids)
     assert engine.scheduler.pool.n_used == 0
 
 

@@ -403,6 +403,7 @@ def test_a_cache_in_8_bits_is_measured_too(kv_dtype: Any, tmp_path: Path) -> Non
     assert 1e-6 < found.kl.value < 0.1 and found.kl.value < found.kl_p99.value <= found.kl_p999.value
 
 
+@pytest.mark.usefixtures("quantises_in_this_process")
 def test_an_engine_is_read_as_it_runs(tmp_path: Path) -> None:
     """Its scores are those that the running engine gives a prompt's tokens."""
     windows = book_windows(demo_model(), 3, 128)
