@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import logging
 import os
 import platform
 import shutil
@@ -32,6 +33,7 @@ LEVELS: MappingProxyType[str, tuple[str, ...]] = MappingProxyType(
 _FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-ffp-contract=off", "-pthread")
 _SHARED = ("-fPIC", "-shared", "-fvisibility=hidden")
 _TIMEOUT_S = 300.0
+log = logging.getLogger(__name__)
 
 
 def find_compiler() -> Path | None:
@@ -92,6 +94,7 @@ def compile_to(out: Path, flags: Sequence[str], sources: Sequence[Path]) -> None
 
 
 def _build(level: str, path: Path) -> None:
+    log.info("compiling the CPU's kernels for %s, once for this version", level)
     with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".so", delete=False) as part:
         pass
     try:
