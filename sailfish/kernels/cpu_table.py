@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import MappingProxyType
 
-from sailfish.kernels.contract import Impl
-from sailfish.kernels.cpu.limits import int4_bytes, int8_bytes, rejects_int4, rejects_int8
+from sailfish.kernels.contract import Case, Impl
+from sailfish.kernels.cpu.limits import (
+    bf16_bytes,
+    int4_bytes,
+    int8_bytes,
+    rejects_bf16,
+    rejects_gated,
+    rejects_int4,
+    rejects_int8,
+)
 
 CPU: MappingProxyType[str, tuple[Impl, ...]] = MappingProxyType(
     {
+        "linear": (
+            Impl(
+                op="linear",
+                name="cpu_bf16",
+                entry="sailfish.kernels.cpu.bf16:linear_bf16",
+                why="as exact as torch's product and faster where it is chosen",
+                rejects=rejects_bf16,
+                workspace_bytes=bf16_bytes,
+            ),
+        ),
         "linear_int4": (
             Impl(
                 op="linear_int4",
@@ -33,3 +52,20 @@ CPU: MappingProxyType[str, tuple[Impl, ...]] = MappingProxyType(
     }
 )
 """Implementations of each op, tried in this order."""
+
+
+def gated_on_cpu(linear: str) -> Impl:
+    """Return the library's product as it does `norm_{linear}`: a norm apart, the activation at its end."""
+    [impl] = CPU[linear]
+
+    def rejects(case: Case) -> str | None:
+        return impl.rejects(case) or rejects_gated(case)
+
+    return replace(
+        impl,
+        op=f"norm_{linear}",
+        name=f"{impl.name}_gated",
+        adapter="sailfish.kernels.composed:gated",
+        why="activates what it multiplied while it is in the caches",
+        rejects=rejects,
+    )

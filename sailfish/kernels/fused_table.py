@@ -6,7 +6,7 @@ from collections.abc import Callable
 from types import MappingProxyType
 
 from sailfish.kernels.contract import Case, Choice, Impl
-from sailfish.kernels.cpu.limits import int4_bytes, rejects_gated_int4
+from sailfish.kernels.cpu_table import gated_on_cpu
 from sailfish.kernels.cuda.linear8_limits import rejects_wide, rejects_wide_bf16
 from sailfish.kernels.cuda.linear_limits import (
     rejects_stream_bf16,
@@ -102,10 +102,11 @@ def _one_by_one(op: str) -> Impl:
     )
 
 
-def _of_8_bits(format: str) -> tuple[Impl, ...]:
+def _of_8_bits(format: str, *others: Impl) -> tuple[Impl, ...]:
     op = f"norm_linear_{format}"
     return (
         _gated(op, f"cuda_wide_{format}_gated", "sailfish.kernels.cuda.linear8:wide_linear", _rejects_wide_8),
+        *others,
         _one_by_one(op),
     )
 
@@ -142,6 +143,7 @@ FUSED: MappingProxyType[str, tuple[Impl, ...]] = MappingProxyType(
                 "sailfish.kernels.cuda.wide_bf16:linear_bf16",
                 rejects_wide_bf16,
             ),
+            gated_on_cpu("linear"),
             _one_by_one("norm_linear"),
         ),
         "norm_linear_int4": (
@@ -165,18 +167,10 @@ FUSED: MappingProxyType[str, tuple[Impl, ...]] = MappingProxyType(
                 rejects_wide_int4,
                 wide_int4_bytes,
             ),
-            Impl(
-                op="norm_linear_int4",
-                name="cpu_int4_gated",
-                entry="sailfish.kernels.cpu.int4:linear_int4",
-                adapter=_COMPOSED + "gated",
-                why="activates what it multiplied while it is in the caches",
-                rejects=rejects_gated_int4,
-                workspace_bytes=int4_bytes,
-            ),
+            gated_on_cpu("linear_int4"),
             _one_by_one("norm_linear_int4"),
         ),
-        "norm_linear_int8": _of_8_bits("int8"),
+        "norm_linear_int8": _of_8_bits("int8", gated_on_cpu("linear_int8")),
         "norm_linear_fp8": _of_8_bits("fp8"),
     }
 )

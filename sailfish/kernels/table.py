@@ -234,6 +234,7 @@ PREFERRED: MappingProxyType[str, tuple[Impl, ...]] = MappingProxyType(
         "softcap": (_elementwise("softcap", "one pass", _accepts),),
         "linear": (
             _streamed("linear", "linear_bf16", rejects_stream_bf16),
+            *CPU["linear"],
             Impl(
                 op="linear",
                 name="torch",

@@ -10,7 +10,9 @@ void sf_read_memory(const uint8_t*, int64_t, int32_t*);
 void sf_linear_int4(const void*, int64_t, int64_t, int64_t, const uint8_t*, const void*, const void*, int64_t,
                     int64_t, int64_t, int64_t, const void*, int64_t, void*);
 void sf_linear_int8(const int8_t*, const float*, int64_t, int64_t, const int8_t*, const float*, int64_t,
-                    const void*, int64_t, void*);
+                    const void*, int64_t, int64_t, void*);
+void sf_linear_bf16(const uint16_t*, int64_t, int64_t, const uint16_t*, int64_t, const uint16_t*, int64_t,
+                    uint16_t*);
 }
 
 static int64_t up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
@@ -46,7 +48,7 @@ static int products() {
     return n;
 }
 
-static int products_8() {
+static int products_by_rows() {
     int n = 0;
     for (const int64_t n_tokens : {1, 7, 13}) {
         for (const int64_t n_in : {1, 64, 129}) {
@@ -55,9 +57,16 @@ static int products_8() {
                     const std::vector<int8_t> x(n_tokens * n_in, -128), weight(n_out * n_in, 127);
                     const std::vector<float> token_scale(n_tokens, 1), scale(n_out, 1);
                     const auto bias = ones(n_out, is_bf16);
-                    auto out = ones(n_tokens * n_out, is_bf16);
+                    const int64_t activation = n_out % 16 ? 0 : n % 3;
+                    auto out = ones(n_tokens * n_out / (activation ? 2 : 1), is_bf16);
+                    const uint16_t* added = n % 5 ? bias.data() : nullptr;
                     sf_linear_int8(x.data(), token_scale.data(), n_tokens, n_in, weight.data(), scale.data(),
-                                   n_out, n % 3 ? bias.data() : nullptr, is_bf16, out.data());
+                                   n_out, added, activation, is_bf16, out.data());
+                    if (is_bf16) {
+                        const auto wide_x = ones(n_tokens * n_in, true), wide = ones(n_out * n_in, true);
+                        sf_linear_bf16(wide_x.data(), n_tokens, n_in, wide.data(), n_out, added, activation,
+                                       out.data());
+                    }
                     ++n;
                 }
             }
@@ -72,7 +81,7 @@ int main() {
     int32_t word = 0;
     sf_read_memory(bytes.data(), int64_t(bytes.size()), &word);
     std::thread other([] { products(); });
-    const int n = products() + products_8();
+    const int n = products() + products_by_rows();
     other.join();
     std::printf("%d products\n", n);
     return word != 0;

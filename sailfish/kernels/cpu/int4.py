@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from sailfish.kernels.cpu import library
+from sailfish.kernels.cpu.library import ACTIVATIONS
 from sailfish.kernels.int4 import UNIT, Int4Weight
-
-_ACTIVATIONS = {None: 0, "silu": 1, "gelu_tanh": 2}
 
 
 def linear_int4(
@@ -39,7 +38,7 @@ def linear_int4(
         weight.packed.shape[1] * UNIT,
         weight.group,
         None if bias_O is None else bias_O.data_ptr(),
-        _ACTIVATIONS[activation],
+        ACTIVATIONS[activation],
         y_TO.data_ptr(),
     )
     return y_TO

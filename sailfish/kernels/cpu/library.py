@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 
 from sailfish.base.errors import EngineError
 from sailfish.base.sources import environment
@@ -21,6 +22,8 @@ _NEEDS = {
     "avx2": set[str](),
 }
 """What a CPU must have for each level, as the probe calls it, beside AVX2, FMA and F16C."""
+ACTIVATIONS = MappingProxyType({None: 0, "silu": 1, "gelu_tanh": 2})
+"""What the library calls an activation behind a product."""
 _TYPES: dict[str, type[ctypes.c_void_p | ctypes.c_int64 | ctypes.c_float]] = {
     "p": ctypes.c_void_p,
     "i": ctypes.c_int64,

@@ -7,17 +7,26 @@ from torch import Tensor
 
 from sailfish.kernels.contract import Quantised, Weight8
 from sailfish.kernels.cpu import library
+from sailfish.kernels.cpu.library import ACTIVATIONS
 
 
 def linear_int8(
-    x: Quantised, weight: Weight8, bias_O: Tensor | None = None, *, level: str | None = None
+    x: Quantised,
+    weight: Weight8,
+    bias_O: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    level: str | None = None,
 ) -> Tensor:
-    """Meet `contract.Linear8` of int8 to the bit, with a level of instructions or the best of this CPU."""
+    """Meet `contract.Linear8` of int8 to the bit, with a level of instructions or the best of this CPU.
+
+    With an activation, return what `contract.ActMul` makes of the product.
+    """
     n_out, n_in = weight.shape
     x_TI, values_OI = x.values_TI.contiguous(), weight.values_OI
     assert values_OI.is_contiguous(), "weights lie as they are stored"
-    y_TO = torch.empty(len(x), n_out, dtype=x.dtype)
-    library.function("sf_linear_int8", "ppiippipip", level)(
+    y_TO = torch.empty(len(x), n_out // (1 if activation is None else 2), dtype=x.dtype)
+    library.function("sf_linear_int8", "ppiippipiip", level)(
         x_TI.data_ptr(),
         x.scale_T.data_ptr(),
         len(x),
@@ -26,6 +35,7 @@ def linear_int8(
         weight.scale_O.data_ptr(),
         n_out,
         None if bias_O is None else bias_O.data_ptr(),
+        ACTIVATIONS[activation],
         x.dtype == torch.bfloat16,
         y_TO.data_ptr(),
     )

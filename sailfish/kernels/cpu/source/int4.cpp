@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "isa.h"
+#include "outputs.h"
 #include "pool.h"
 
 namespace sailfish {
@@ -139,35 +140,6 @@ constexpr Multiply multiply_of(int n, std::integer_sequence<int, N...>) {
     return all[n - 1];
 }
 
-template <class T>
-void put_rows(const float* y, const T* bias, T* out, int64_t n) {
-    int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) {
-        const Floats v = load(y + i);
-        store(out + i, bias ? add(v, load(bias + i)) : v);
-    }
-    for (; i < n; ++i) put(out + i, bias ? y[i] + to_float(bias[i]) : y[i]);
-}
-
-enum Activation : int64_t { kNone, kSilu, kGeluTanh };
-constexpr int kTurn = kStrip / 2;  // gates that follow each other before as many ups do
-
-// Writes activation(gate) * up of n rows, in turns of 8, to out[n / 2], rounding where the op's contract does.
-template <class T>
-void put_gated(const float* y, const T* bias, Activation activation, T* out, int64_t n) {
-    T rows[kRows], gates[kLanes], ups[kLanes];
-    for (T& row : rows) row = T(0);
-    put_rows(y, bias, rows, n);
-    for (int strip = 0; strip < kRows / kStrip; ++strip) {
-        std::memcpy(gates + kTurn * strip, rows + kStrip * strip, kTurn * sizeof(T));
-        std::memcpy(ups + kTurn * strip, rows + kStrip * strip + kTurn, kTurn * sizeof(T));
-    }
-    const Floats gate = load(gates);
-    store(gates, activation == kSilu ? silu(gate) : gelu_tanh(gate));
-    store(gates, mul(load(gates), load(ups)));
-    std::memcpy(out, gates, n / 2 * sizeof(T));
-}
-
 // Memory that a calling thread keeps for the activations of its next product.
 uint8_t* scratch(int64_t n_bytes) {
     struct Free {
@@ -214,13 +186,8 @@ void linear_int4(const T* x, int64_t n_tokens, int64_t n_in, const Weight& weigh
                 float y[kTokens * kRows];
                 multiply_of(int(tokens.n), std::make_integer_sequence<int, kTokens>())(weight, row, tokens, y);
                 for (int64_t t = 0; t < tokens.n; ++t) {
-                    T* to = out + ((tokens.first + t) * weight.n_out + row) / (activation ? 2 : 1);
-                    const T* added = bias ? bias + row : nullptr;
-                    if (activation) {
-                        put_gated(y + t * kRows, added, activation, to, n_rows);
-                    } else {
-                        put_rows(y + t * kRows, added, to, n_rows);
-                    }
+                    put_outputs<kRows>(y + t * kRows, bias, activation, out, tokens.first + t, weight.n_out, row,
+                                       n_rows);
                 }
             }
         }

@@ -68,6 +68,9 @@ inline Ints dot(Ints sum, Ints u8, Ints s8) { return _mm512_dpbusd_epi32(sum, u8
 inline __m256i halves_of(Ints a) {
     return _mm256_add_epi32(_mm512_castsi512_si256(a), _mm512_extracti64x4_epi64(a, 1));
 }
+inline __m256 halves_of(Floats a) {
+    return _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
+}
 
 #else
 
@@ -143,6 +146,7 @@ inline Ints dot(Ints sum, Ints u8, Ints s8) {
 #endif
 }
 inline __m256i halves_of(Ints a) { return a; }
+inline __m256 halves_of(Floats a) { return a; }
 
 #endif
 
@@ -152,6 +156,12 @@ inline void store_sums(int32_t* p, Ints a, Ints b, Ints c, Ints d) {
     const __m256i sums = _mm256_hadd_epi32(ab, _mm256_hadd_epi32(halves_of(c), halves_of(d)));
     const __m128i low = _mm256_castsi256_si128(sums), high = _mm256_extracti128_si256(sums, 1);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_add_epi32(low, high));
+}
+
+inline void store_sums(float* p, Floats a, Floats b, Floats c, Floats d) {
+    const __m256 ab = _mm256_hadd_ps(halves_of(a), halves_of(b));
+    const __m256 sums = _mm256_hadd_ps(ab, _mm256_hadd_ps(halves_of(c), halves_of(d)));
+    _mm_storeu_ps(p, _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1)));
 }
 
 // Signed bytes times signed ones, exactly: dot_signed adds to every lane its products of kDotInputs weights, as
@@ -174,8 +184,24 @@ inline Ints dot_signed(Ints sum, Ints weights, const Activation8* x) {
 }
 #endif
 
+// The same of bfloat16: dot_bf16 adds products of kBf16Inputs weights, as load_bf16_weights gives them.
+#if defined(__AVX512BF16__)
+using ActivationBf16 = uint16_t;
+constexpr int kBf16Inputs = 2 * kLanes;
+inline Floats load_bf16_weights(const uint16_t* p) { return as_floats(load_i(p)); }
+inline Floats dot_bf16(Floats sum, Floats weights, const ActivationBf16* x) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)weights, (__m512bh)load_i(x));
+}
+#else
+using ActivationBf16 = float;
+constexpr int kBf16Inputs = kLanes;
+inline Floats load_bf16_weights(const uint16_t* p) { return load_bf16(p); }
+inline Floats dot_bf16(Floats sum, Floats weights, const ActivationBf16* x) { return fma(weights, load(x), sum); }
+#endif
+
 // Holds x in a register here: GCC otherwise keeps copies of many sums in memory.
 inline void keep(Ints& x) { asm("" : "+v"(x)); }
+inline void keep(Floats& x) { asm("" : "+v"(x)); }
 // e to the x, within 2 units in the last place from -87 to 88 and cut off there: 2^n times a Taylor polynomial
 // of what is left, at most ln(2) / 2. NaN stays NaN.
 inline Floats exp(Floats x) {
@@ -212,6 +238,8 @@ inline float to_float(uint16_t x) {
     std::memcpy(&out, &bits, sizeof out);
     return out;
 }
+inline void copy_bf16(float* p, uint16_t x) { *p = to_float(x); }
+inline void copy_bf16(uint16_t* p, uint16_t x) { *p = x; }
 inline void put(float* p, float x) { *p = x; }
 inline void put(uint16_t* p, float x) {
     uint32_t bits;
