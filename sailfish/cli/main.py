@@ -16,7 +16,7 @@ COMMANDS = {
     "chat": "Talk to a model in the terminal.",
     "build": "Turn a checkpoint into an engine directory.",
     "compress": "Turn a checkpoint into a smaller one, and tell what it cost.",
-    "distill": "Train a pruned model, or a draft, on what its teacher finds likely.",
+    "distill": "Train a pruned model or a draft on what a teacher finds likely.",
     "recipe": "List, print and compare the recipes of compress.",
     "plan": "Show the memory a model needs, here or on another device.",
     "explain": "Show every setting and op as asked for, as active, and why.",
