@@ -190,17 +190,23 @@ def distill(
 def _written(
     teacher: Path, config: EngineConfig, prompts: Sequence[Sequence[int]], n_tokens: int, seed: int
 ) -> list[list[int]]:
-    """Return what the teacher writes on prompts, so many tokens each: drawn as it finds them likely."""
-    params = SamplingParams(
-        max_tokens=n_tokens,
-        temperature=1.0,
-        top_k=_ALL,
-        top_p=1.0,
-        min_p=0.0,
-        repetition_penalty=1.0,
-        seed=seed,
-        ignore_eos=True,
-    )
+    """Return what the teacher writes on prompts, so many tokens each: drawn as it finds them likely.
+
+    Each has a seed of its own, from `seed` on, so that a prompt that comes again goes on otherwise.
+    """
+    params = [
+        SamplingParams(
+            max_tokens=n_tokens,
+            temperature=1.0,
+            top_k=_ALL,
+            top_p=1.0,
+            min_p=0.0,
+            repetition_penalty=1.0,
+            seed=seed + n,
+            ignore_eos=True,
+        )
+        for n in range(len(prompts))
+    ]
     with Engine(find_or_build(teacher, config), config=config) as engine:
         return [list(answers[0].token_ids) for answers in engine.generate_many(prompts, params)]
 

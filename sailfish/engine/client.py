@@ -137,20 +137,28 @@ class AsyncEngine:
     async def generate_many(
         self,
         prompts: Sequence[Prompt],
-        params: SamplingParams | None = None,
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
         options: Options = Options(),
     ) -> list[list[Completion]]:
-        """Return the answers to several prompts, generated together; when one fails, the others end."""
-        params = params or SamplingParams()
+        """Return the answers to several prompts, generated together; when one fails, the others end.
+
+        `params` are those of all prompts, or of each: prompts that share a seed share their draws.
+        """
+        if params is None or isinstance(params, SamplingParams):
+            params = [params or SamplingParams()] * len(prompts)
+        if len(params) != len(prompts):
+            raise RequestError(
+                f"{len(params)} params are not those of {len(prompts)} prompts", param="params"
+            )
         pace = Pace(self.info.max_sequences)
 
-        async def one(prompt: Prompt) -> list[Completion]:
+        async def one(prompt: Prompt, params: SamplingParams) -> list[Completion]:
             async with pace.places(params.n):
                 return await self.generate(prompt, params, options)
 
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(one(prompt)) for prompt in prompts]
+                tasks = [group.create_task(one(*pair)) for pair in zip(prompts, params, strict=True)]
         except BaseExceptionGroup as failures:
             raise failures.exceptions[0] from None
         return [task.result() for task in tasks]

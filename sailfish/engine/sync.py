@@ -74,10 +74,10 @@ class Engine:
     def generate_many(
         self,
         prompts: Sequence[Prompt],
-        params: SamplingParams | None = None,
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
         options: Options = Options(),
     ) -> list[list[Completion]]:
-        """Return the answers to several prompts, generated together."""
+        """Return the answers to several prompts, generated together; `params` of all of them, or of each."""
         return self._call(self._engine.generate_many(prompts, params, options))
 
     def stream(

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -28,6 +29,7 @@ from sailfish.compress.distill import loss
 from sailfish.compress.distill.loss import Aim, Divergence, Teacher, losses
 from sailfish.compress.distill.make import Request, distill
 from sailfish.compress.distill.report import Report
+from sailfish.compress.distill.sampled import sample
 from sailfish.compress.distill.stack import Head, Stack
 from sailfish.compress.distill.train import Schedule
 from sailfish.quality.evaluate import compare
@@ -296,8 +298,15 @@ def test_text_that_the_teacher_writes_is_learned_from_and_kept_for_a_resumed_run
 def test_the_command_has_the_teacher_write_through_the_engine(
     teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Then trains, and says what it gained."""
+    """Otherwise each time on one beginning; then trains, and says what it gained."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    kept: list[list[int]] = []
+
+    def kept_too(*parts: Any, seed: int) -> list[list[int]]:
+        kept.extend(sample(*parts, seed=seed))
+        return kept
+
+    monkeypatch.setattr("sailfish.compress.distill.make.sample", kept_too)
     out = tmp_path / "out"
     words = f"distill -t {teacher} -s {teacher} -o {out} --data {tokens(tmp_path)} --device cpu --steps 1"
     words += f" --batch 1 --length {LENGTH} --eval-windows 2 --sampled-from-teacher {LENGTH + 1}"
@@ -306,6 +315,7 @@ def test_the_command_has_the_teacher_write_through_the_engine(
     assert "expected acceptance" in found.output and f"wrote {out}" in found.output
     report = msgspec.json.decode((out / "distillation.json").read_bytes(), type=Report)
     assert (report.n_sampled, report.n_windows) == (2, 3)
+    assert kept[0][:16] == kept[1][:16] and kept[0] != kept[1]
     assert "expected acceptance" in (out / "distillation.html").read_text(encoding="utf-8")
 
 

@@ -317,6 +317,11 @@ def test_many_prompts_are_paced_and_a_wrong_one_ends_the_others(engine_dir: Path
         few = SamplingParams(max_tokens=2, temperature=0.0, n=3)
         answers = engine.generate_many(["It was"] * 40, few)
         assert [len(answer) for answer in answers] == [3] * 40
+        drawn = [SamplingParams(max_tokens=8, seed=seed) for seed in (1, 2, 1)]
+        one, other, again = (answer[0].text for answer in engine.generate_many(["It was"] * 3, drawn))
+        assert one == again != other
+        with pytest.raises(RequestError, match="3 params are not those of 2 prompts"):
+            engine.generate_many(["It was"] * 2, drawn)
         with pytest.raises(RequestError):
             engine.generate_many(["It was", [10**6], "It was"], ENDLESS)
         until(lambda: engine.stats().running + engine.stats().waiting == 0, "the others end")
