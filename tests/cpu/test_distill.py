@@ -258,6 +258,12 @@ def test_a_resumed_run_ends_with_the_weights_of_one_that_never_stopped(teacher: 
         distill(replace(request, resume=True, schedule=other), out, silent)
     with pytest.raises(ConfigError, match="another teacher, student or text"):
         distill(replace(request, resume=True, student=teacher), out, silent)
+    state = tmp_path / "parts.state" / "step-4" / "state.json"
+    kept = state.read_bytes()
+    state.write_bytes(kept[:-1])
+    with pytest.raises(ConfigError, match="is not a run's state"):
+        distill(replace(request, resume=True), out, silent)
+    state.write_bytes(kept)
     report, resumed = made(replace(request, resume=True), out)
     assert [point.step for point in report.curve] == list(range(SCHEDULE.steps))
     assert whole.keys() == resumed.keys()
@@ -290,6 +296,11 @@ def test_text_that_the_teacher_writes_is_learned_from_and_kept_for_a_resumed_run
     assert len(kept) == 70 and all(len(window) == LENGTH for window in kept)
     with pytest.raises(ConfigError, match="holds 70 windows, 71 are asked for"):
         distill(replace(request, resume=True, n_sampled=71), tmp_path / "out", silent)
+    sampled = tmp_path / "out.state" / "sampled.json"
+    sampled.write_text("[[1, 2")
+    with pytest.raises(ConfigError, match="holds no windows"):
+        distill(replace(request, resume=True), tmp_path / "out", silent)
+    sampled.write_text(json.dumps(kept), encoding="utf-8")
     report, _ = made(replace(request, resume=True), tmp_path / "out")
     assert calls == [64, 6]
     assert (report.n_sampled, report.n_windows) == (70, 82)
@@ -349,6 +360,8 @@ def test_what_cannot_be_distilled_is_refused_in_words(teacher: Path, tmp_path: P
         distill(replace(asked(teacher, teacher, text, short), n_sampled=1), tmp_path / "out", silent)
     with pytest.raises(ConfigError, match="lr of 0 is not above 0"):
         msgspec.structs.replace(SCHEDULE, lr=0.0)
+    with pytest.raises(ConfigError, match="alpha of nan is no share"):
+        msgspec.structs.replace(SCHEDULE, alpha=float("nan"))
     with pytest.raises(ConfigError, match="exists already"):
         distill(asked(teacher, teacher, text), tmp_path, silent)
     with pytest.raises(BuildError, match="diverged at step"):

@@ -61,7 +61,10 @@ def sample(
         partial.write_bytes(msgspec.json.encode(found))
         partial.rename(file)
     wait_for_all(ranks)
-    kept = msgspec.json.decode(read_bytes(file, _MAX_BYTES), type=list[list[int]])
+    try:
+        kept = msgspec.json.decode(read_bytes(file, _MAX_BYTES), type=list[list[int]])
+    except msgspec.DecodeError as error:
+        raise ConfigError(f"{file} holds no windows: {error}", hint="remove it") from None
     if len(kept) != wanted:
         raise ConfigError(
             f"{file} holds {len(kept)} windows, {wanted} are asked for", hint="give what that run was given"

@@ -53,12 +53,17 @@ def save(directory: Path, trainer: Trainer, progress: Progress, ranks: Ranks) ->
 def load(directory: Path, trainer: Trainer, schedule: Schedule, inputs: str) -> list[Point]:
     """Fill the trainer from the newest state, if one was saved, and return the curve so far.
 
-    Raises ConfigError where it is of another run.
+    Raises ConfigError where it is of another run, or damaged.
     """
     places = sorted(directory.glob("step-*"), key=lambda place: int(place.name.removeprefix("step-")))
     if not places:
         return []
-    progress = msgspec.json.decode(read_bytes(places[-1] / _FILE, _MAX_BYTES), type=Progress)
+    try:
+        progress = msgspec.json.decode(read_bytes(places[-1] / _FILE, _MAX_BYTES), type=Progress)
+    except msgspec.DecodeError as error:
+        raise ConfigError(
+            f"{places[-1] / _FILE} is not a run's state: {error}", hint=f"remove {directory} and begin anew"
+        ) from None
     if progress.schedule != schedule:
         old, new = msgspec.to_builtins(progress.schedule), msgspec.to_builtins(schedule)
         apart = ", ".join(f"{key} {old[key]} then, {new[key]} now" for key in old if old[key] != new[key])

@@ -50,6 +50,8 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True):
         for name, value in (("lr", self.lr), ("temperature", self.temperature)):
             if not (math.isfinite(value) and value > 0):
                 raise ConfigError(f"a {name} of {value:g} is not above 0", hint="use more", param=name)
+        if not 0 <= self.alpha <= 1:
+            raise ConfigError(f"an alpha of {self.alpha:g} is no share", hint="use 0 to 1", param="alpha")
 
     def lr_at(self, step: int) -> float:
         """Return the rate of a step: up in a line, then down as a cosine does. Loshchilov and Hutter 2016."""
