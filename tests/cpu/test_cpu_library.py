@@ -91,8 +91,9 @@ def test_threads_are_as_many_as_physical_cores_or_as_asked(
     assert library.usable_threads(tmp_path) == 1, "all are threads of one core"
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert library.usable_threads(tmp_path / "nowhere") >= 1
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert library.usable_threads(tmp_path / "anywhere") == 1
+    for place, asked in enumerate(("1", "1,2")):
+        monkeypatch.setenv("OMP_NUM_THREADS", asked)
+        assert library.usable_threads(tmp_path / f"place {place}") == 1
 
 
 def test_without_a_compiler_the_reason_is_in_words(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -118,10 +119,42 @@ def test_a_source_that_does_not_compile_is_an_error_with_the_log(tmp_path: Path)
         compiler.compile_to(tmp_path / "out.so", ("-shared",), [source])
 
 
-def test_a_cache_that_cannot_be_written_costs_a_compilation_and_no_more(
+def test_a_cache_that_cannot_be_written_costs_one_compilation_a_process(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "sailfish").write_text("no directory")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(compiler, "_build", lambda _level, path: path.write_bytes(b"made"))
-    assert compiler.compiled("avx2").read_bytes() == b"made"
+    built: list[Path] = []
+
+    def build(_level: str, path: Path) -> None:
+        built.append(path)
+        path.write_bytes(b"made")
+
+    monkeypatch.setattr(compiler, "_build", build)
+    found = [compiler.compiled("avx2"), compiler.compiled("avx2")]
+    assert found == built * 2 and found[0].read_bytes() == b"made"
+
+
+def _compiler(path: Path, script: str) -> str:
+    """Return a command for CXX: a compiler that does what the script says."""
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    return f"/bin/sh {path}"
+
+
+def test_what_an_old_compiler_does_not_know_is_no_level(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    words = " ".join(compiler.find_compiler() or ())
+    refuses = f'case "$*" in *avx512*) exit 1;; *) exec {words} "$@";; esac'
+    monkeypatch.setenv("CXX", _compiler(tmp_path / "old", refuses))
+    takes = compiler.takes.__wrapped__
+    assert {level for level in compiler.LEVELS if takes(level)} == {"avx_vnni", "avx2"}
+
+
+def test_a_library_that_is_none_is_refused_in_words(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    empty = tmp_path / "empty.so"
+    empty.touch()
+    monkeypatch.setattr(compiler, "compiled", lambda _: empty)
+    with pytest.raises(EngineError, match="do not load") as found:
+        library._load.__wrapped__("avx2")
+    assert str(empty) in str(found.value.hint)

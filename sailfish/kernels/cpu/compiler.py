@@ -7,6 +7,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -36,13 +37,23 @@ _TIMEOUT_S = 300.0
 log = logging.getLogger(__name__)
 
 
-def find_compiler() -> Path | None:
-    """Return the C++ compiler: what CXX names, or the first of c++, g++ and clang++ on the PATH."""
+def find_compiler() -> tuple[str, ...] | None:
+    """Return the C++ compiler's command: what CXX says, or the first of c++, g++ and clang++ on the PATH."""
     environ = environment()
-    for name in (environ.get("CXX"), "c++", "g++", "clang++"):
-        if name and (found := shutil.which(name, path=environ.get("PATH"))):
-            return Path(found)
+    for words in (shlex.split(environ.get("CXX", "")), ["c++"], ["g++"], ["clang++"]):
+        if words and (found := shutil.which(words[0], path=environ.get("PATH"))):
+            return (found, *words[1:])
     return None
+
+
+@cache
+def takes(level: str) -> bool:
+    """Say whether the compiler knows a level's instructions: old ones do not know the newest."""
+    compiler = find_compiler()
+    if compiler is None:
+        return False
+    command = (*compiler, *LEVELS[level], "-fsyntax-only", "-xc++", os.devnull)
+    return subprocess.run(command, capture_output=True).returncode == 0
 
 
 def missing() -> str | None:
@@ -71,8 +82,9 @@ def compiled(level: str) -> Path:
                 _build(level, path)
         return path
     except OSError:  # a read-only cache costs a compilation at every start, nothing else
-        path = Path(tempfile.mkdtemp(prefix="sailfish-")) / f"cpu-{level}.so"
-        _build(level, path)
+        path = Path(_own_directory().name) / f"cpu-{level}.so"
+        if not path.exists():
+            _build(level, path)
         return path
 
 
@@ -81,14 +93,14 @@ def compile_to(out: Path, flags: Sequence[str], sources: Sequence[Path]) -> None
     compiler = find_compiler()
     if compiler is None:
         raise EngineError(f"the CPU's kernels cannot be compiled: {missing()}")
-    command = [str(compiler), *_FLAGS, *flags, f"-I{SOURCE_DIR}", *map(str, sources), "-o", str(out)]
+    command = [*compiler, *_FLAGS, *flags, f"-I{SOURCE_DIR}", *map(str, sources), "-o", str(out)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S)
     except subprocess.TimeoutExpired as error:
-        raise EngineError(f"{compiler} did not end within {_TIMEOUT_S:g} s") from error
+        raise EngineError(f"{shlex.join(compiler)} did not end within {_TIMEOUT_S:g} s") from error
     if done.returncode != 0:
         raise EngineError(
-            f"{compiler} does not compile the CPU's kernels: {done.stderr.strip()}",
+            f"{shlex.join(compiler)} does not compile the CPU's kernels: {done.stderr.strip()}",
             hint="report this with the log",
         )
 
@@ -118,4 +130,11 @@ def _compiler_version() -> str:
     compiler = find_compiler()
     if compiler is None:
         raise EngineError(f"the CPU's kernels cannot be compiled: {missing()}")
-    return f"{compiler} " + subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout
+    return f"{shlex.join(compiler)} {version}"
+
+
+@cache
+def _own_directory() -> tempfile.TemporaryDirectory[str]:
+    """Return a directory that is removed when this process ends."""
+    return tempfile.TemporaryDirectory(prefix="sailfish-")

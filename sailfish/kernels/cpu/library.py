@@ -33,11 +33,11 @@ _TYPES: dict[str, type[ctypes.c_void_p | ctypes.c_int64 | ctypes.c_float]] = {
 
 @cache
 def levels() -> tuple[str, ...]:
-    """Return the levels that this CPU has, the best first."""
+    """Return the levels that this CPU has and the compiler knows, the best first."""
     features = set(probe_cpu().features)
     if not features >= {"avx2", "fma", "f16c"}:
         return ()
-    return tuple(level for level in compiler.LEVELS if features >= _NEEDS[level])
+    return tuple(level for level in compiler.LEVELS if features >= _NEEDS[level] and compiler.takes(level))
 
 
 @cache
@@ -45,14 +45,15 @@ def unavailable() -> str | None:
     """Return why this machine cannot have the library, or None. Compiles nothing."""
     if reason := compiler.missing():
         return reason
-    return None if levels() else "this CPU lacks AVX2, FMA or F16C"
+    return None if levels() else "this CPU, or the C++ compiler, lacks AVX2, FMA or F16C"
 
 
 def check() -> Check:
     """Return the doctor's word on the library. Compiles nothing."""
     reason = unavailable()
     if reason is None:
-        value = f"{levels()[0]}, {usable_threads()} threads, by {compiler.find_compiler()} at first use"
+        by = " ".join(compiler.find_compiler() or ())
+        value = f"{levels()[0]}, {usable_threads()} threads, by {by} at first use"
         return Check(name="cpu kernels", verdict="ok", value=value)
     fix = (
         "install g++ or clang++ on an x86-64 machine with AVX2; without, the CPU runs torch's slower products"
@@ -60,7 +61,6 @@ def check() -> Check:
     return Check(name="cpu kernels", verdict="warn", value=reason, fix=fix)
 
 
-@cache
 def load(level: str | None = None) -> ctypes.CDLL:
     """Load the library for a level, by default this CPU's best; EngineError where there is none.
 
@@ -69,7 +69,19 @@ def load(level: str | None = None) -> ctypes.CDLL:
     """
     if reason := unavailable():
         raise EngineError(f"the CPU's kernels are not there: {reason}")
-    library = ctypes.CDLL(str(compiler.compiled(level or levels()[0])))
+    return _load(level or levels()[0])
+
+
+@cache
+def _load(level: str) -> ctypes.CDLL:
+    path = compiler.compiled(level)
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise EngineError(
+            f"the CPU's kernels do not load: {error}",
+            hint=f"remove {path}, and see that CXX names a compiler",
+        ) from error
     library.sf_set_threads.argtypes = [ctypes.c_int64]
     library.sf_set_threads(usable_threads())
     return library
@@ -98,8 +110,8 @@ def usable_threads(root: Path = Path("/")) -> int:
 
     No more than OMP_NUM_THREADS, where that is set: torch's threads obey it, so do these.
     """
-    asked = environment().get("OMP_NUM_THREADS", "")
-    most = int(asked) if asked.isdigit() and int(asked) > 0 else cpu_cores(root)
+    asked = environment().get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    most = int(asked) if asked.isdecimal() and int(asked) > 0 else cpu_cores(root)
     affinity = getattr(os, "sched_getaffinity", None)
     if affinity is None:
         return most
