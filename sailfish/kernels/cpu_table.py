@@ -10,13 +10,11 @@ from sailfish.kernels.cpu.limits import (
     bf16_bytes,
     int4_bytes,
     int8_bytes,
-    rejects_attention,
     rejects_bf16,
     rejects_gated,
     rejects_int4,
     rejects_int8,
 )
-from sailfish.kernels.plain.limits import sdpa_bytes
 
 CPU: MappingProxyType[str, tuple[Impl, ...]] = MappingProxyType(
     {
@@ -49,16 +47,6 @@ CPU: MappingProxyType[str, tuple[Impl, ...]] = MappingProxyType(
                 why="reads 8 bits at the memory's rate and sums integers exactly",
                 rejects=rejects_int8,
                 workspace_bytes=int8_bytes,
-            ),
-        ),
-        "attention": (
-            Impl(
-                op="attention",
-                name="cpu_paged",
-                entry="sailfish.kernels.cpu.attention:attention",
-                why="decodes read pages in place, prompts go through torch's fused attention",
-                rejects=rejects_attention,
-                workspace_bytes=sdpa_bytes,
             ),
         ),
     }

@@ -315,7 +315,6 @@ PREFERRED: MappingProxyType[str, tuple[Impl, ...]] = MappingProxyType(
             _widening("linear_fp8", "linear_8"),
         ),
         "attention": (
-            *CPU["attention"],
             Impl(
                 op="attention",
                 name="cpu_sdpa",

@@ -16,7 +16,6 @@ from sailfish.base.errors import ConfigError, PlanError
 from sailfish.checkpoint.model_config import ModelConfig
 from sailfish.checkpoint.names import tensor_specs
 from sailfish.hardware.profile import GIB, MIB, PROFILES, HardwareProfile, profile
-from sailfish.kernels.cpu import library
 from sailfish.plan import DeviceOverlay, make_plan, suggest
 from sailfish.plan.formats import arena_tensors
 from sailfish.plan.graphs import decode_buckets
@@ -287,8 +286,7 @@ def test_every_op_is_chosen_with_reasons_for_every_target() -> None:
         model = LLAMA_8B if row.device == "cuda" else BOOKS_4M
         chosen = {choice.op: choice for choice in choose_ops(model, make_plan(EngineConfig(), model, row))}
         assert all(choice.why for choice in chosen.values())
-        on_cpu = "cpu_paged" if library.unavailable() is None else "cpu_sdpa"
-        expected = on_cpu if row.device == "cpu" else "cuda_paged"
+        expected = "cpu_sdpa" if row.device == "cpu" else "cuda_paged"
         assert chosen["attention"].implementation == expected
 
 

@@ -74,16 +74,3 @@ def int8_bytes(case: Case, bounds: StepBounds) -> int:
     """Return the workspace of an 8-bit product: activations as some CPUs need them, in 16 bits, and sums."""
     rows = min(bounds.step_tokens, case.max_rows or bounds.step_tokens)
     return rows * (2 * -(-case.n_in // 64) * 64 + 4) + 64
-
-
-def rejects_attention(case: Case) -> str | None:
-    """Return why pages are not read in place, or None."""
-    if reason := rejects_library(case):
-        return reason
-    if case.softcap is not None:
-        return f"prompts go through SDPA, which has no score soft-cap; the model needs {case.softcap:g}"
-    if case.kv_dtype not in ("", case.dtype):
-        return f"reads a cache in {case.dtype}, not {case.kv_dtype}"
-    if case.head_dim % 16 or case.head_dim > 256:
-        return f"heads are {case.head_dim} wide, not a multiple of 16 up to 256"
-    return None

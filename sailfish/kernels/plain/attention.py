@@ -60,21 +60,16 @@ def paged_attention(
     attend: Attend,
     way: Way,
     limit_bytes: int,
-    first: int = 0,
-    out_THE: Tensor | None = None,
 ) -> Tensor:
-    """Meet `contract.Attention` by `attend`, whose needs `way` tells.
-
-    Only sequences from `first` on are attended, into `out_THE` where it is given.
-    """
+    """Meet `contract.Attention` by `attend`, whose needs `way` tells."""
     page_tokens, n_kv_heads, head_dim = kv.k_NPKE.shape[1:]
     n_heads = q_THE.shape[1]
     pair_bytes = way.pair_bytes(n_heads)
     token_bytes = way.token_bytes(n_kv_heads, head_dim, q_THE.element_size())
     group_tokens = limit_bytes // (token_bytes + pair_bytes)
     q_TKGE = q_THE.view(len(q_THE), n_kv_heads, -1, head_dim)
-    out_TKGE = torch.empty_like(q_TKGE) if out_THE is None else out_THE.view_as(q_TKGE)
-    for group, slot_BS, mask_BQS in _gathers(span, first, page_tokens, window, group_tokens, limit_bytes):
+    out_TKGE = torch.empty_like(q_TKGE)
+    for group, slot_BS, mask_BQS in _gathers(span, page_tokens, window, group_tokens, limit_bytes):
         tokens = slice(group.query, group.query + group.n_queries * (group.last - group.first))
         k_BKSE = _gather(kv.k_NPKE, kv.k_scale_NPK, slot_BS, q_THE.dtype)
         v_BKSE = _gather(kv.v_NPKE, kv.v_scale_NPK, slot_BS, q_THE.dtype)
@@ -107,18 +102,13 @@ def _gather(cache_NPKE: Tensor, scale_NPK: Tensor | None, slot_BS: Tensor, dtype
 
 
 def _gathers(
-    span: AttentionSpan,
-    first: int,
-    page_tokens: int,
-    window: int | None,
-    group_tokens: int,
-    limit_bytes: int,
+    span: AttentionSpan, page_tokens: int, window: int | None, group_tokens: int, limit_bytes: int
 ) -> Iterator[_Gathered]:
     """Yield each group with the slots to gather and, where rows differ in length, the mask of real keys."""
-    kept: dict[tuple[int, int | None, int], list[_Gathered]] = span.memo.setdefault("plain", {})
-    key = (first, window, group_tokens)
+    kept: dict[tuple[int | None, int], list[_Gathered]] = span.memo.setdefault("plain", {})
+    key = (window, group_tokens)
     if key not in kept:
-        groups = _groups(span, first, window, group_tokens)
+        groups = _groups(span, window, group_tokens)
         gathered = ((group, *_slots(span, group, page_tokens)) for group in groups)
         n_new = sum((group.last - group.first) * group.n_keys for group in groups)
         n_kept = sum(slot_BS.numel() for entry in kept.values() for _, slot_BS, _ in entry)
@@ -129,9 +119,9 @@ def _gathers(
     yield from kept[key]
 
 
-def _groups(span: AttentionSpan, first: int, window: int | None, group_tokens: int) -> list[_Group]:
+def _groups(span: AttentionSpan, window: int | None, group_tokens: int) -> list[_Group]:
     groups: list[_Group] = []
-    for b, kv_len in enumerate(span.kv_len[first:], first):
+    for b, kv_len in enumerate(span.kv_len):
         query = span.query_start[b]
         n_queries = span.query_start[b + 1] - query
         if n_queries == 0:
